@@ -1,0 +1,38 @@
+# One command for each chore. The environment is this project's own, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip 26.3 refuses Orion 0.2.7 (a direct URL in one of its extras).
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else \
+	  "ppo_hpo needs Python 3.11, but %s is %d.%d: say make PYTHON=python3.11" % ((sys.executable,) + v))'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt pip setuptools wheel
+	@echo "Installing what the tests ran with; torch is the large one, this takes a minute or more."
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[classic-control,test,lint]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python experiments/cartpole-asha/run.py
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/learning.py
+
+clean:
+	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""Tune Proximal Policy Optimization with Orion: trials that never get lost."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppo_hpo.client import objective, run_trial
+    from ppo_hpo.components import ActorCritic, LRSchedule, Optimizer, RolloutLoader
+    from ppo_hpo.config import TrialConfig
+    from ppo_hpo.errors import BadResume, CheckpointError, UserError
+    from ppo_hpo.space import get_space, list_spaces
+    from ppo_hpo.task import PPO, BadResumeGuard
+
+__version__ = "0.1.0"
+
+# Imported when first asked for, so that `import ppo_hpo` costs nothing and Orion's workers, which
+# only want a space or an objective, never import torch.
+_HOMES = {
+    "ActorCritic": "components",
+    "BadResume": "errors",
+    "BadResumeGuard": "task",
+    "CheckpointError": "errors",
+    "LRSchedule": "components",
+    "Optimizer": "components",
+    "PPO": "task",
+    "RolloutLoader": "components",
+    "TrialConfig": "config",
+    "UserError": "errors",
+    "get_space": "space",
+    "list_spaces": "space",
+    "objective": "client",
+    "run_trial": "client",
+}
+
+__all__ = [
+    "PPO",
+    "ActorCritic",
+    "BadResume",
+    "BadResumeGuard",
+    "CheckpointError",
+    "LRSchedule",
+    "Optimizer",
+    "RolloutLoader",
+    "TrialConfig",
+    "UserError",
+    "get_space",
+    "list_spaces",
+    "objective",
+    "run_trial",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ppo_hpo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ppo_hpo.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

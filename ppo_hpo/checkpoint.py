@@ -1,0 +1,250 @@
+"""Checkpoints: data only, written atomically, checked on load, the one before kept.
+
+A checkpoint is one safetensors file: a JSON header and raw arrays, which no reader can execute.
+Its metadata holds a version, whose it is and how far it is, and the SHA-256 of the whole file (taken
+with the digest's own digits set to zero), so that no flipped bit goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppo_hpo.errors import CheckpointError, UserError
+
+VERSION = 1
+_ZERO_DIGEST = b"0" * 64
+_NAME = re.compile(r"checkpoint-(\d{6})\.safetensors")
+# Far above any network that this package builds, far below what would hurt a machine.
+_MAX_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A task's state at the end of an epoch.
+
+    Attributes:
+        epoch: epochs done.
+        arrays: name to array.
+        meta: plain data: whose it is, its hyperparameters, its learning curve.
+    """
+
+    epoch: int
+    arrays: dict[str, NDArray[Any]]
+    meta: dict[str, Any]
+
+
+def to_bytes(checkpoint: Checkpoint) -> bytes:
+    """Serialise a checkpoint, digest included."""
+    from safetensors.numpy import save
+
+    meta = {"version": VERSION, "epoch": checkpoint.epoch, **checkpoint.meta}
+    header = {
+        "ppo_hpo": json.dumps(meta, allow_nan=False, sort_keys=True),
+        "sha256": _ZERO_DIGEST.decode(),
+    }
+    arrays = {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}
+    content = save(arrays, metadata=header)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return _set_digest(content, digest)
+
+
+def from_bytes(content: bytes, name: str) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        content: the whole file.
+        name: what to call it in an error.
+
+    Raises:
+        CheckpointError: it is torn, of another version, or holds a number that is not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    header = _header(content, name)
+    digest = str(header.get("sha256", "")).encode()
+    if len(digest) != 64 or hashlib.sha256(_set_digest(content, _ZERO_DIGEST)).hexdigest().encode() != digest:
+        raise CheckpointError(f"{name} is torn or was changed: its checksum does not match.")
+    try:
+        meta = json.loads(header["ppo_hpo"])
+        version, epoch = meta.pop("version"), int(meta.pop("epoch"))
+    except (KeyError, ValueError, AttributeError, TypeError):
+        raise CheckpointError(f"{name} is no checkpoint of ppo_hpo.") from None
+    if version != VERSION:
+        raise CheckpointError(
+            f"{name} has version {version}, but this ppo_hpo reads version {VERSION}. "
+            f"Continue it with the release that wrote it."
+        )
+    try:
+        arrays = load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{name} cannot be read: {error}.") from None
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{name} is not finite: {key} holds NaN or infinity.")
+    return Checkpoint(epoch, arrays, meta)
+
+
+class Storage:
+    """Checkpoints of one trial in one directory: the newest, and the one before it."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+
+    def __repr__(self) -> str:
+        return f"Storage({str(self.directory)!r})"
+
+    def paths(self) -> list[Path]:
+        """The checkpoints that are there, newest first."""
+        if not self.directory.is_dir():
+            return []
+        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: path.name, reverse=True)
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint whole, or not at all, and then drop those before the previous one.
+
+        Raises:
+            UserError: it cannot be written, as on a full disk; the checkpoints before it are whole.
+        """
+        path = self.directory / f"checkpoint-{checkpoint.epoch:06d}.safetensors"
+        write_atomically(path, to_bytes(checkpoint))
+        older = [other for other in self.paths() if other.name < path.name]
+        for other in older[1:]:
+            other.unlink(missing_ok=True)
+        return path
+
+    def load(
+        self,
+        check: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        on_refused: Callable[[CheckpointError], None] = lambda error: None,
+    ) -> Checkpoint | None:
+        """The newest checkpoint that is whole.
+
+        Args:
+            check: raises `CheckpointError` for one that does not belong here.
+            on_refused: told of each that is refused, and why.
+
+        Returns:
+            The checkpoint, or None where there is none at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none that can be used.
+        """
+        refused: CheckpointError | None = None
+        for path in self.paths():
+            try:
+                checkpoint = read(path)
+                check(checkpoint)
+                return checkpoint
+            except CheckpointError as error:
+                on_refused(error)
+                refused = refused or error
+        if refused is not None:
+            raise refused
+        return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint file.
+
+    Raises:
+        CheckpointError: it cannot be read or used.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"{path} is larger than {_MAX_BYTES} bytes: it is not read.")
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    return from_bytes(content, str(path))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at any instant the old content or the new one is there, whole.
+
+    A temporary file beside it is flushed to disk and renamed, and the directory is flushed, so that
+    the rename too survives a loss of power.
+
+    Raises:
+        UserError: the file cannot be written; what was there before still is.
+    """
+    with _as_user_error(path):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp makes files that only their owner reads; a trial's files are as open as others.
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporary files of writers that were killed. Call it while holding the lock."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. What was saved before is whole; make room "
+            f"or change the permissions, and run the trial again: it goes on from there."
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _header(content: bytes, name: str) -> dict[str, Any]:
+    """The metadata of a safetensors file, without looking at its arrays."""
+    length = int.from_bytes(content[:8], "little")
+    try:
+        if len(content) < 8 or length > len(content) - 8:
+            raise ValueError
+        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+        if not isinstance(metadata, dict):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{name} is torn, or no checkpoint of ppo_hpo.") from None
+    return metadata
+
+
+def _set_digest(content: bytes, digest: bytes) -> bytes:
+    """The file with other digits in the place of its digest."""
+    mark = b'"sha256":"'
+    # The last one in the header is ours: quotes inside the JSON text before it are escaped.
+    end = 8 + int.from_bytes(content[:8], "little")
+    at = content.rfind(mark, 8, end)
+    if at < 0:
+        return content
+    at += len(mark)
+    return content[:at] + digest + content[at + 64 :]

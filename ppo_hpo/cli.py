@@ -1,0 +1,234 @@
+"""The command ``ppo-hpo``. Each subcommand imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from ppo_hpo import __version__
+from ppo_hpo.errors import Interrupted, UserError
+
+# Numerical libraries read these when they are first imported.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and what to do, as for every other bad input."""
+        self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = _build_parser()
+    arguments = parser.parse_args(argv)
+    if not hasattr(arguments, "command"):
+        parser.print_help()
+        return 2
+    try:
+        return int(arguments.command(arguments))
+    except UserError as error:
+        print(f"ppo-hpo: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of a pipe went away, as `head` does. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Interrupted as stop:
+        code = _interrupt_code(stop.signum)
+        print(f"ppo-hpo: stopped by {signal.Signals(stop.signum).name}; what was saved is whole, and the "
+              f"same command goes on from there (exit code {code})", file=sys.stderr)  # fmt: skip
+        return code
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ppo-hpo", description="Tune PPO with Orion: trials that never get lost.")
+    parser.add_argument("--version", action="version", version=f"ppo-hpo {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run one trial: what `orion hunt` calls, and as useful by hand",
+        description="Run one trial, or go on with it. Under `orion hunt` the trial's directory and its "
+        "result file come from Orion; by hand, the same command always finds the same trial again.",
+    )
+    run.add_argument("--config", required=True, metavar="FILE", help="YAML file, or a shipped preset's name")
+    run.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
+                     help="replace one value of the file; may be given many times")  # fmt: skip
+    run.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    run.add_argument("--seed", type=int, metavar="N", help="the same as --set task.seed=N")
+    run.add_argument("--epochs", type=int, metavar="N",
+                     help="epochs to train in all, up to the file's; schedules keep their end")  # fmt: skip
+    run.add_argument("--dir", metavar="DIR", help="the trial's directory (default: from Orion, else "
+                     "ppo-hpo-runs/ENV-HASH)")  # fmt: skip
+    run.set_defaults(command=_run)
+
+    space = commands.add_parser("space", help="list, show or copy the shipped search spaces and presets")
+    actions = space.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="names, and how many hyperparameters each searches")
+    listing.set_defaults(command=_space_list)
+    show = actions.add_parser("show", help="print one")
+    show.add_argument("name", metavar="NAME")
+    show.set_defaults(command=_space_show)
+    copy = actions.add_parser("copy", help="copy one, to change it")
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("destination", metavar="DEST", help="a file, or a directory")
+    copy.set_defaults(command=_space_copy)
+
+    report = commands.add_parser(
+        "report",
+        help="what an experiment found: best trial, steps, what early stopping saved",
+        description="Summarise an experiment of Orion's.",
+    )
+    report.add_argument("name", metavar="NAME", help="the experiment's name")
+    report.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
+    report.set_defaults(command=_report)
+    return parser
+
+
+# ------------------------------------------------------------------------------ run
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _raise_on_signals()
+    from ppo_hpo import results, trial
+    from ppo_hpo.config import TrialConfig
+
+    orion = trial.OrionContext.from_environ(os.environ)
+    mapping = _configuration(arguments, under_orion=orion is not None)
+    config = TrialConfig.from_mapping(mapping)
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(config.task.threads)
+    # `python -m` would find modules beside the user; a console script has to be told.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    if arguments.dir is not None:
+        directory = Path(arguments.dir)
+    else:
+        directory = orion.working_dir if orion else trial.default_directory(config)
+    outcome = trial.run(
+        config,
+        directory,
+        device=arguments.device,
+        uid=orion.trial_id if orion else None,
+        experiment=orion.experiment if orion else None,
+        siblings=orion.working_dir.parent if orion and arguments.dir is None else None,
+    )
+    if orion:
+        results.write(orion.results_path, outcome.entries)
+    else:
+        print(_outcome_text(outcome))
+    return 0
+
+
+def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[str, dict[str, Any]]:
+    """The file's groups with what the command line says of them."""
+    from ppo_hpo import space, yamlio
+    from ppo_hpo.config import GROUPS, TaskConfig
+
+    path = space.space_path(arguments.config)
+    content = yamlio.load(path)
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise UserError(f"{path} must map groups ({', '.join(GROUPS)}) to hyperparameters.")
+    mapping: dict[str, dict[str, Any]] = content
+    for setting in arguments.settings:
+        name, equals, text = setting.partition("=")
+        group, dot, key = name.partition(".")
+        if not (equals and dot and key):
+            raise UserError(f"--set takes GROUP.KEY=VALUE, as in --set optimizer.lr=3e-4, but got {setting!r}.")
+        # env.kwargs.NAME reaches into the environment's own arguments.
+        target = mapping.setdefault(group, {})
+        if group == "env" and key.startswith("kwargs."):
+            target = target.setdefault("kwargs", {})
+            key = key.removeprefix("kwargs.")
+        target[key] = yamlio.parse(text, f"--set {name}")
+    task = mapping.setdefault("task", {})
+    if under_orion and "max_epochs" not in task:
+        raise UserError(
+            f"{path} has no `task.max_epochs`. Under Orion it must say where schedules end: write the "
+            f"highest fidelity there, or the epochs of every trial where there is none."
+        )
+    if "max_epochs" not in task and not isinstance(task.get("epochs"), str):
+        task["max_epochs"] = task.get("epochs", TaskConfig().epochs)
+    if arguments.epochs is not None:
+        task["epochs"] = arguments.epochs
+    if arguments.seed is not None:
+        task["seed"] = arguments.seed
+    return mapping
+
+
+def _outcome_text(outcome: Any) -> str:
+    stats = outcome.statistics
+    lines = [
+        f"return      {stats['return_mean']:.2f} +- {stats['return_std']:.2f} "
+        f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps",
+        f"objective   {outcome.objective:.6g}{'  (diverged)' if stats['diverged'] else ''}",
+        f"trained     {stats['env_steps']:,.0f} steps, {stats['env_steps_here']:,.0f} of them now, "
+        f"at {stats['steps_per_second']:,.0f} steps/s",
+        f"lies in     {outcome.directory}",
+    ]
+    return "\n".join(lines)
+
+
+def _raise_on_signals() -> None:
+    """SIGTERM and SIGINT end the trial at once; every file is written in one piece or not at all."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        # One stop is enough: a second signal must not disturb the tidying up of the first.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        raise Interrupted(signum)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _interrupt_code(signum: int) -> int:
+    """What Orion asked for, or what a shell reports of a process that died by the signal."""
+    code = os.environ.get("ORION_INTERRUPT_CODE", "")
+    return int(code) if code.isdigit() else 128 + signum
+
+
+# ---------------------------------------------------------------------------- space
+
+
+def _space_list(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.space import list_spaces, read_space
+
+    for name in list_spaces():
+        space = read_space(name)
+        searched = sum(len(values) for values in space.priors.values())
+        kind = f"{searched} searched" if searched else "preset"
+        print(f"{name:24} {kind:14} {space.fixed.get('env', {}).get('id', '')}")
+    return 0
+
+
+def _space_show(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.space import space_path
+
+    try:
+        print(space_path(arguments.name).read_text(encoding="utf-8"), end="")
+    except OSError as error:
+        raise UserError(f"{arguments.name} cannot be read: {error.strerror}.") from None
+    return 0
+
+
+def _space_copy(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.space import copy_space
+
+    print(copy_space(arguments.name, arguments.destination))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.report import report
+
+    print(report(arguments.name, arguments.config, html=arguments.html))
+    return 0

@@ -1,0 +1,156 @@
+"""The Orion edge in Python: an objective for `workon`, and a trial for `suggest`/`observe` loops.
+
+Neither Orion nor torch is imported before a trial runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ppo_hpo.config import TrialConfig
+from ppo_hpo.space import Space, fill, read_space, with_fidelities
+
+if TYPE_CHECKING:
+    from orion.client import ExperimentClient
+    from orion.core.worker.trial import Trial
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A function that runs one trial and returns its results; it can be pickled.
+
+    Attributes:
+        space: the space, whose fixed values complete what Orion proposes.
+        overrides: group to key to value, which win over both.
+        directory: where trials go that come without a directory of their own.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        console: whether trials log to standard error.
+    """
+
+    space: Space
+    overrides: Overrides = field(default_factory=dict)
+    directory: Path | None = None
+    device: str = "auto"
+    console: bool = True
+
+    def config(self, params: Mapping[str, Any]) -> TrialConfig:
+        """The configuration of one trial, checked."""
+        return TrialConfig.from_mapping(fill(self.space, params, self.overrides))
+
+    def __call__(self, trial: Trial | None = None, **params: Any) -> list[dict[str, Any]]:
+        """Run one trial, or go on with it.
+
+        Args:
+            trial: Orion's record of it; ``workon(..., trial_arg="trial")`` hands it over. Without it the
+                trial has no directory of Orion's and goes below ``directory``.
+            **params: what Orion proposes, nested as in the space.
+
+        Returns:
+            Orion's results: the objective and the statistics.
+        """
+        from ppo_hpo import trial as runner
+
+        config = self.config(params)
+        uid = siblings = None
+        if trial is not None:
+            place, uid = Path(trial.working_dir), str(trial.id)
+            siblings = place.parent
+        elif self.directory is not None:
+            place = self.directory / config.identity()[:16]
+        else:
+            place = runner.default_directory(config)
+        outcome = runner.run(
+            config, place, device=self.device, uid=uid, siblings=siblings, console=self.console
+        )
+        return outcome.entries
+
+
+def objective(
+    space_or_config: str | Mapping[str, Any] = "default",
+    *,
+    env: str | None = None,
+    overrides: Overrides | None = None,
+    directory: str | Path | None = None,
+    device: str = "auto",
+    console: bool = True,
+    **fidelities: Any,
+) -> Objective:
+    """The function to pass to Orion's ``client.workon``.
+
+        space = get_space("classic-control", epochs="fidelity(1, 4, base=4)")
+        function = objective("classic-control", env="Acrobot-v1", epochs="fidelity(1, 4, base=4)")
+        client = build_experiment("acrobot", space=space, working_dir="/somewhere", ...)
+        client.workon(function, trial_arg="trial", max_trials=20)
+
+    Args:
+        space_or_config: a shipped space's name, a file's path, or a nested mapping of fixed values.
+        env: the environment's id, the same as ``overrides={"env": {"id": env}}``.
+        overrides: group to key to value, which win over the space and over Orion.
+        directory: where trials go that come without ``trial_arg``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        console: whether trials log to standard error; each also has its own ``log.txt``.
+        **fidelities: the same as were given to `get_space`.
+
+    Raises:
+        UserError: an unknown space, a bad value or a fidelity that the space has not.
+    """
+    if isinstance(space_or_config, str):
+        space = read_space(space_or_config)
+    else:
+        TrialConfig.from_mapping(space_or_config)
+        space = Space("configuration", Path(), dict(space_or_config), {})
+    space = with_fidelities(space, fidelities)
+    chosen = {group: dict(values) for group, values in (overrides or {}).items()}
+    if env is not None:
+        chosen.setdefault("env", {})["id"] = env
+    return Objective(
+        space, chosen, None if directory is None else Path(directory).absolute(), device, console
+    )
+
+
+def run_trial(
+    client: ExperimentClient,
+    trial: Trial,
+    space_or_config: str | Mapping[str, Any] = "default",
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Run a trial that ``client.suggest()`` gave, and observe its results.
+
+    Schedules end at the highest fidelity of the client's own space. A trial that fails is released as
+    broken, one that is interrupted as interrupted; both go on from their checkpoint when Orion
+    hands them out again.
+
+    Args:
+        client: of the experiment; it needs a ``working_dir`` that lasts.
+        trial: reserved by ``client.suggest()``.
+        space_or_config: as for `objective`.
+        **options: as for `objective`.
+
+    Returns:
+        The results that were observed.
+
+    Raises:
+        UserError: as for `objective`.
+    """
+    # `suggest` makes no directory, and this is what copies a parent's for ASHA and PBT.
+    from orion.client.runner import prepare_trial_working_dir
+
+    try:
+        if "task.epochs" in client.space and "epochs" not in options:
+            options["epochs"] = client.space["task.epochs"].get_prior_string()
+        function = objective(space_or_config, **options)
+        prepare_trial_working_dir(client, trial)
+        found = function(trial=trial, **trial.params)
+    except Exception:
+        client.release(trial, status="broken")
+        raise
+    except BaseException:
+        client.release(trial, status="interrupted")
+        raise
+    client.observe(trial, found)
+    return found

@@ -1,0 +1,231 @@
+"""Environments: made, checked, and stepped side by side without losing a transition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppo_hpo.config import EnvConfig
+from ppo_hpo.errors import UserError
+
+if TYPE_CHECKING:
+    import gymnasium
+
+_SUPPORTED = "Supported are Box observations of one dimension, and Discrete or Box actions."
+
+
+@dataclass(frozen=True)
+class EnvInfo:
+    """What the networks and the loop need to know of an environment.
+
+    Attributes:
+        id: as asked for.
+        obs_dim: D, entries of an observation.
+        kind: of the actions.
+        action_dim: number of discrete actions, or dimensions of a continuous one.
+        action_shape: what the environment's ``step`` takes; ``()`` where actions are discrete.
+        first_action: the smallest discrete action.
+        low: ``[action_dim]`` bounds of a continuous action, else empty.
+        high: ``[action_dim]``.
+        action_dtype: of what ``step`` takes.
+        time_limit: steps of an episode, or None where nothing limits it.
+    """
+
+    id: str
+    obs_dim: int
+    kind: Literal["discrete", "continuous"]
+    action_dim: int
+    action_shape: tuple[int, ...]
+    first_action: int
+    low: NDArray[Any]
+    high: NDArray[Any]
+    action_dtype: Any
+    time_limit: int | None
+
+    @property
+    def continuous(self) -> bool:
+        """Whether actions are continuous."""
+        return self.kind == "continuous"
+
+    def to_env(self, action: NDArray[Any]) -> Any:
+        """One policy action in the environment's own terms, clipped to its bounds (detail 27).
+
+        Only the environment sees the clipped action: the update uses the one that was sampled.
+        """
+        if self.kind == "discrete":
+            return int(action) + self.first_action
+        return np.clip(action, self.low, self.high).astype(self.action_dtype).reshape(self.action_shape)
+
+
+def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
+    """Make one environment.
+
+    Raises:
+        UserError: unknown id, missing package, or arguments that the environment does not take.
+    """
+    import gymnasium
+    from gymnasium import error
+
+    options = dict(config.kwargs)
+    if config.max_episode_steps is not None:
+        options["max_episode_steps"] = config.max_episode_steps
+    try:
+        # The checker inspects every single step; `probe` checks what matters here, once.
+        return gymnasium.make(config.id, disable_env_checker=True, **options)
+    except error.DependencyNotInstalled as failure:
+        raise UserError(
+            f"`env.id: {config.id}` needs a package that is not installed ({_line(failure)}). "
+            f"{_extra_for(config.id)}"
+        ) from None
+    except (error.UnregisteredEnv, error.Error) as failure:
+        raise UserError(
+            f"`env.id: {config.id}` cannot be made: {_line(failure)}. An environment of your own is "
+            f"named module:EnvId, where importing the module registers it."
+        ) from None
+    except ModuleNotFoundError as failure:
+        raise UserError(
+            f"`env.id: {config.id}` needs the module {failure.name!r}, which is not installed or "
+            f"not on the path. {_extra_for(config.id)}"
+        ) from None
+    except TypeError as failure:
+        raise UserError(
+            f"`env.id: {config.id}` does not take `env.kwargs: {dict(config.kwargs)}`: "
+            f"{_line(failure)}."
+        ) from None
+
+
+def probe(config: EnvConfig) -> EnvInfo:
+    """Make an environment once, look at its spaces and close it.
+
+    Raises:
+        UserError: it cannot be made, or its spaces are not supported.
+    """
+    env = make(config)
+    try:
+        return _describe(config.id, env)
+    finally:
+        env.close()
+
+
+def _describe(name: str, env: gymnasium.Env[Any, Any]) -> EnvInfo:
+    from gymnasium import spaces
+
+    observations, actions = env.observation_space, env.action_space
+    if not isinstance(observations, spaces.Box) or len(observations.shape) != 1:
+        raise UserError(
+            f"`env.id: {name}` has the observation space {observations}. {_SUPPORTED} "
+            f"gymnasium.wrappers.FlattenObservation turns most others into a vector."
+        )
+    kind: Literal["discrete", "continuous"]
+    low = high = np.zeros(0)
+    if isinstance(actions, spaces.Discrete):
+        kind, dim, shape, first = "discrete", int(actions.n), (), int(actions.start)
+    elif isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating):
+        kind, dim, shape, first = "continuous", int(np.prod(actions.shape)), actions.shape, 0
+        low, high = actions.low.reshape(-1), actions.high.reshape(-1)
+    else:
+        raise UserError(f"`env.id: {name}` has the action space {actions}. {_SUPPORTED}")
+    return EnvInfo(
+        id=name,
+        obs_dim=int(observations.shape[0]),
+        kind=kind,
+        action_dim=dim,
+        action_shape=shape,
+        first_action=first,
+        low=low,
+        high=high,
+        action_dtype=actions.dtype,
+        time_limit=None if env.spec is None else env.spec.max_episode_steps,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of all environments gave. The arrays are reused by the next step.
+
+    Attributes:
+        obs: ``[N, D]`` what to act on next; where an episode ended, the first of the next episode.
+        final_obs: ``[N, D]`` what the action led to; differs from ``obs`` where ``done``.
+        reward: ``[N]``.
+        terminated: ``[N]`` the task itself ended.
+        truncated: ``[N]`` the episode was cut, as by a time limit.
+    """
+
+    obs: NDArray[np.float64]
+    final_obs: NDArray[np.float64]
+    reward: NDArray[np.float64]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+
+
+class SyncEnvs:
+    """N environments stepped one after the other, each reset in the step that ends its episode.
+
+    So every step of every environment is a transition of its own task: there is no reset row to
+    mask, and an epoch of n steps is n transitions. gymnasium's `SyncVectorEnv` in its same-step
+    mode hands out the environment's own array as final observation, which an environment that
+    reuses its buffer overwrites at the reset; here it is copied first.
+    """
+
+    def __init__(self, config: EnvConfig, info: EnvInfo) -> None:
+        self._envs = [make(config) for _ in range(config.n_envs)]
+        self._info = info
+        n, d = config.n_envs, info.obs_dim
+        self._step = Step(
+            obs=np.zeros((n, d)),
+            final_obs=np.zeros((n, d)),
+            reward=np.zeros(n),
+            terminated=np.zeros(n, np.bool_),
+            truncated=np.zeros(n, np.bool_),
+        )
+
+    def reset(self, seeds: list[int]) -> NDArray[np.float64]:
+        """Begin new episodes everywhere, one seed each; return the observations ``[N, D]``."""
+        for index, (env, seed) in enumerate(zip(self._envs, seeds, strict=True)):
+            self._step.obs[index], _ = env.reset(seed=seed)
+        return self._step.obs
+
+    def step(self, actions: NDArray[Any]) -> Step:
+        """Take one action in each environment: ``[N]`` integers or ``[N, A]`` reals."""
+        step = self._step
+        for index, env in enumerate(self._envs):
+            action = self._info.to_env(actions[index])
+            obs, reward, terminated, truncated, _ = env.step(action)
+            step.final_obs[index] = obs
+            step.reward[index] = reward
+            step.terminated[index] = terminated
+            step.truncated[index] = truncated
+            if terminated or truncated:
+                obs, _ = env.reset()
+            step.obs[index] = obs
+        return step
+
+    def close(self) -> None:
+        """Close every environment."""
+        for env in self._envs:
+            env.close()
+
+
+def _line(failure: BaseException) -> str:
+    return " ".join(str(failure).split()).rstrip(".")
+
+
+def _extra_for(name: str) -> str:
+    import gymnasium
+
+    spec = gymnasium.registry.get(name)
+    entry = str(spec.entry_point) if spec is not None else name
+    for extra, marks in (
+        ("box2d", ("box2d",)),
+        ("mujoco", ("mujoco",)),
+        ("classic-control", ("classic_control",)),
+        ("atari", ("ALE/", "ale_py", "shimmy")),
+    ):
+        if any(mark in entry or mark in name for mark in marks):
+            if extra == "atari":
+                return "Atari games have images, which are not supported."
+            return f"Install it with: pip install 'ppo-hpo[{extra}]'"
+    return "Install the package that brings it."

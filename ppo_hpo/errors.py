@@ -1,0 +1,32 @@
+"""What goes wrong by the user's hand, and what merely stops a trial."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Input that breaks a rule: the message says the rule, the value and what to do.
+
+    The command line prints it as one line and exits with code 2.
+    """
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is torn, foreign, of other hyperparameters or not finite."""
+
+
+class BadResume(RuntimeError):
+    """A task that failed was asked to go on; a new one has to be made from its checkpoint."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the trial to stop.
+
+    Not an ``Exception``, so that no ``except Exception`` on the way out can swallow it.
+
+    Attributes:
+        signum: the number of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum

@@ -1,0 +1,90 @@
+"""Evaluation: whole episodes on environments and seeds that training never sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ppo_hpo.config import EnvConfig
+from ppo_hpo.envs import EnvInfo, make
+from ppo_hpo.normalize import ObservationNormalizer
+from ppo_hpo.rollout import Policy, sampling_noise
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Unscaled returns and lengths of the episodes, in the order of their seeds."""
+
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every return is a finite number."""
+        return bool(np.isfinite(self.returns).all())
+
+    @property
+    def steps(self) -> int:
+        """Environment steps that the evaluation took."""
+        return sum(self.lengths)
+
+
+class Evaluator:
+    """One environment for each episode, so that one forward pass serves all that still run."""
+
+    def __init__(self, config: EnvConfig, info: EnvInfo, seeds: list[int], max_steps: int) -> None:
+        """Make the environments.
+
+        Args:
+            config: the environment.
+            info: of the environment.
+            seeds: one for each episode.
+            max_steps: cut an episode after so many steps, for environments without a time limit.
+        """
+        self._envs = [make(config) for _ in seeds]
+        self._info = info
+        self._seeds = seeds
+        self._max_steps = max_steps
+
+    def __call__(
+        self,
+        policy: Policy,
+        normalizer: ObservationNormalizer,
+        stream: np.random.Generator | None,
+    ) -> Evaluation:
+        """Run every episode to its end.
+
+        Args:
+            policy: acts.
+            normalizer: of training; nothing is added to it.
+            stream: of the actions' noise; None takes the most probable action.
+        """
+        n = len(self._envs)
+        obs = np.zeros((n, self._info.obs_dim))
+        for index, (env, seed) in enumerate(zip(self._envs, self._seeds, strict=True)):
+            obs[index], _ = env.reset(seed=seed)
+        returns, lengths = np.zeros(n), np.zeros(n, np.int64)
+        running = np.arange(n)
+        while len(running):
+            noise = None
+            if stream is not None:
+                shape = (n, self._info.action_dim)
+                noise = sampling_noise(stream, shape, continuous=self._info.continuous)[running]
+            actions = policy.act(normalizer(obs[running]), noise)
+            still = []
+            for index, action in zip(running, actions, strict=True):
+                obs[index], reward, terminated, truncated, _ = self._envs[index].step(
+                    self._info.to_env(action)
+                )
+                returns[index] += float(reward)
+                lengths[index] += 1
+                if not (terminated or truncated or lengths[index] >= self._max_steps):
+                    still.append(index)
+            running = np.array(still, np.int64)
+        return Evaluation(tuple(returns.tolist()), tuple(lengths.tolist()))
+
+    def close(self) -> None:
+        """Close every environment."""
+        for env in self._envs:
+            env.close()

@@ -1,0 +1,107 @@
+"""Running statistics of observations and returns, in double precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_EPSILON = 1e-8
+
+
+class RunningMoments:
+    """Mean and variance of all rows seen, merged batch by batch (Chan, Golub & LeVeque 1983).
+
+    Attributes:
+        mean: of shape ``shape``.
+        var: population variance, of shape ``shape``; 1 before anything was seen.
+        count: rows seen.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.mean = np.zeros(shape, np.float64)
+        self.var = np.ones(shape, np.float64)
+        self.count = 0.0
+
+    def update(self, batch: NDArray[Any]) -> None:
+        """Take in ``[B, *shape]`` rows."""
+        n = len(batch)
+        batch = np.asarray(batch, np.float64)
+        mean = batch.mean(axis=0)
+        var = np.square(batch - mean).mean(axis=0)
+        total = self.count + n
+        delta = mean - self.mean
+        # Before the first batch the weight of the made-up unit variance is 0: it leaves no trace.
+        self.var = (
+            self.var * self.count + var * n + delta * delta * (self.count * n / total)
+        ) / total
+        self.mean = self.mean + delta * (n / total)
+        self.count = total
+
+    def state(self) -> dict[str, NDArray[np.float64]]:
+        """Copies of the statistics."""
+        return {
+            "mean": self.mean.copy(),
+            "var": self.var.copy(),
+            "count": np.array(self.count, np.float64),
+        }
+
+    def load(self, state: dict[str, NDArray[np.float64]]) -> None:
+        """Take over what `state` gave."""
+        self.mean = np.array(state["mean"], np.float64).reshape(self.mean.shape)
+        self.var = np.array(state["var"], np.float64).reshape(self.var.shape)
+        self.count = float(state["count"])
+
+
+class ObservationNormalizer:
+    """Details 28 and 29: standardise observations by all that were seen in training, then clip.
+
+    Evaluation uses the same statistics and never adds to them.
+    """
+
+    def __init__(self, dim: int, *, enabled: bool, clip: float) -> None:
+        self.moments = RunningMoments((dim,))
+        self.enabled = enabled
+        self._clip = clip
+
+    def update(self, obs: NDArray[Any]) -> None:
+        """Take in observations of training, ``[N, D]``."""
+        if self.enabled:
+            self.moments.update(obs)
+
+    def __call__(self, obs: NDArray[Any]) -> NDArray[np.float32]:
+        """Observations ``[..., D]`` as the networks see them."""
+        if not self.enabled:
+            return np.asarray(obs, np.float32)
+        scaled = (obs - self.moments.mean) / np.sqrt(self.moments.var + _EPSILON)
+        return np.clip(scaled, -self._clip, self._clip).astype(np.float32)
+
+
+class RewardScaler:
+    """Details 30 and 31: divide rewards by the deviation of the discounted return, then clip.
+
+    The discount is the trial's own, since the return whose scale matters is the one that the
+    critic learns. The reward's mean is not subtracted: that would change the task.
+    """
+
+    def __init__(self, n_envs: int, gamma: float, *, enabled: bool, clip: float) -> None:
+        self.moments = RunningMoments(())
+        self.enabled = enabled
+        self._gamma = gamma
+        self._clip = clip
+        self._return = np.zeros(n_envs, np.float64)
+
+    def reset(self) -> None:
+        """Forget the returns under way: all environments were reset."""
+        self._return[:] = 0.0
+
+    def __call__(self, reward: NDArray[Any], done: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Take in one step's rewards ``[N]`` and give them scaled."""
+        if not self.enabled:
+            return reward
+        self._return = self._return * self._gamma + reward
+        self.moments.update(self._return)
+        self._return[done] = 0.0
+        scaled = reward / np.sqrt(self.moments.var + _EPSILON)
+        return np.clip(scaled, -self._clip, self._clip)

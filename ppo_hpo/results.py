@@ -1,0 +1,84 @@
+"""From a learning curve to an objective, and from there to Orion's result file.
+
+The file is a JSON list of ``{"name", "type", "value"}`` at the path in ``ORION_RESULTS_PATH``, with
+one entry of type ``objective`` and any number of type ``statistic``. Any language can write it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+# Statistics of one evaluation, in the names of the curve's columns.
+_EVALUATION = ("return_mean", "return_std", "return_median", "episode_length")
+
+
+def evaluation_columns(returns: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
+    """What a row of the curve says of one evaluation: population statistics over its episodes."""
+    import numpy as np
+
+    return {
+        "return_mean": float(np.mean(returns)),
+        "return_std": float(np.std(returns)),
+        "return_median": float(np.median(returns)),
+        "return_min": float(np.min(returns)),
+        "return_max": float(np.max(returns)),
+        "episode_length": float(np.mean(lengths)),
+        "eval_steps": int(np.sum(lengths)),
+    }
+
+
+def objective(curve: Sequence[Row], epochs: int, *, diverged: bool) -> float:
+    """What Orion minimises: the negative mean return after ``epochs``.
+
+    A trial that diverged scores as the worst evaluation of its life, the untrained policy's
+    included: Orion sorts raw floats, and a NaN among them would be promoted.
+
+    Args:
+        curve: rows of the learning curve, the first for the untrained policy.
+        epochs: the epoch to judge.
+        diverged: whether the trial diverged before it got there.
+    """
+    rows = [row for row in curve if row["epoch"] <= epochs]
+    if diverged:
+        return -min(float(row["return_mean"]) for row in rows)
+    (row,) = (row for row in rows if row["epoch"] == epochs)
+    return -float(row["return_mean"])
+
+
+def statistics(curve: Sequence[Row], epochs: int, *, diverged: bool) -> dict[str, float]:
+    """What is known of the trial beside its objective; see `_EVALUATION` for the first four."""
+    last = [row for row in curve if row["epoch"] <= epochs][-1]
+    return {
+        **{name: float(last[name]) for name in _EVALUATION},
+        "epochs": float(last["epoch"]),
+        "diverged": float(diverged),
+    }
+
+
+def entries(objective_value: float, extra: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The list that Orion reads.
+
+    Raises:
+        ValueError: a number is not finite, which Orion would store and sort by.
+    """
+    values = {"objective": objective_value, **extra}
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise ValueError(f"Results must be finite, but got {', '.join(bad)}.")
+    found = [{"name": "objective", "type": "objective", "value": float(objective_value)}]
+    return found + [
+        {"name": name, "type": "statistic", "value": float(value)} for name, value in extra.items()
+    ]
+
+
+def write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write the result file in one piece."""
+    from ppo_hpo.checkpoint import write_atomically
+
+    write_atomically(path, (json.dumps(list(results), indent=1) + "\n").encode())

@@ -1,0 +1,184 @@
+"""Rollouts: what the policy did and what came of it, `[T, N]`, time first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppo_hpo.envs import EnvInfo, SyncEnvs
+from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
+
+Float32 = NDArray[np.float32]
+
+
+class Policy(Protocol):
+    """What collecting and evaluating need of an agent; all arrays are numpy's."""
+
+    def act(self, obs: Float32, noise: Float32 | None) -> NDArray[Any]:
+        """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode."""
+
+    def values(self, obs: Float32) -> Float32:
+        """Values ``[B]`` of observations ``[B, D]``."""
+
+    def log_probs(self, obs: Float32, action: NDArray[Any]) -> Float32:
+        """Log-probabilities ``[B]`` of actions."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """T steps of N environments.
+
+    Attributes:
+        obs: ``[T, N, D]`` normalised, as the networks saw them.
+        action: ``[T, N]`` integers or ``[T, N, A]`` reals, as sampled.
+        log_prob: ``[T, N]`` of the actions when they were taken.
+        value: ``[T, N]`` of ``obs``.
+        reward: ``[T, N]``, scaled where the trial scales them.
+        terminated: ``[T, N]`` the task itself ended: nothing follows.
+        truncated: ``[T, N]`` the episode was cut: its future is worth ``final_value``.
+        final_value: ``[T, N]`` value of the last observation of an episode that was cut; else 0.
+    """
+
+    obs: Float32
+    action: NDArray[Any]
+    log_prob: Float32
+    value: Float32
+    reward: NDArray[np.float64]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    final_value: Float32
+
+    @property
+    def done(self) -> NDArray[np.bool_]:
+        """Where an episode ended, for either reason."""
+        return self.terminated | self.truncated
+
+    def next_value(self, last_value: Float32) -> Float32:
+        """The value of what each step led to, ``[T, N]``.
+
+        Args:
+            last_value: ``[N]`` of the observations that follow the last step.
+        """
+        following = np.concatenate([self.value[1:], last_value[None]])
+        return np.where(self.truncated, self.final_value, following)
+
+
+@dataclass
+class Episodes:
+    """Returns and lengths of the training episodes that ended, in raw rewards."""
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def begin(self, n_envs: int) -> None:
+        """Forget the episodes under way: all environments were reset."""
+        self._return = np.zeros(n_envs)
+        self._length = np.zeros(n_envs, np.int64)
+
+    def add(self, reward: NDArray[Any], done: NDArray[np.bool_]) -> None:
+        """Take in one step."""
+        self._return += reward
+        self._length += 1
+        if done.any():
+            self.returns += self._return[done].tolist()
+            self.lengths += self._length[done].tolist()
+            self._return[done] = 0.0
+            self._length[done] = 0
+
+
+def collect(
+    policy: Policy,
+    envs: SyncEnvs,
+    info: EnvInfo,
+    obs: Float32,
+    n_steps: int,
+    normalizer: ObservationNormalizer,
+    scaler: RewardScaler,
+    stream: np.random.Generator,
+    episodes: Episodes,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[Rollout, Float32]:
+    """Run the policy for ``n_steps`` in each environment.
+
+    Values and log-probabilities are computed at the end, for all samples in one batch: the policy
+    does not change during a rollout.
+
+    Args:
+        policy: acts, values and rates.
+        envs: N environments, in the middle of whatever episodes they are in.
+        info: of the environment.
+        obs: ``[N, D]`` normalised observations to begin with.
+        n_steps: T.
+        normalizer: takes in every observation seen.
+        scaler: takes in every reward.
+        stream: of the actions' noise.
+        episodes: takes in every reward, unscaled.
+        tick: called before each step; raising in it leaves everything as it was at the last epoch.
+
+    Returns:
+        The rollout, and the normalised observations ``[N, D]`` that follow it.
+    """
+    n = len(obs)
+    shape = (n_steps, n)
+    all_obs = np.empty((*shape, info.obs_dim), np.float32)
+    noise = sampling_noise(stream, (*shape, info.action_dim), continuous=info.continuous)
+    action = np.empty((*shape, info.action_dim) if info.continuous else shape, _dtype(info))
+    reward = np.empty(shape, np.float64)
+    terminated = np.empty(shape, np.bool_)
+    truncated = np.empty(shape, np.bool_)
+    cut_at: list[tuple[int, int]] = []
+    cut_obs: list[Float32] = []
+    for t in range(n_steps):
+        tick()
+        all_obs[t] = obs
+        action[t] = policy.act(obs, noise[t])
+        step = envs.step(action[t])
+        done = step.terminated | step.truncated
+        terminated[t] = step.terminated
+        # Both flags at once means that the task ended in its last allowed step: nothing follows.
+        truncated[t] = step.truncated & ~step.terminated
+        episodes.add(step.reward, done)
+        reward[t] = scaler(step.reward, done)
+        normalizer.update(step.obs)
+        obs = normalizer(step.obs)
+        for index in np.flatnonzero(truncated[t]):
+            cut_at.append((t, int(index)))
+            cut_obs.append(normalizer(step.final_obs[index]))
+    flat_obs = all_obs.reshape(-1, info.obs_dim)
+    flat_action = action.reshape(len(flat_obs), *action.shape[2:])
+    final_value = np.zeros(shape, np.float32)
+    if cut_at:
+        final_value[tuple(np.array(cut_at).T)] = policy.values(np.stack(cut_obs))
+    rollout = Rollout(
+        obs=all_obs,
+        action=action,
+        log_prob=policy.log_probs(flat_obs, flat_action).reshape(shape),
+        value=policy.values(flat_obs).reshape(shape),
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+        final_value=final_value,
+    )
+    return rollout, obs
+
+
+def sampling_noise(
+    stream: np.random.Generator, shape: tuple[int, ...], *, continuous: bool
+) -> Float32:
+    """Noise that turns a policy's output into a sample of it, on any device.
+
+    Standard normal for means, and standard Gumbel for logits: the largest of logits + Gumbel noise
+    is a sample of their softmax (Gumbel 1954).
+    """
+    if continuous:
+        return stream.standard_normal(shape, np.float32)
+    exponential = stream.standard_exponential(shape, np.float32)
+    return -np.log(np.maximum(exponential, np.finfo(np.float32).tiny))
+
+
+def _dtype(info: EnvInfo) -> type[np.generic]:
+    return np.float32 if info.continuous else np.int64

@@ -1,0 +1,811 @@
+"""The task: PPO on one environment, from its hyperparameters to its result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ppo_hpo import results, seeding
+from ppo_hpo.checkpoint import Checkpoint, Storage
+from ppo_hpo.components import (
+    ActorCritic,
+    Groups,
+    LRSchedule,
+    Optimizer,
+    RolloutLoader,
+    merge,
+    open_priors,
+)
+from ppo_hpo.config import CHANGEABLE_IN_MID_LIFE, OTHER_SPELLINGS, TrialConfig, check_value, field_names
+from ppo_hpo.device import resolve_device
+from ppo_hpo.envs import EnvInfo, SyncEnvs, probe
+from ppo_hpo.errors import BadResume, CheckpointError, UserError
+from ppo_hpo.evaluate import Evaluation, Evaluator
+from ppo_hpo.events import Events, Metrics
+from ppo_hpo.gae import gae
+from ppo_hpo.learner import Batch, Criterion, Learner
+from ppo_hpo.networks import MLPActorCritic
+from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
+from ppo_hpo.rollout import Rollout
+from ppo_hpo.train import Agent, Diverged, scheduled, train_epoch
+
+State = dict[str, Any]
+
+
+class BadResumeGuard:
+    """Marks a task as bad when what it guards fails, and keeps bad tasks from going on.
+
+    After a failure a task may be anywhere between two states. A new one, made with the same
+    hyperparameters and storage, starts at the last checkpoint instead.
+    """
+
+    def __init__(self, task: PPO) -> None:
+        self._task = task
+
+    def __enter__(self) -> None:
+        if self._task.bad_state:
+            raise BadResume(
+                "This task failed before and may be in a bad state. Make a new one with the same "
+                "hyperparameters and storage: it goes on from the last checkpoint."
+            )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._task.bad_state = True
+
+
+class PPO:
+    """Proximal Policy Optimization (https://arxiv.org/abs/1707.06347) on one environment.
+
+    Make it, supply its open hyperparameters with `init`, and `fit`:
+
+        task = PPO(ActorCritic(), RolloutLoader("CartPole-v1"), Optimizer(lr=3e-4), LRSchedule(), "cpu")
+        task.init()
+        task.fit(4)
+        print(task.report())
+
+    Attributes:
+        device: where the networks are trained.
+        events: what observers subscribe to.
+        metrics: the learning curve.
+        model: the network; before `init`, the component it will be made from.
+        config: the hyperparameters, after `init`.
+        epoch: epochs done.
+        diverged: whether a loss or a parameter became NaN or infinite.
+        lineage: where a forked trial came from, oldest first; empty for all others.
+        bad_state: whether something failed; see `BadResumeGuard`.
+    """
+
+    def __init__(
+        self,
+        model: ActorCritic | nn.Module,
+        dataloader: RolloutLoader,
+        optimizer: Optimizer,
+        lr_scheduler: LRSchedule,
+        device: str | torch.device,
+        ppo_epoch: int | None = 5,
+        ppo_batch_size: int | None = 32,
+        ppo_clip_param: float | None = 10,
+        ppo_max_grad_norm: float | None = 1000,
+        criterion: Criterion | None = None,
+        storage: Storage | str | os.PathLike[str] | None = None,
+        logger: logging.Logger | None = None,
+        *,
+        ppo: Mapping[str, Any] | None = None,
+        normalize: Mapping[str, Any] | None = None,
+        task: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put the parts together; nothing is built yet.
+
+        The four defaults that PPO's other implementations set otherwise (5 passes, batches of 32, a
+        clip range of 10, a gradient norm of 1000) are those of Olympus, whose interface this is. None leaves
+        one open, so that it is searched.
+
+        Args:
+            model: `ActorCritic`, or a network of your own with ``policy(obs)``, ``value(obs)`` and,
+                for continuous actions, ``log_std``.
+            dataloader: the environment, and how much of it makes a rollout.
+            optimizer: Adam's hyperparameters.
+            lr_scheduler: the learning rate's schedule.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a torch device.
+            ppo_epoch: `ppo.n_epochs`, passes over one rollout.
+            ppo_batch_size: `ppo.batch_size`, samples in one minibatch.
+            ppo_clip_param: `ppo.clip_range`.
+            ppo_max_grad_norm: `ppo.max_grad_norm`.
+            criterion: ``(value [B], returns [B]) -> scalar`` in the place of the mean squared error.
+            storage: where checkpoints go, a directory; None keeps none.
+            logger: gets a line for each epoch; None is the logger ``ppo_hpo``.
+            ppo: further fixed hyperparameters of the group `ppo`.
+            normalize: those of the group `normalize`.
+            task: those of the group `task`, such as ``seed`` and ``max_epochs``.
+
+        Raises:
+            UserError: a value that breaks its rule, or a device that is not there.
+        """
+        for value, kind, name in (
+            (model, (ActorCritic, nn.Module), "model"),
+            (dataloader, RolloutLoader, "dataloader"),
+            (optimizer, Optimizer, "optimizer"),
+            (lr_scheduler, LRSchedule, "lr_scheduler"),
+        ):
+            if not isinstance(value, kind):  # type: ignore[arg-type]
+                raise UserError(f"`{name}` must be a component of ppo_hpo, but got {value!r}.")
+        own = {
+            "n_epochs": ppo_epoch,
+            "batch_size": ppo_batch_size,
+            "clip_range": ppo_clip_param,
+            "max_grad_norm": ppo_max_grad_norm,
+        }
+        fixed = {key: value for key, value in own.items() if value is not None}
+        self._components = (dataloader, optimizer, lr_scheduler)
+        self._model: ActorCritic | nn.Module = model
+        parts = [component.fixed for component in self._components]
+        if isinstance(model, ActorCritic):
+            parts.append(model.fixed)
+        groups: Groups = {
+            "ppo": {**fixed, **(ppo or {})},
+            "normalize": dict(normalize or {}),
+            "task": dict(task or {}),
+        }
+        for group, values in groups.items():
+            for key, value in values.items():
+                check_value(group, key, value)
+        self._fixed = merge(*parts, groups)
+        self.device = resolve_device(device)
+        self.events = Events()
+        self.metrics = Metrics()
+        self.epoch = 0
+        self.diverged = False
+        self.bad_state = False
+        self.lineage: list[dict[str, Any]] = []
+        self._criterion = criterion
+        self._storage = storage if isinstance(storage, Storage | None) else Storage(storage)
+        self._log = logger or logging.getLogger("ppo_hpo")
+        self._fidelity: str | None = None
+        self._uid: str | None = None
+        self._agent: Agent | None = None
+        self._envs: SyncEnvs | None = None
+        self._evaluator: Evaluator | None = None
+        self._resumed = False
+        self._seconds_before = 0.0
+        self._diverged_steps = 0
+        #: Called before each environment step; what it raises stops `fit` there.
+        self.tick: Callable[[], None] = lambda: None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: TrialConfig,
+        device: str | torch.device = "auto",
+        *,
+        storage: Storage | str | os.PathLike[str] | None = None,
+        logger: logging.Logger | None = None,
+        uid: str | None = None,
+        model: nn.Module | None = None,
+    ) -> PPO:
+        """A task that is fixed throughout and ready to `fit`; for the arguments see the constructor."""
+        groups = config.to_mapping()
+        env = dict(groups["env"])
+        task = cls(
+            model or ActorCritic(**groups["model"]),
+            RolloutLoader(env.pop("id"), **env),
+            Optimizer(**groups["optimizer"]),
+            LRSchedule(**groups["lr_schedule"]),
+            device,
+            None,
+            None,
+            None,
+            None,
+            storage=storage,
+            logger=logger,
+            ppo=groups["ppo"],
+            normalize=groups["normalize"],
+            task=groups["task"],
+        )
+        task.init(gamma=config.ppo.gamma, uid=uid)
+        return task
+
+    # ------------------------------------------------------------------- making
+
+    def get_space(self, **fidelities: str) -> dict[str, dict[str, str]]:
+        """Priors for what is not fixed yet, in the form that Orion's ``build_experiment`` takes.
+
+        Args:
+            **fidelities: ``epochs="fidelity(1, 16, base=4)"``; schedules then end at its highest.
+
+        Raises:
+            UserError: a fidelity that PPO has not, or a bad one.
+        """
+        from ppo_hpo.space import Space, spaces_directory, with_fidelities
+
+        keys = [(group, key) for group in ("ppo", "normalize") for key in field_names(group)]
+        space: Groups = open_priors(keys, self._fixed)
+        for component in self._components:
+            space = merge(space, component.get_space())
+        if isinstance(self._model, ActorCritic):
+            space = merge(space, self._model.get_space())
+        given = with_fidelities(Space("PPO", spaces_directory(), {}, {}), fidelities)
+        if given.max_epochs is not None:
+            self._fidelity = str(given.max_epochs)
+        return {k: v for k, v in merge(space, given.priors).items() if v}
+
+    def init(
+        self,
+        gamma: float = 0.99,
+        optimizer: Mapping[str, Any] | None = None,
+        lr_schedule: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
+        uid: str | None = None,
+        *,
+        ppo: Mapping[str, Any] | None = None,
+        normalize: Mapping[str, Any] | None = None,
+        task: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Supply what is open, build everything, and go on from the last checkpoint, if there is one.
+
+        ``task.init(**trial.params)`` takes what Orion proposes for `get_space`'s space. What nobody
+        supplies takes the default of its record in `ppo_hpo.config`.
+
+        Args:
+            gamma: discount factor, unless ``ppo`` or the constructor has one.
+            optimizer: `lr`, `eps`.
+            lr_schedule: `name`, `final`.
+            model: `width`, `depth`, `activation`, `ortho_init`, `log_std_init`.
+            uid: the trial's id, for the log, and to tell a fork from a mistake.
+            ppo: PPO's own hyperparameters.
+            normalize: `norm_obs`, `norm_reward`, `clip_obs`, `clip_reward`.
+            task: `epochs`, `max_epochs`, `seed`, ...
+
+        Raises:
+            UserError: a hyperparameter that breaks a rule, an environment that is not supported, or
+                a storage that holds another trial's checkpoints.
+        """
+        with BadResumeGuard(self):
+            if self._agent is not None:
+                raise BadResume("This task is initialised already. Make a new one to start again.")
+            supplied = {
+                "optimizer": optimizer, "lr_schedule": lr_schedule, "model": model, "ppo": ppo,
+                "normalize": normalize, "task": task,
+            }  # fmt: skip
+            given: Groups = {g: dict(values) for g, values in supplied.items() if values}
+            self._refuse_changes_of_fixed(given)
+            groups = merge(self._fixed, given)
+            if self._fidelity is not None:
+                groups.setdefault("task", {}).setdefault("max_epochs", int(self._fidelity))
+            own = groups.setdefault("ppo", {})
+            if "gamma" not in own and "one_minus_gamma" not in own:
+                own["gamma"] = gamma
+            self._build(TrialConfig.from_mapping(groups), uid)
+            self._resume()
+
+    def _refuse_changes_of_fixed(self, given: Groups) -> None:
+        for group, values in given.items():
+            for key in values:
+                meant = OTHER_SPELLINGS.get(group, {}).get(key, key)
+                fixed = self._fixed.get(group, {})
+                if meant in fixed and (key != meant or values[key] != fixed[meant]):
+                    raise UserError(
+                        f"`{group}.{meant}` was fixed to {fixed[meant]!r} when the task was made, but init "
+                        f"got {key}={values[key]!r}. Leave it open there (None) to set it here."
+                    )
+
+    def _build(self, config: TrialConfig, uid: str | None) -> None:
+        if self._criterion is not None and config.ppo.clip_range_vf is not None:
+            raise UserError(
+                f"`ppo.clip_range_vf` belongs to the squared error and must be none with a criterion "
+                f"of your own, but got {config.ppo.clip_range_vf!r}."
+            )
+        self.config = config
+        self._uid = uid
+        self.info: EnvInfo = probe(config.env)
+        if isinstance(self._model, ActorCritic):
+            shape = config.model
+            module: nn.Module = MLPActorCritic(
+                self.info.obs_dim,
+                self.info.action_dim,
+                continuous=self.info.continuous,
+                width=shape.width,
+                depth=shape.depth,
+                activation=shape.activation,
+                ortho_init=shape.ortho_init,
+                log_std_init=shape.log_std_init,
+                seed=seeding.integer_seed(config.task.seed, "init"),
+            )
+        else:
+            module = self._model
+        learner = Learner(
+            module,
+            config.optimizer,
+            config.ppo,
+            self.device,
+            continuous=self.info.continuous,
+            criterion=self._criterion,
+        )
+        rules = config.normalize
+        self._agent = Agent(
+            learner,
+            ObservationNormalizer(self.info.obs_dim, enabled=rules.norm_obs, clip=rules.clip_obs),
+            RewardScaler(
+                config.env.n_envs, config.ppo.gamma, enabled=rules.norm_reward, clip=rules.clip_reward
+            ),
+        )
+
+    def _resume(self) -> None:
+        if self._storage is None:
+            return
+        checkpoint = self._storage.load(
+            self._check_ours, lambda error: self._log.warning("refused: %s", error)
+        )
+        if checkpoint is None:
+            return
+        self._take_over(checkpoint)
+        self._resumed = True
+        self.events.emit("resumed", self, epoch=self.epoch)
+
+    @property
+    def agent(self) -> Agent:
+        """The network, its optimizer and the normalisers.
+
+        Raises:
+            RuntimeError: `init` was not called.
+        """
+        if self._agent is None:
+            raise RuntimeError("The task has to be initialised first: call init(...).")
+        return self._agent
+
+    @property
+    def model(self) -> ActorCritic | nn.Module:
+        """The network; before `init`, what it will be made from."""
+        return self._model if self._agent is None else self._agent.learner.module
+
+    # ----------------------------------------------------------------- training
+
+    def fit(self, epochs: int, context: Mapping[str, Any] | None = None) -> None:
+        """Train until ``epochs`` are done in all, those before a checkpoint included.
+
+        Each epoch ends with an evaluation, a row of the curve and a checkpoint. A caller may also go
+        from one epoch to the next: ``fit(1)``, ``fit(2)``, ... is the same as ``fit(n)``.
+
+        Args:
+            epochs: the epoch to be at; nothing happens where it is reached already.
+            context: handed to the observers of `start_fit` and `end_fit`.
+
+        Raises:
+            UserError: beyond `task.max_epochs`, where schedules have ended; or a checkpoint that
+                cannot be written.
+            BadResume: the task failed before.
+        """
+        epochs = check_value("task", "epochs", epochs)
+        config, agent = self.config_or_fail(), self.agent
+        if epochs > config.max_epochs:
+            raise UserError(
+                f"`epochs <= task.max_epochs` must hold, since schedules end there, but got {epochs} "
+                f"and {config.max_epochs}. Make the task with task={{'max_epochs': {epochs}}}."
+            )
+        with BadResumeGuard(self):
+            self.events.emit("start_fit", self, epochs=epochs, context=context)
+            self._open()
+            if not self.metrics.curve:
+                self._evaluate_untrained()
+            while self.epoch < epochs and not self.diverged:
+                self.events.emit("start_epoch", self, epoch=self.epoch)
+                started = time.perf_counter()
+                assert self._envs is not None
+                try:
+                    summary = train_epoch(
+                        agent, self._envs, self.info, config, self.epoch, self._on_rollout, self.tick
+                    )
+                except Diverged as reason:
+                    self._diverge(str(reason), reason.env_steps)
+                    break
+                evaluation = self._evaluate(self.epoch + 1)
+                if not evaluation.finite:
+                    self._diverge("an evaluation return is not finite", config.task.steps_per_epoch)
+                    break
+                self._finish_epoch(summary, evaluation, time.perf_counter() - started)
+            self.events.emit("end_fit", self, epochs=epochs, context=context)
+
+    def config_or_fail(self) -> TrialConfig:
+        """The hyperparameters.
+
+        Raises:
+            RuntimeError: `init` was not called.
+        """
+        _ = self.agent
+        return self.config
+
+    def _open(self) -> None:
+        if self._envs is None:
+            config = self.config
+            self._envs = SyncEnvs(config.env, self.info)
+            seeds = seeding.evaluation_seeds(config.task.eval_episodes)
+            limit = self.info.time_limit or config.task.steps_per_epoch
+            self._evaluator = Evaluator(config.env, self.info, seeds, limit)
+
+    def _on_rollout(self, index: int, rollout: Rollout) -> None:
+        self.events.emit("end_rollout", self, epoch=self.epoch, index=index, rollout=rollout)
+
+    def _evaluate(self, epoch: int) -> Evaluation:
+        assert self._evaluator is not None
+        agent, task = self.agent, self.config.task
+        noise = None if task.eval_deterministic else seeding.stream(task.seed, "eval", epoch)
+        return self._evaluator(agent.learner, agent.normalizer, noise)
+
+    def _evaluate_untrained(self) -> None:
+        evaluation = self._evaluate(0)
+        if not evaluation.finite:
+            raise UserError(
+                f"`env.id: {self.config.env.id}` gives returns that are not finite even before "
+                f"training: {evaluation.returns}. Mend the environment's rewards."
+            )
+        self.metrics.curve.append(self._row({}, evaluation))
+        self._save()
+
+    def _finish_epoch(self, summary: dict[str, Any], evaluation: Evaluation, seconds: float) -> None:
+        summary.pop("collecting_seconds")
+        self.epoch += 1
+        self.metrics.curve.append(self._row(summary, evaluation))
+        self.metrics.seconds[self.epoch] = seconds
+        self._save()
+        row = self.metrics.latest
+        self._log.info(
+            "epoch %d/%d  %s steps  return %.1f +- %.1f  %.0f steps/s",
+            self.epoch,
+            self.config.max_epochs,
+            f"{row['env_steps']:,}",
+            row["return_mean"],
+            row["return_std"],
+            self.config.task.steps_per_epoch / seconds,
+        )
+        self.events.emit("end_epoch", self, epoch=self.epoch, row=row)
+
+    def _row(self, summary: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+        row = {
+            "epoch": self.epoch,
+            "env_steps": self.epoch * self.config.task.steps_per_epoch,
+            **results.evaluation_columns(evaluation.returns, evaluation.lengths),
+            **summary,
+        }
+        # A row that came back from a file must equal one that never went there.
+        return dict(json.loads(json.dumps(row, allow_nan=False)))
+
+    def _diverge(self, reason: str, env_steps: int) -> None:
+        self.diverged = True
+        self._diverged_steps = env_steps
+        self._log.warning("diverged in %s: stopped; it scores as the worst of its evaluations", reason)
+        self.events.emit("diverged", self, reason=reason)
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps trained in the whole life of the trial; evaluations are not in it."""
+        return self.epoch * self.config.task.steps_per_epoch + self._diverged_steps
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of all epochs, those before a checkpoint included."""
+        return self._seconds_before + sum(self.metrics.seconds.values())
+
+    # ------------------------------------------------- single steps of the method
+
+    def compute_returns(self, value: np.ndarray[Any, Any], actions: Rollout) -> np.ndarray[Any, Any]:
+        """What the critic learns to predict: advantages plus values, ``[T, N]``.
+
+        Args:
+            value: ``[N]`` values of the observations that follow the last step.
+            actions: the rollout.
+        """
+        return self._advantage(actions, value) + actions.value
+
+    def ppo(self, current_state: np.ndarray[Any, Any], replay_vector: Rollout) -> dict[str, float]:
+        """One update of the networks: advantages, then epochs of clipped minibatch steps.
+
+        Args:
+            current_state: ``[N, D]`` normalised observations that follow the rollout.
+            replay_vector: the rollout.
+
+        Returns:
+            Means over the minibatches; see `ppo_hpo.learner.UpdateStats`.
+        """
+        with BadResumeGuard(self):
+            learner, config = self.agent.learner, self.config
+            advantage = self._advantage(replay_vector, learner.values(current_state))
+            batch = learner.batch(replay_vector, advantage, advantage + replay_vector.value)
+            progress = self.epoch / config.max_epochs
+            optimizer, schedule = config.optimizer, config.lr_schedule
+            lr = scheduled(schedule.name, optimizer.lr, optimizer.lr * schedule.final, progress)
+            clip = scheduled(config.ppo.clip_range_schedule, config.ppo.clip_range, 0.0, progress)
+            stream = seeding.stream(config.task.seed, "shuffle", self.epoch)
+            return vars(learner.update(batch, stream, lr, clip)).copy()
+
+    def eval_loss(self, batch: Batch) -> float:
+        """The loss of one batch of samples, without learning from it."""
+        with torch.no_grad():
+            return float(self.agent.learner.loss(batch, self.config.ppo.clip_range).loss)
+
+    def _advantage(self, rollout: Rollout, last_value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        ppo = self.config.ppo
+        return gae(
+            rollout.reward, rollout.value, rollout.next_value(last_value),
+            rollout.terminated, rollout.done, ppo.gamma, ppo.gae_lambda,
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------- state
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The network's parameters."""
+        return self.agent.learner.module.parameters()
+
+    def state_dict(
+        self, destination: State | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> State:
+        """Everything that a new task with the same hyperparameters needs to go on, bit for bit.
+
+        Args:
+            destination: put the entries into this mapping.
+            prefix: of every name.
+            keep_vars: hand out the live tensors instead of copies.
+
+        Returns:
+            ``model.*``, ``optimizer.*``, ``observation_normalizer.*`` and ``reward_scaler.*``:
+            tensors; ``progress``: plain data.
+        """
+        with BadResumeGuard(self):
+            agent = self.agent
+            state: State = {} if destination is None else destination
+            for name, tensor in agent.learner.state().items():
+                state[prefix + name] = tensor if keep_vars else tensor.detach().clone()
+            for part, moments in self._moments():
+                for name, array in moments.state().items():
+                    state[f"{prefix}{part}.{name}"] = torch.from_numpy(np.asarray(array))
+            state[prefix + "progress"] = self._progress()
+            return state
+
+    def load_state_dict(self, state: State, strict: bool = True) -> list[str]:
+        """Take over what `state_dict` gave.
+
+        Args:
+            state: of a task with the same hyperparameters.
+            strict: demand the same hyperparameters, every entry and no other. Without it, what fits is
+                taken: entries that are missing, unknown or of another shape are left out.
+
+        Returns:
+            The names that were left out; empty when strict.
+
+        Raises:
+            CheckpointError: the state does not belong to this task.
+        """
+        with BadResumeGuard(self):
+            agent = self.agent
+            progress = state.get("progress")
+            if not isinstance(progress, Mapping):
+                raise CheckpointError("The state has no `progress`: it is not a task's state dict.")
+            tensors = {k: torch.as_tensor(v) for k, v in state.items() if k != "progress"}
+            left_out: list[str] = []
+            if strict:
+                difference = self._difference(progress)
+                if difference:
+                    raise CheckpointError(f"The state belongs to other hyperparameters: {difference}.")
+            else:
+                tensors, left_out = self._fitting(tensors)
+            try:
+                agent.learner.load(tensors)
+                for part, moments in self._moments():
+                    moments.load(
+                        {name: tensors[f"{part}.{name}"].numpy() for name in ("mean", "var", "count")}
+                    )
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(f"The state does not fit this task: {error}.") from None
+            if strict and (unknown := set(tensors) - self._names(tensors)):
+                raise CheckpointError(f"The state has unknown entries: {', '.join(sorted(unknown))}.")
+            self.epoch = int(progress["epoch"])
+            self.metrics.curve = [dict(row) for row in progress["curve"]]
+            self.lineage = [dict(item) for item in progress["lineage"]]
+            self._seconds_before = float(progress["seconds"])
+            return left_out
+
+    def resumed(self) -> bool:
+        """Whether `init` went on from a checkpoint."""
+        return self._resumed
+
+    def _moments(self) -> tuple[tuple[str, Any], tuple[str, Any]]:
+        agent = self.agent
+        return (
+            ("observation_normalizer", agent.normalizer.moments),
+            ("reward_scaler", agent.scaler.moments),
+        )
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "curve": [dict(row) for row in self.metrics.curve],
+            "hyperparameters": self.config.own_mapping(),
+            "identity": self.config.identity(),
+            "lineage": [dict(item) for item in self.lineage],
+            "seconds": self.seconds,
+            "uid": self._uid,
+        }
+
+    def _save(self) -> None:
+        if self._storage is None:
+            return
+        state = self.state_dict(keep_vars=True)
+        progress = state.pop("progress")
+        epoch = progress.pop("epoch")
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
+        self._storage.save(Checkpoint(epoch, arrays, progress))
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        progress = {"epoch": checkpoint.epoch, **checkpoint.meta}
+        difference = self._difference(progress)
+        born = None
+        if difference:  # `_check_ours` let it pass: a fork, whose rule stands there
+            born = {
+                "uid": progress["uid"],
+                "identity": progress["identity"],
+                "epoch": checkpoint.epoch,
+                "changed": difference,
+            }
+            progress["hyperparameters"] = self.config.own_mapping()
+        self.load_state_dict({**checkpoint.arrays, "progress": progress})
+        if born is not None:
+            self.lineage.append(born)
+            self.agent.learner.reset_hyperparameters(self.config.optimizer, self.config.ppo)
+            self._log.info("forked at epoch %d from %s: %s", self.epoch, born["uid"], difference)
+
+    def _check_ours(self, checkpoint: Checkpoint) -> None:
+        """Refuse another trial's checkpoint, unless Orion put it here for a fork.
+
+        Population-based training proposes a child with other hyperparameters and copies its parent's
+        directory for it. So a checkpoint that another trial wrote is a parent's; one that this very
+        trial wrote, or that somebody without a trial's id finds, must have the same hyperparameters.
+        """
+        try:
+            there = checkpoint.meta["hyperparameters"]
+            difference = self._difference(checkpoint.meta)
+            uid = checkpoint.meta["uid"]
+        except (KeyError, AttributeError, TypeError):
+            raise CheckpointError(
+                f"A checkpoint of epoch {checkpoint.epoch} does not say whose it is."
+            ) from None
+        if not difference:
+            return
+        fork = self._uid is not None and uid is not None and uid != self._uid
+        rigid = [
+            name
+            for name in _differing(there, self.config.own_mapping())
+            if name.partition(".")[2] not in CHANGEABLE_IN_MID_LIFE.get(name.partition(".")[0], ())
+        ]
+        if fork and not rigid:
+            return
+        where = f" in {self._storage.directory}" if self._storage is not None else ""
+        advice = "Use another directory, or the hyperparameters it was trained with."
+        if fork:
+            advice = f"A fork cannot change {', '.join(rigid)} in mid-life."
+        raise CheckpointError(
+            f"The checkpoint of epoch {checkpoint.epoch}{where} belongs to other hyperparameters: "
+            f"{difference}. {advice}"
+        )
+
+    def _difference(self, progress: Mapping[str, Any]) -> str:
+        there, here = progress["hyperparameters"], self.config.own_mapping()
+        names = _differing(there, here)
+        return ", ".join(
+            f"{name} is {_at(there, name)!r} there and {_at(here, name)!r} here" for name in names
+        )
+
+    def _names(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        learner = self.agent.learner
+        names = set(learner.state())
+        names |= {f"{part}.{name}" for part, _ in self._moments() for name in ("mean", "var", "count")}
+        return names & set(tensors)
+
+    def _fitting(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """This task's own entries, replaced by those given ones that fit; and what did not."""
+        own = {name: value for name, value in self.state_dict().items() if name != "progress"}
+        taken = dict(own)
+        left_out = [name for name in own if name not in tensors]
+        parameters = dict(self.agent.learner.module.named_parameters())
+        for name, value in tensors.items():
+            shape = own[name].shape if name in own else None
+            if shape is None and name.startswith("optimizer."):
+                owner, _, moment = name.removeprefix("optimizer.").rpartition(".")
+                if owner in parameters:
+                    shape = parameters[owner].shape if moment != "step" else torch.Size(())
+            if shape is not None and shape == value.shape:
+                taken[name] = value
+            else:
+                left_out.append(name)
+        return taken, sorted(left_out)
+
+    # ------------------------------------------------------------------ telling
+
+    def report(self, epochs: int | None = None) -> dict[str, float]:
+        """The objective, to be minimised, and the statistics of the evaluation it rests on.
+
+        Args:
+            epochs: the epoch to judge, at most the one reached; None is the one reached.
+        """
+        epochs = self.epoch if epochs is None else min(epochs, self.epoch)
+        if not self.metrics.curve:
+            raise RuntimeError("There is nothing to report yet: call fit(...) first.")
+        curve, diverged = self.metrics.curve, self.diverged
+        return {
+            "objective": results.objective(curve, epochs, diverged=diverged),
+            **results.statistics(curve, epochs, diverged=diverged),
+        }
+
+    def summary(self) -> str:
+        """What is trained on what, and where, for people to read."""
+        if self._agent is None:
+            return f"PPO, not initialised yet: {self._model!r}, {self._components!r}"
+        info, config = self.info, self.config
+        count = sum(parameter.numel() for parameter in self.parameters())
+        limit = f"at most {info.time_limit} steps" if info.time_limit else "no time limit"
+        lines = [
+            f"environment  {info.id}: {info.obs_dim} observations, {info.action_dim} {info.kind} "
+            f"actions, {limit}; {config.env.n_envs} side by side",
+            f"network      {type(self.model).__name__}, {count:,} parameters, on {self.device}",
+            f"epoch        {self.epoch} of {config.max_epochs} done, "
+            f"{config.task.steps_per_epoch:,} steps each, in rollouts of {config.rollout_steps:,}",
+            f"update       {config.ppo.n_epochs} passes in batches of {config.ppo.batch_size}, "
+            f"lr {config.optimizer.lr:g} ({config.lr_schedule.name}), clip {config.ppo.clip_range:g}",
+        ]
+        return "\n".join(lines)
+
+    def set_device(self, device: str | torch.device) -> None:
+        """Move the network and its optimizer; further epochs run there.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        self.device = resolve_device(device)
+        if self._agent is not None:
+            learner = self._agent.learner
+            state = {name: value.detach().clone() for name, value in learner.state().items()}
+            self._agent.learner = Learner(
+                learner.module,
+                self.config.optimizer,
+                self.config.ppo,
+                self.device,
+                continuous=self.info.continuous,
+                criterion=self._criterion,
+            )
+            self._agent.learner.load(state)
+
+    def finish(self) -> None:
+        """Close the environments. `fit` opens them again."""
+        if self._envs is not None:
+            self._envs.close()
+            self._envs = None
+        if self._evaluator is not None:
+            self._evaluator.close()
+            self._evaluator = None
+
+
+def _at(mapping: Mapping[str, Any], name: str) -> Any:
+    group, _, key = name.partition(".")
+    return mapping.get(group, {}).get(key)
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Dotted names whose values differ between two nested mappings."""
+    names = sorted(
+        {f"{group}.{key}" for side in (there, here) for group, values in side.items() for key in values}
+    )
+    here = json.loads(json.dumps(here, default=str))
+    there = json.loads(json.dumps(there, default=str))
+    return [name for name in names if _at(there, name) != _at(here, name)]

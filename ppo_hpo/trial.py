@@ -1,0 +1,358 @@
+"""The trial runner: where a trial's state lies, and what happens around `fit`.
+
+Where the state lies, under Orion (the one rule, for every algorithm):
+
+1. In the trial's own working directory. A retried trial finds there what it left; for ASHA and
+   population-based training Orion has copied the parent's directory there.
+2. Where that is empty, in a sibling directory of the same identity (hyperparameters and seed), from which
+   the checkpoint nearest below the trial's epochs is copied. Hyperband and EvolutionES promote
+   into new, empty directories; this finds the lower rung.
+
+Siblings are found through `<Orion's working directory>/.ppo_hpo/<identity>/`, which holds one empty file
+for each trial directory of that identity. A forked trial is not listed there: its hyperparameters
+do not tell its history. The identity is ours and not Orion's `hash_params`, because it also covers
+what the space file fixes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ppo_hpo import results, yamlio
+from ppo_hpo.checkpoint import Storage, read, remove_leftovers, write_atomically
+from ppo_hpo.config import TrialConfig
+from ppo_hpo.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from ppo_hpo.envs import EnvInfo
+
+_INDEX = ".ppo_hpo"
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+# How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
+_EPISODES_PER_EPOCH = 5
+
+
+@dataclass(frozen=True)
+class OrionContext:
+    """What Orion tells a script through its environment.
+
+    Attributes:
+        experiment: name and version of the experiment.
+        trial_id: of the trial.
+        working_dir: of the trial.
+        results_path: where the result is to be written.
+        interrupt_code: exit code that marks the trial interrupted.
+    """
+
+    experiment: str
+    trial_id: str
+    working_dir: Path
+    results_path: Path
+    interrupt_code: int
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> OrionContext | None:
+        """The context, or None where the process was not started by Orion."""
+        if "ORION_TRIAL_ID" not in environ:
+            return None
+        try:
+            return cls(
+                f"{environ['ORION_EXPERIMENT_NAME']}-v{environ['ORION_EXPERIMENT_VERSION']}",
+                environ["ORION_TRIAL_ID"],
+                Path(environ["ORION_WORKING_DIR"]),
+                Path(environ["ORION_RESULTS_PATH"]),
+                int(environ.get("ORION_INTERRUPT_CODE", "130")),
+            )
+        except (KeyError, ValueError) as error:
+            raise UserError(f"Orion's environment is incomplete: {error} is missing or bad.") from None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial.
+
+    Attributes:
+        objective: to be minimised.
+        statistics: name to number; the README explains each.
+        directory: where the trial's files lie.
+    """
+
+    objective: float
+    statistics: Mapping[str, float]
+    directory: Path
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """In the form of Orion's result file."""
+        return results.entries(self.objective, self.statistics)
+
+
+def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
+    """Everything that can be checked before torch is imported.
+
+    Raises:
+        UserError: the environment cannot be made or is not supported, the directory cannot be
+            written, or the device's name is none.
+    """
+    from ppo_hpo.envs import probe
+
+    if not _DEVICE.fullmatch(device):
+        raise UserError(f"`device` must be auto, cpu, cuda or cuda:N, but got {device!r}.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The directory {directory} cannot be made: {error.strerror}.") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"The directory {directory} cannot be written. Choose another one.")
+    return probe(config.env)
+
+
+def default_directory(config: TrialConfig) -> Path:
+    """Where a trial goes that nobody gave a place: the same trial always to the same one."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", config.env.id)
+    return Path("ppo-hpo-runs") / f"{name}-{config.identity()[:12]}"
+
+
+def run(
+    config: TrialConfig,
+    directory: Path,
+    *,
+    device: str = "auto",
+    uid: str | None = None,
+    experiment: str | None = None,
+    siblings: Path | None = None,
+    console: bool = True,
+    tick: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run one trial to its epochs, going on from whatever is there.
+
+    Args:
+        config: the trial.
+        directory: of its state; made where it is missing.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        uid: Orion's id of the trial.
+        experiment: Orion's name of the experiment.
+        siblings: the directory in which the directories of the experiment's other trials lie.
+        console: whether to log to standard error, beside the trial's own ``log.txt``.
+        tick: called before each environment step; what it raises stops the trial there.
+
+    Raises:
+        UserError: bad input, or a file that cannot be written.
+    """
+    info = check(config, directory, device)
+    with _locked(directory), _logging_to(directory, uid, console) as log:
+        remove_leftovers(directory)
+        _warn_of_short_epochs(config, info, log)
+        storage = Storage(directory)
+        if siblings is not None and not storage.paths():
+            _copy_from_sibling(config, storage, siblings, log)
+
+        # From here on torch is needed: everything that could be wrong was looked at before.
+        import torch
+
+        from ppo_hpo.task import PPO
+
+        torch.set_num_threads(config.task.threads)
+        task = PPO.from_config(config, device, storage=storage, logger=log, uid=uid)
+        task.tick = tick
+        if siblings is not None and not task.lineage:
+            _register(config, directory, siblings)
+        start = task.epoch if task.resumed() else None
+        _announce(task, config, start, experiment, log)
+        write_atomically(directory / "config.yaml", yamlio.dump(config.to_mapping()).encode())
+        _write_curve(directory, task)
+        task.events.subscribe("end_epoch", lambda task, epoch, row: _keep_records(directory, task))
+        started = time.perf_counter()
+        try:
+            task.fit(config.task.epochs)
+        finally:
+            task.finish()
+        _write_curve(directory, task)
+        outcome = _outcome(task, config, directory, start, time.perf_counter() - started)
+        results.write(directory / "results.json", outcome.entries)
+        log.info(
+            "done: return %.1f +- %.1f after epoch %d; %s",
+            -outcome.objective if task.diverged else outcome.statistics["return_mean"],
+            outcome.statistics["return_std"],
+            outcome.statistics["epochs"],
+            directory,
+        )
+        return outcome
+
+
+def _outcome(
+    task: Any, config: TrialConfig, directory: Path, start: int | None, wall_seconds: float
+) -> Outcome:
+    report = task.report(config.task.epochs)
+    objective = report.pop("objective")
+    epochs_here = task.epoch - (start or 0)
+    steps_here = task.env_steps - (start or 0) * config.task.steps_per_epoch
+    seconds_here = sum(task.metrics.seconds.values())
+    trained_here = epochs_here * config.task.steps_per_epoch
+    statistics = {
+        **report,
+        "env_steps": min(task.epoch, config.task.epochs) * config.task.steps_per_epoch
+        + (task.env_steps - task.epoch * config.task.steps_per_epoch),
+        "env_steps_here": steps_here,
+        "eval_steps": sum(
+            row["eval_steps"] for row in task.metrics.curve if row["epoch"] <= config.task.epochs
+        ),
+        "wall_seconds": wall_seconds,
+        "steps_per_second": trained_here / seconds_here if seconds_here else 0.0,
+        "continued": float(start is not None),
+        "continued_from_epoch": float(start or 0),
+        "forked": float(bool(task.lineage)),
+    }
+    return Outcome(objective, statistics, directory)
+
+
+def _announce(
+    task: Any, config: TrialConfig, start: int | None, experiment: str | None, log: logging.Logger
+) -> None:
+    of = f" of {experiment}" if experiment else ""
+    threads = f"{config.task.threads} thread{'s' if config.task.threads > 1 else ''}"
+    where = f"on {task.device}, {threads}"
+    if start is None:
+        log.info("starts%s: epoch 0 -> %d, %s", of, config.task.epochs, where)
+    elif start < config.task.epochs:
+        log.info("continues%s: epoch %d -> %d, %s", of, start, config.task.epochs, where)
+    else:
+        log.info("has done epoch %d%s already: nothing to train", config.task.epochs, of)
+    log.debug("%s", task.summary())
+
+
+def _warn_of_short_epochs(config: TrialConfig, info: EnvInfo, log: logging.Logger) -> None:
+    """Law 2's price: resetting environments at each epoch hurts where epochs are short."""
+    limit = info.time_limit
+    if limit is None:
+        log.warning(
+            "%s has no time limit: evaluation episodes are cut after %d steps; "
+            "set env.max_episode_steps to choose",
+            info.id, config.task.steps_per_epoch,
+        )  # fmt: skip
+        return
+    n_envs, steps = config.env.n_envs, config.task.steps_per_epoch
+    needed = _EPISODES_PER_EPOCH * n_envs * limit
+    if steps < needed:
+        log.warning(
+            "task.steps_per_epoch is %d, but %d x env.n_envs x time limit = %d x %d x %d = %d is advised: "
+            "environments are reset at each epoch, and episodes that are often cut teach less",
+            steps, _EPISODES_PER_EPOCH, _EPISODES_PER_EPOCH, n_envs, limit, needed,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------- siblings
+
+
+def _index_of(config: TrialConfig, siblings: Path) -> Path:
+    return siblings / _INDEX / config.identity()[:32]
+
+
+def _register(config: TrialConfig, directory: Path, siblings: Path) -> None:
+    if directory.parent != siblings:
+        return
+    index = _index_of(config, siblings)
+    try:
+        index.mkdir(parents=True, exist_ok=True)
+        (index / directory.name).touch()
+    except OSError as error:
+        raise UserError(f"{index} cannot be written: {error.strerror}.") from None
+
+
+def _copy_from_sibling(
+    config: TrialConfig, storage: Storage, siblings: Path, log: logging.Logger
+) -> None:
+    """Begin with the most advanced checkpoint of the same identity that is not too far."""
+    index = _index_of(config, siblings)
+    if not index.is_dir():
+        return
+    found: list[tuple[int, Path]] = []
+    for entry in index.iterdir():
+        for path in Storage(siblings / entry.name).paths():
+            epoch = int(path.stem.rpartition("-")[2])
+            if epoch <= config.task.epochs:
+                found.append((epoch, path))
+    for epoch, path in sorted(found, key=lambda item: (-item[0], str(item[1]))):
+        try:
+            checkpoint = read(path)
+        except CheckpointError as error:
+            log.warning("refused: %s", error)
+            continue
+        if checkpoint.meta.get("identity") == config.identity() and not checkpoint.meta.get("lineage"):
+            storage.save(checkpoint)
+            log.info("found epoch %d of the same trial in %s", epoch, path.parent)
+            return
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def _keep_records(directory: Path, task: Any) -> None:
+    _write_curve(directory, task)
+    seconds = task.metrics.seconds[task.epoch]
+    row = {
+        "epoch": task.epoch,
+        "seconds": round(seconds, 4),
+        "steps_per_second": round(task.config.task.steps_per_epoch / seconds, 1),
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": str(task.device),
+    }
+    with open(directory / "timing.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _write_curve(directory: Path, task: Any) -> None:
+    """The learning curve, one JSON line for each epoch; the checkpoint has it too, and heals it."""
+    lines = "".join(json.dumps(row) + "\n" for row in task.metrics.curve)
+    write_atomically(directory / "curve.jsonl", lines.encode())
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock: one writer for one state. A second one waits its turn."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logging.getLogger("ppo_hpo").warning("%s is in use by another process: waiting", directory)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{directory / 'lock'} cannot be locked: {error.strerror}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _logging_to(directory: Path, uid: str | None, console: bool) -> Iterator[logging.Logger]:
+    log = logging.Logger(f"ppo_hpo.{uid or directory.name}", logging.INFO)
+    try:
+        file = logging.FileHandler(directory / "log.txt", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{directory / 'log.txt'} cannot be written: {error.strerror}.") from None
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+    if console:
+        stream = logging.StreamHandler()
+        prefix = f"[{uid[:8]}] " if uid else ""
+        stream.setFormatter(logging.Formatter(prefix.replace("%", "%%") + "%(message)s"))
+        log.addHandler(stream)
+    try:
+        yield log
+    finally:
+        file.close()

@@ -1,0 +1,86 @@
+"""YAML as people write it: data only, `1e-4` is a number, and no key stands twice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ppo_hpo.errors import UserError
+
+# Configurations are a page long; what is larger is not a configuration.
+_MAX_BYTES = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1's safe loader with the number syntax of YAML 1.2.
+
+    PyYAML reads `1e-4` as a string, because YAML 1.1 wants `1.0e-4`; everybody means a number.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if not isinstance(key, str):
+                raise UserError(
+                    f"Line {node.start_mark.line + 1}: keys must be words, but got {key!r}."
+                )
+            if keys.count(key) > 1:
+                raise UserError(f"Line {node.start_mark.line + 1}: key `{key}` is given twice.")
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # An alias lets a kilobyte stand for gigabytes; configurations have no use for it.
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise UserError(f"Line {line}: YAML aliases (*name) are not read. Write the value out.")
+        return super().compose_node(parent, index)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse(text: str, source: str) -> Any:
+    """Parse YAML text.
+
+    Args:
+        text: the YAML.
+        source: what to call it in an error.
+
+    Raises:
+        UserError: the text is not YAML, or uses a tag, an alias or a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader, see above
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{source} is not valid YAML: {reason}") from None
+
+
+def load(path: Path) -> Any:
+    """Read one YAML file.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read or parsed.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path} is larger than {_MAX_BYTES} bytes: it is no configuration.")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}.") from None
+    return parse(text, str(path))
+
+
+def dump(value: Any) -> str:
+    """Write plain data as YAML, keys in the order given."""
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=False)
