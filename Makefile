@@ -19,7 +19,7 @@ $(VENV)/.done: setup.cfg constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python experiments/cartpole-asha/run.py
+	$(BIN)/python experiments/hunt.py cartpole-asha
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

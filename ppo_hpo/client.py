@@ -141,8 +141,8 @@ def run_trial(
     from orion.client.runner import prepare_trial_working_dir
 
     try:
-        if "task.epochs" in client.space and "epochs" not in options:
-            options["epochs"] = client.space["task.epochs"].get_prior_string()
+        if "epochs" not in options and (fidelity := epochs_prior(client.space)):
+            options["epochs"] = fidelity
         function = objective(space_or_config, **options)
         prepare_trial_working_dir(client, trial)
         found = function(trial=trial, **trial.params)
@@ -154,3 +154,11 @@ def run_trial(
         raise
     client.observe(trial, found)
     return found
+
+
+def epochs_prior(space: Mapping[str, Any]) -> str | None:
+    """The fidelity of an Orion space; `orion hunt` names it ``/task/epochs``, Python ``task.epochs``."""
+    for name, dimension in space.items():
+        if name.lstrip("/").replace("/", ".") == "task.epochs":
+            return str(dimension.get_prior_string())
+    return None

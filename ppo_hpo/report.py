@@ -1,0 +1,247 @@
+"""What an experiment of Orion's found, told from its trials."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppo_hpo import yamlio
+from ppo_hpo.errors import UserError
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An experiment in numbers.
+
+    Attributes:
+        name: of the experiment.
+        version: of the experiment.
+        algorithm: Orion's name of it.
+        working_dir: where the trials lie.
+        by_status: Orion's status to number of trials.
+        best: the completed trial of the lowest objective; among equals, the longest trained.
+        configurations: distinct sets of hyperparameters that were completed at some fidelity.
+        steps: environment steps trained; what a promoted trial had done before counts once.
+        steps_in_full: had every configuration been trained to the highest fidelity.
+        steps_restarted: had every promotion started again.
+        max_epochs: the highest fidelity, or the epochs of every trial.
+    """
+
+    name: str
+    version: int
+    algorithm: str
+    working_dir: Path
+    by_status: Mapping[str, int]
+    best: Any
+    configurations: int
+    steps: int
+    steps_in_full: int
+    steps_restarted: int
+    max_epochs: int
+
+
+def report(name: str, config: str | None = None, html: str | None = None) -> str:
+    """A summary of an experiment, to be read.
+
+    Args:
+        name: the experiment's name.
+        config: Orion's configuration file of the hunt, for its storage; None uses Orion's own
+            configuration, which `ORION_DB_TYPE` and `ORION_DB_ADDRESS` set.
+        html: write a page with pictures to this file.
+
+    Raises:
+        UserError: there is no such experiment, or nothing is completed yet.
+    """
+    client = _open(name, config)
+    trials = client.fetch_trials()
+    summary = summarise(client, trials)
+    text = to_text(summary)
+    if html is not None:
+        path = Path(html)
+        try:
+            path.write_text(_page(client, summary, trials, text), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        text += f"\npictures    {path}"
+    return text
+
+
+def _open(name: str, config: str | None) -> Any:
+    storage = None
+    if config is not None:
+        content = yamlio.load(Path(config))
+        storage = content.get("storage") if isinstance(content, Mapping) else None
+        if storage is None and isinstance(content, Mapping) and "database" in content:
+            storage = {"type": "legacy", "database": content["database"]}
+    import warnings
+
+    with warnings.catch_warnings():
+        # pkg_resources announces its end at each import; the pin below setuptools 81 keeps it.
+        warnings.simplefilter("ignore")
+        from orion.client import get_experiment
+        from orion.core.utils.exceptions import NoConfigurationError
+    try:
+        return get_experiment(name, storage=storage)
+    except NoConfigurationError:
+        hint = "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."
+        raise UserError(f"There is no experiment {name!r} in the database.{hint}") from None
+
+
+def summarise(client: Any, trials: Sequence[Any]) -> Summary:
+    """Count an experiment.
+
+    Raises:
+        UserError: no trial is completed yet.
+    """
+    by_status: dict[str, int] = {}
+    for trial in trials:
+        by_status[trial.status] = by_status.get(trial.status, 0) + 1
+    completed = [trial for trial in trials if trial.status == "completed" and statistics_of(trial)]
+    if not completed:
+        counts = ", ".join(f"{n} {status}" for status, n in by_status.items()) or "no trial"
+        raise UserError(f"Nothing is completed in {client.name!r} yet ({counts}).")
+    rungs: dict[str, list[Any]] = {}
+    for trial in completed:
+        key = json.dumps({k: v for k, v in trial.params.items() if _name(k) != "task.epochs"}, default=str)
+        rungs.setdefault(key, []).append(trial)
+    forked = any(statistics_of(trial).get("forked") for trial in completed)
+    steps_of = [[int(statistics_of(trial)["env_steps"]) for trial in group] for group in rungs.values()]
+    if forked:  # a child's life contains its parent's: only what each process trained adds up
+        steps = sum(int(statistics_of(trial)["env_steps_here"]) for trial in completed)
+    else:
+        steps = sum(max(group) for group in steps_of)
+    some = next((t for t in completed if not statistics_of(t)["diverged"]), completed[0])
+    per_epoch = statistics_of(some)["env_steps"] / max(statistics_of(some)["epochs"], 1.0)
+    max_epochs = _max_epochs(client, completed)
+    return Summary(
+        name=client.name,
+        version=client.version,
+        algorithm=", ".join(client.algorithm.configuration),
+        working_dir=Path(client.working_dir),
+        by_status=by_status,
+        best=min(completed, key=lambda trial: (trial.objective.value, -statistics_of(trial)["epochs"])),
+        configurations=len(rungs),
+        steps=steps,
+        steps_in_full=int(len(rungs) * max_epochs * per_epoch),
+        steps_restarted=sum(sum(group) for group in steps_of),
+        max_epochs=max_epochs,
+    )
+
+
+def statistics_of(trial: Any) -> dict[str, float]:
+    """A trial's statistics by name."""
+    return {item.name: float(item.value) for item in trial.statistics}
+
+
+def to_text(summary: Summary) -> str:
+    """The summary as lines."""
+    best, stats = summary.best, statistics_of(summary.best)
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.by_status.items()))
+    lines = [
+        f"experiment  {summary.name}-v{summary.version} ({summary.algorithm}): {counts}; "
+        f"{summary.configurations} configurations",
+        f"best trial  {best.id}",
+        f"            return {stats['return_mean']:.1f} +- {stats['return_std']:.1f} after "
+        f"{stats['epochs']:.0f} of {summary.max_epochs} epochs, {stats['env_steps']:,.0f} steps",
+    ]
+    curve = read_curve(Path(best.working_dir))
+    if len(curve) > 1:
+        values = [row["return_mean"] for row in curve]
+        lines.append(f"            learning curve {sparkline(values)}  {values[0]:.0f} to {values[-1]:.0f}")
+    width = max(len(_name(name)) for name in best.params)
+    lines += [f"            {_name(name):{width}}  {value}" for name, value in sorted(best.params.items())]
+    lines.append(f"steps       {summary.steps:,} trained for {summary.configurations} configurations")
+    if summary.steps_in_full > summary.steps:
+        saved = summary.steps_in_full - summary.steps
+        lines.append(
+            f"            {saved:,} ({saved / summary.steps_in_full:.0%}) saved by early stopping: all of them "
+            f"in full are {summary.steps_in_full:,}"
+        )
+    again = summary.steps_restarted - summary.steps
+    if again > 0:
+        lines.append(
+            f"            {again:,} ({again / summary.steps_restarted:.0%}) more saved by continuing "
+            f"promoted trials instead of starting them again"
+        )
+    lines.append(f"lies in     {best.working_dir}")
+    return "\n".join(lines)
+
+
+def read_curve(directory: Path) -> list[dict[str, Any]]:
+    """A trial's learning curve; empty where there is none, or up to the first line that is torn."""
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = (directory / "curve.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return rows
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Numbers as a row of bars, the lowest to the highest of them."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite), max(finite)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in finite)
+
+
+def _max_epochs(client: Any, completed: Sequence[Any]) -> int:
+    from ppo_hpo.client import epochs_prior
+    from ppo_hpo.space import parse_prior
+
+    prior = epochs_prior(client.space)
+    if prior is not None:
+        return int(parse_prior("task.epochs", prior).arguments[1])
+    return int(max(statistics_of(trial)["epochs"] for trial in completed))
+
+
+def _name(name: str) -> str:
+    return name.lstrip("/").replace("/", ".")
+
+
+def _page(client: Any, summary: Summary, trials: Sequence[Any], text: str) -> str:
+    """One HTML file that needs no network: learning curves, and Orion's own regret plot."""
+    import html
+
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for trial in trials:
+        curve = read_curve(Path(trial.working_dir)) if trial.status == "completed" else []
+        if not curve or trial.id == summary.best.id:
+            continue
+        figure.add_scatter(
+            x=[row["env_steps"] for row in curve], y=[row["return_mean"] for row in curve],
+            mode="lines+markers", line={"color": "rgba(110,110,110,0.45)", "width": 1},
+            marker={"size": 4}, name=trial.id[:8], showlegend=False,
+        )  # fmt: skip
+    curve = read_curve(Path(summary.best.working_dir))
+    figure.add_scatter(
+        x=[row["env_steps"] for row in curve], y=[row["return_mean"] for row in curve],
+        mode="lines+markers", line={"color": "#c2410c", "width": 3}, name=f"best: {summary.best.id[:8]}",
+    )  # fmt: skip
+    figure.update_layout(
+        title="Learning curves: a line that ends early was stopped early",
+        xaxis_title="environment steps", yaxis_title="mean evaluation return", template="simple_white",
+    )  # fmt: skip
+    pictures = [figure.to_html(full_html=False, include_plotlyjs=True)]
+    regret = client.plot.regret()
+    regret.update_layout(template="simple_white")
+    pictures.append(regret.to_html(full_html=False, include_plotlyjs=False))
+    title = html.escape(f"{summary.name}-v{summary.version}")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<body style="font-family: sans-serif; max-width: 70em; margin: 2em auto">'
+        f"<h1>{title}</h1><pre>{html.escape(text)}</pre>{''.join(pictures)}</body></html>\n"
+    )
