@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ppo_hpo import losses
+from ppo_hpo.adam import FlatAdam
 from ppo_hpo.config import OptimizerConfig, PPOConfig
 from ppo_hpo.rollout import Float32, Rollout
 
@@ -58,7 +58,7 @@ class Learner:
 
     Attributes:
         module: the network, with `policy`, `value` and `log_std`.
-        optimizer: Adam over the module's parameters.
+        optimizer: Adam over the module's parameters, which are views into its buffer.
         device: where both live.
     """
 
@@ -77,10 +77,8 @@ class Learner:
         self._ppo = ppo
         self._continuous = continuous
         self._criterion = criterion
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(
-            self._parameters, lr=optimizer.lr, eps=optimizer.eps, fused=True
-        )
+        self._named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.optimizer = FlatAdam([p for _, p in self._named], optimizer.lr, optimizer.eps)
 
     # ------------------------------------------------------------------ acting
 
@@ -168,8 +166,7 @@ class Learner:
         With ``target_kl`` the first minibatch whose estimated divergence exceeds 1.5 times it ends
         the update, before its own step is taken.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.lr = lr
         target_kl = self._ppo.target_kl
         history: list[Tensor] = []
         for _ in range(self._ppo.n_epochs):
@@ -177,10 +174,8 @@ class Learner:
                 parts = self.loss(minibatch, clip_range)
                 if target_kl is not None and parts.approx_kl.item() > 1.5 * target_kl:
                     return self._stats(history, parts)
-                self.optimizer.zero_grad(set_to_none=True)
                 parts.loss.backward()  # type: ignore[no-untyped-call]
-                norm = nn.utils.clip_grad_norm_(self._parameters, self._ppo.max_grad_norm)
-                self.optimizer.step()
+                norm = self.optimizer.step(self._ppo.max_grad_norm)
                 history.append(torch.stack([*(part.detach() for part in parts[1:]), norm]))
         return self._stats(history)
 
@@ -193,26 +188,24 @@ class Learner:
             history = [torch.stack([*(part.detach() for part in stopped_by[1:]), norm])]
         return UpdateStats(*torch.stack(history).double().mean(0).tolist(), n_updates=n_updates)
 
-    @torch.inference_mode()
     def finite(self) -> bool:
         """Whether every parameter is a finite number."""
-        # A sum is finite only if all its terms are, but for overflow, which is divergence too.
-        return math.isfinite(sum(float(p.double().sum()) for p in self._parameters))
+        return self.optimizer.finite()
 
     # ------------------------------------------------------------------- state
 
     def reset_hyperparameters(self, optimizer: OptimizerConfig, ppo: PPOConfig) -> None:
         """Go on with other hyperparameters, as a forked trial does."""
         self._ppo = replace(ppo)
-        for group in self.optimizer.param_groups:
-            group["lr"], group["eps"] = optimizer.lr, optimizer.eps
+        self.optimizer.lr, self.optimizer.eps = optimizer.lr, optimizer.eps
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, buffers and the optimizer's moments by name; the tensors themselves."""
         state = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
-        for name, parameter in self.module.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        for moment, views in self.optimizer.moments().items():
+            for (name, _), view in zip(self._named, views, strict=True):
+                state[f"optimizer.{name}.{moment}"] = view
+        state["optimizer.n_steps"] = torch.tensor(self.optimizer.n_steps)
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -220,28 +213,18 @@ class Learner:
 
         Raises:
             KeyError: a tensor is missing.
-            ValueError: a tensor has another shape.
+            ValueError: a tensor has another shape. Nothing was taken over.
         """
+        own = self.state()
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)}, but {tuple(tensor.shape)} is needed"
+                )
         with torch.no_grad():
-            for name, tensor in self.module.state_dict().items():
-                given = state[f"model.{name}"]
-                if given.shape != tensor.shape:
-                    raise ValueError(
-                        f"{name} has shape {tuple(given.shape)}, but {tuple(tensor.shape)} is needed"
-                    )
-                tensor.copy_(given)
-        self.optimizer.state.clear()
-        for name, parameter in self.module.named_parameters():
-            prefix = f"optimizer.{name}."
-            moments = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-            for key, value in moments.items():
-                shape = () if key == "step" else parameter.shape
-                if value.shape != torch.Size(shape):
-                    raise ValueError(f"{prefix}{key} has shape {tuple(value.shape)}")
-            if moments:
-                self.optimizer.state[parameter] = {
-                    key: value.detach().to(self.device, copy=True) for key, value in moments.items()
-                }
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+        self.optimizer.n_steps = int(state["optimizer.n_steps"])
 
     # ----------------------------------------------------------------- network
 

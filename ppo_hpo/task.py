@@ -609,7 +609,7 @@ class PPO:
                     )
             except (KeyError, ValueError) as error:
                 raise CheckpointError(f"The state does not fit this task: {error}.") from None
-            if strict and (unknown := set(tensors) - self._names(tensors)):
+            if unknown := set(tensors) - set(self.state_dict(keep_vars=True)):
                 raise CheckpointError(f"The state has unknown entries: {', '.join(sorted(unknown))}.")
             self.epoch = int(progress["epoch"])
             self.metrics.curve = [dict(row) for row in progress["curve"]]
@@ -707,29 +707,11 @@ class PPO:
             f"{name} is {_at(there, name)!r} there and {_at(here, name)!r} here" for name in names
         )
 
-    def _names(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        learner = self.agent.learner
-        names = set(learner.state())
-        names |= {f"{part}.{name}" for part, _ in self._moments() for name in ("mean", "var", "count")}
-        return names & set(tensors)
-
     def _fitting(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """This task's own entries, replaced by those given ones that fit; and what did not."""
         own = {name: value for name, value in self.state_dict().items() if name != "progress"}
-        taken = dict(own)
-        left_out = [name for name in own if name not in tensors]
-        parameters = dict(self.agent.learner.module.named_parameters())
-        for name, value in tensors.items():
-            shape = own[name].shape if name in own else None
-            if shape is None and name.startswith("optimizer."):
-                owner, _, moment = name.removeprefix("optimizer.").rpartition(".")
-                if owner in parameters:
-                    shape = parameters[owner].shape if moment != "step" else torch.Size(())
-            if shape is not None and shape == value.shape:
-                taken[name] = value
-            else:
-                left_out.append(name)
-        return taken, sorted(left_out)
+        fits = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+        return {**own, **fits}, sorted((set(own) | set(tensors)) - set(fits))
 
     # ------------------------------------------------------------------ telling
 

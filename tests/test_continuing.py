@@ -1,0 +1,140 @@
+"""Laws 2 and 3: a trial that was stopped at any instant ends, to the bit, where it would have ended.
+
+Each case runs as real processes, `ppo-hpo run`, on one environment: 4 epochs at once; 2 and then 2 more in
+another process; and a process that is killed (SIGKILL) at random moments until it gets through.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ppo_hpo import yamlio
+from ppo_hpo.checkpoint import read
+
+ENVIRONMENTS = {
+    "CartPole-v1": {},
+    "Acrobot-v1": {},
+    "Pendulum-v1": {},
+    "tests.envs:RandomWalk-v0": {},
+    "tests.envs:Target-v0": {},
+}
+KILLS = 20
+REPOSITORY = Path(__file__).parent.parent
+
+
+def _config(env: str) -> dict[str, dict[str, object]]:
+    # Everything that has a state of its own is on: normalisers, schedules, value clipping, target_kl.
+    return {
+        "env": {"id": env, "n_envs": 2},
+        "task": {"epochs": 4, "steps_per_epoch": 512, "eval_episodes": 3, "seed": 7},
+        "model": {"width": 16, "depth": 1},
+        "optimizer": {"lr": 1e-3},
+        "lr_schedule": {"name": "linear"},
+        "normalize": {"norm_obs": True, "norm_reward": True},
+        "ppo": {
+            "n_steps": 64,
+            "batch_size": 32,
+            "n_epochs": 3,
+            "clip_range_schedule": "linear",
+            "clip_range_vf": 0.5,
+            "target_kl": 0.05,
+            "ent_coef": 0.01,
+        },
+    }
+
+
+def _start(config: Path, directory: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ppo_hpo", "run", "--config", str(config), "--dir", str(directory)]
+    return subprocess.Popen(
+        [*command, "--device", "cpu", *options],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _run(config: Path, directory: Path, *options: str) -> None:
+    assert _start(config, directory, *options).wait() == 0
+
+
+def _assert_equal(one: Path, other: Path) -> None:
+    """Parameters, optimizer state, normalisers, curve and objective: everything but the clock."""
+    left, right = (read(path / "checkpoint-000004.safetensors") for path in (one, other))
+    assert left.arrays.keys() == right.arrays.keys()
+    for name, array in left.arrays.items():
+        assert array.dtype == right.arrays[name].dtype
+        assert array.tobytes() == right.arrays[name].tobytes(), name
+    assert left.meta["curve"] == right.meta["curve"]
+    assert left.meta["identity"] == right.meta["identity"]
+    assert (one / "curve.jsonl").read_bytes() == (other / "curve.jsonl").read_bytes()
+    assert _objective(one) == _objective(other)
+
+
+def _objective(directory: Path) -> float:
+    entries = json.loads((directory / "results.json").read_text())
+    return next(entry["value"] for entry in entries if entry["type"] == "objective")
+
+
+@pytest.fixture(scope="module", params=ENVIRONMENTS, ids=lambda name: name.rpartition(":")[2])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A configuration file, and the directory in which it ran through."""
+    root = tmp_path_factory.mktemp("continuing")
+    config = root / "config.yaml"
+    config.write_text(yamlio.dump(_config(request.param)))
+    _run(config, root / "through")
+    return config, root / "through"
+
+
+def test_the_trial_learns_something_that_could_differ(undisturbed: tuple[Path, Path]) -> None:
+    _, through = undisturbed
+    rows = [json.loads(line) for line in (through / "curve.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(row["n_updates"] > 0 for row in rows[1:])
+    checkpoints = [read(through / f"checkpoint-00000{epoch}.safetensors") for epoch in (3, 4)]
+    before, after = (checkpoint.arrays["model.actor.0.weight"] for checkpoint in checkpoints)
+    assert not np.array_equal(before, after)
+
+
+def test_two_and_two_epochs_are_four(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+    config, through = undisturbed
+    _run(config, tmp_path, "--epochs", "2")
+    assert not (tmp_path / "checkpoint-000003.safetensors").exists()
+    _run(config, tmp_path)
+    _assert_equal(through, tmp_path)
+    assert "continues: epoch 2 -> 4" in (tmp_path / "log.txt").read_text()
+
+
+def test_one_epoch_a_kill_and_three_more(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+    config, through = undisturbed
+    _run(config, tmp_path, "--epochs", "1")
+    log = tmp_path / "log.txt"
+    begun = log.stat().st_size
+    process = _start(config, tmp_path)
+    while log.stat().st_size == begun:  # until it has begun to train
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    _run(config, tmp_path)
+    _assert_equal(through, tmp_path)
+
+
+def test_killed_at_twenty_random_moments(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+    config, through = undisturbed
+    directory = tmp_path / "trial"
+    _run(config, directory, "--epochs", "1")
+    command = [sys.executable, "-m", "tests.kill_loop", config, directory, str(KILLS), str(config)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Where the trial was through before its kills were used up, the last children had nothing to do.
+    assert int(done.stdout) >= KILLS // 2
+    _assert_equal(through, directory)
+    assert not list(directory.glob(".*.tmp"))
