@@ -53,8 +53,11 @@ class MLPActorCritic(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         shape = (width, depth, activation)
-        self.actor = _mlp(obs_dim, action_dim, *shape)
-        self.critic = _mlp(obs_dim, 1, *shape)
+        # Linear layers first fill themselves from torch's global stream, which is the caller's.
+        # (`skip_init` would leave that out, but imports sympy: a third of a second in every trial.)
+        with torch.random.fork_rng(devices=[]):
+            self.actor = _mlp(obs_dim, action_dim, *shape)
+            self.critic = _mlp(obs_dim, 1, *shape)
         self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init)) if continuous else None
         for network, last_gain in ((self.actor, 0.01), (self.critic, 1.0)):
             layers = [layer for layer in network if isinstance(layer, nn.Linear)]
@@ -84,8 +87,7 @@ class MLPActorCritic(nn.Module):
 def _mlp(inputs: int, outputs: int, width: int, depth: int, activation: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index in range(depth):
-        # skip_init leaves the weights to the caller: torch's own would draw from its global stream.
-        layers.append(nn.utils.skip_init(nn.Linear, width if index else inputs, width))
+        layers.append(nn.Linear(width if index else inputs, width))
         layers.append(_ACTIVATIONS[activation]())
-    layers.append(nn.utils.skip_init(nn.Linear, width, outputs))
+    layers.append(nn.Linear(width, outputs))
     return nn.Sequential(*layers)
