@@ -2,13 +2,15 @@
 
 `torch.optim.Adam` is not used for two reasons that were measured: constructing the first optimizer of a
 process imports torch's compiler, 0.8 to 1.2 s in every trial, and a step over the twelve small tensors of a
-multilayer perceptron takes longer than one over a single tensor of the same size.
+multilayer perceptron takes four times as long as one over a single array of the same size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ class FlatAdam:
         lr: learning rate of the next step.
         eps: added to the root of the second moment, after its bias was corrected.
         n_steps: steps taken.
+        flat: all parameters, in the order they were given.
         grad: all gradients, flat. Backpropagation adds to it; `step` sets it to zero.
     """
 
@@ -38,42 +41,76 @@ class FlatAdam:
         self.n_steps = 0
         self._betas = betas
         self._parameters = list(parameters)
-        self._flat = torch.cat([p.detach().reshape(-1) for p in self._parameters])
-        self.grad = torch.zeros_like(self._flat)
-        self._exp_avg = torch.zeros_like(self._flat)
-        self._exp_avg_sq = torch.zeros_like(self._flat)
-        self._denominator = torch.empty_like(self._flat)
+        self.flat = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        self.grad = torch.zeros_like(self.flat)
+        self._exp_avg = torch.zeros_like(self.flat)
+        self._exp_avg_sq = torch.zeros_like(self.flat)
+        self._work = torch.empty_like(self.flat)
         for parameter, value, grad in zip(
-            self._parameters, self._views(self._flat), self._views(self.grad), strict=True
+            self._parameters, self._views(self.flat), self._views(self.grad), strict=True
         ):
             parameter.data = value
             parameter.grad = grad
+        # On the CPU numpy's functions over the same memory take a third of the time of torch's.
+        self._arrays = None
+        if self.flat.device.type == "cpu":
+            buffers = (self.flat, self.grad, self._exp_avg, self._exp_avg_sq, self._work)
+            self._arrays = tuple(buffer.numpy() for buffer in buffers)
 
-    @torch.no_grad()
-    def step(self, max_norm: float) -> Tensor:
+    def step(self, max_norm: float) -> Tensor | float:
         """Take one step along the gradient, scaled down where its norm exceeds ``max_norm``.
 
         Returns:
             The norm before clipping, a scalar.
         """
+        self.n_steps += 1
+        beta1, beta2 = self._betas
+        # theta -= lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with sqrt(c2) multiplied through.
+        root2 = math.sqrt(1.0 - beta2**self.n_steps)
+        rate, eps = self.lr * root2 / (1.0 - beta1**self.n_steps), self.eps * root2
+        if self._arrays is None:
+            return self._step_torch(max_norm, rate, eps)
+        return self._step_numpy(max_norm, rate, eps)
+
+    def _step_numpy(self, max_norm: float, rate: float, eps: float) -> float:
+        assert self._arrays is not None
+        flat, grad, exp_avg, exp_avg_sq, work = self._arrays
+        beta1, beta2 = self._betas
+        norm = math.sqrt(float(np.dot(grad, grad)))
+        if not norm <= max_norm:  # also where it is NaN
+            grad *= np.float32(max_norm / (norm + 1e-6))
+        exp_avg *= np.float32(beta1)
+        np.multiply(grad, np.float32(1.0 - beta1), out=work)
+        exp_avg += work
+        np.multiply(grad, grad, out=work)
+        work *= np.float32(1.0 - beta2)
+        exp_avg_sq *= np.float32(beta2)
+        exp_avg_sq += work
+        np.sqrt(exp_avg_sq, out=work)
+        work += np.float32(eps)
+        np.divide(exp_avg, work, out=work)
+        work *= np.float32(rate)
+        flat -= work
+        grad.fill(0.0)
+        return norm
+
+    @torch.no_grad()
+    def _step_torch(self, max_norm: float, rate: float, eps: float) -> Tensor:
+        beta1, beta2 = self._betas
         norm = torch.linalg.vector_norm(self.grad)
         # No branch on the norm's value: it would make a GPU wait.
         self.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        self.n_steps += 1
-        beta1, beta2 = self._betas
-        correction1 = 1.0 - beta1**self.n_steps
-        correction2 = 1.0 - beta2**self.n_steps
         self._exp_avg.lerp_(self.grad, 1.0 - beta1)
         self._exp_avg_sq.mul_(beta2).addcmul_(self.grad, self.grad, value=1.0 - beta2)
-        torch.sqrt(self._exp_avg_sq, out=self._denominator)
-        self._denominator.div_(correction2**0.5).add_(self.eps)
-        self._flat.addcdiv_(self._exp_avg, self._denominator, value=-self.lr / correction1)
+        torch.sqrt(self._exp_avg_sq, out=self._work)
+        self._work.add_(eps)
+        self.flat.addcdiv_(self._exp_avg, self._work, value=-rate)
         self.grad.zero_()
         return norm
 
     def finite(self) -> bool:
         """Whether every parameter is a finite number."""
-        return bool(torch.isfinite(self._flat).all())
+        return bool(torch.isfinite(self.flat).all())
 
     def moments(self) -> dict[str, list[Tensor]]:
         """``exp_avg`` and ``exp_avg_sq``, each a live view for each parameter."""

@@ -1,33 +1,22 @@
-"""The learner: a network, its optimizer, and the update of PPO through autograd."""
+"""The learner: a network, its optimizer, and the update of PPO."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ppo_hpo import losses
+from ppo_hpo import fast
 from ppo_hpo.adam import FlatAdam
+from ppo_hpo.autograd import AutogradEngine, Criterion
 from ppo_hpo.config import OptimizerConfig, PPOConfig
-from ppo_hpo.rollout import Float32, Rollout
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
-
-
-class Batch(NamedTuple):
-    """Samples for one update, each ``[B, ...]``."""
-
-    obs: Tensor
-    action: Tensor
-    old_log_prob: Tensor
-    old_value: Tensor
-    advantage: Tensor
-    returns: Tensor
+from ppo_hpo.networks import MLPActorCritic
+from ppo_hpo.rollout import Float32, Samples
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,7 @@ class Learner:
         module: the network, with `policy`, `value` and `log_std`.
         optimizer: Adam over the module's parameters, which are views into its buffer.
         device: where both live.
+        engine: ``numpy`` or ``autograd``; see `_choose`.
     """
 
     def __init__(
@@ -71,122 +61,78 @@ class Learner:
         *,
         continuous: bool,
         criterion: Criterion | None = None,
+        engine: str = "auto",
     ) -> None:
+        """Put a network and its optimizer on a device.
+
+        Args:
+            module: the network.
+            optimizer: Adam's hyperparameters.
+            ppo: of the update.
+            device: where to.
+            continuous: whether actions are continuous.
+            criterion: the critic's loss in the place of the mean squared error.
+            engine: ``auto``, or ``autograd`` to take the general one where the fast one could be had.
+        """
         self.module = module.to(device)
         self.device = device
         self._ppo = ppo
-        self._continuous = continuous
-        self._criterion = criterion
-        self._named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.optimizer = FlatAdam([p for _, p in self._named], optimizer.lr, optimizer.eps)
+        self._autograd = AutogradEngine(module, device, continuous=continuous, criterion=criterion)
+        named = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        is_fast = engine == "auto" and _is_fast(module, device, criterion)
+        if is_fast:
+            assert isinstance(module, MLPActorCritic)
+            parameters = fast.parameter_order(module)
+        self._names = [named[id(p)] for p in parameters]
+        self.optimizer = FlatAdam(parameters, optimizer.lr, optimizer.eps)
+        self._engine: Any = self._autograd
+        if is_fast:
+            assert isinstance(module, MLPActorCritic)
+            self._engine = fast.NumpyEngine(
+                module, self.optimizer.flat, self.optimizer.grad, continuous=continuous
+            )
+        self.engine: str = self._engine.name
+        # The rollout asks for these thousands of times: no step in between.
+        self.act: Callable[[Float32, Float32 | None], NDArray[Any]] = self._engine.act
+        self.values: Callable[[Float32], Float32] = self._engine.values
+        self.log_probs: Callable[[Float32, NDArray[Any]], Float32] = self._engine.log_probs
 
-    # ------------------------------------------------------------------ acting
+    def loss(self, samples: Samples, clip_range: float) -> float:
+        """The loss of some samples, without learning from them."""
+        with torch.no_grad():
+            batch = self._autograd.load(samples)
+            return float(self._autograd.loss(batch, self._ppo, clip_range).loss)
 
-    @torch.inference_mode()
-    def act(self, obs: Float32, noise: Float32 | None) -> NDArray[Any]:
-        """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode."""
-        output = self._policy(torch.from_numpy(obs).to(self.device))
-        if noise is not None:
-            drawn = torch.from_numpy(noise).to(self.device)
-            output = output + drawn * self._log_std.exp() if self._continuous else output + drawn
-        action = output if self._continuous else output.argmax(-1)
-        return action.cpu().numpy()  # type: ignore[no-any-return]
-
-    @torch.inference_mode()
-    def values(self, obs: Float32) -> Float32:
-        """Values ``[B]`` of observations ``[B, D]``."""
-        return self._value(torch.from_numpy(obs).to(self.device)).cpu().numpy()  # type: ignore[no-any-return]
-
-    @torch.inference_mode()
-    def log_probs(self, obs: Float32, action: NDArray[Any]) -> Float32:
-        """Log-probabilities ``[B]`` of actions ``[B]`` or ``[B, A]``."""
-        log_prob, _ = self._rate(
-            torch.from_numpy(obs).to(self.device), torch.from_numpy(action).to(self.device)
-        )
-        return log_prob.cpu().numpy()  # type: ignore[no-any-return]
-
-    # ---------------------------------------------------------------- learning
-
-    def batch(
-        self, rollout: Rollout, advantage: NDArray[Any], returns: NDArray[Any]
-    ) -> Batch:
-        """All samples of a rollout on the device, time and environments flattened into one axis."""
-
-        def flat(array: NDArray[Any]) -> Tensor:
-            if array.dtype == np.float64:
-                array = array.astype(np.float32)
-            flattened = array.reshape(-1, *array.shape[2:])
-            return torch.from_numpy(np.ascontiguousarray(flattened)).to(self.device)
-
-        return Batch(
-            flat(rollout.obs),
-            flat(rollout.action),
-            flat(rollout.log_prob),
-            flat(rollout.value),
-            flat(advantage),
-            flat(returns),
-        )
-
-    def loss(self, batch: Batch, clip_range: float) -> losses.LossParts:
-        """The loss of one minibatch."""
-        ppo = self._ppo
-        log_prob, entropy = self._rate(batch.obs, batch.action)
-        value = self._value(batch.obs)
-        if self._criterion is None:
-            critic = losses.value_loss(value, batch.old_value, batch.returns, ppo.clip_range_vf)
-        else:
-            critic = self._criterion(value, batch.returns)
-        advantage = batch.advantage
-        if ppo.normalize_advantage:
-            advantage = losses.normalize_advantage(advantage)
-        return losses.ppo_loss(
-            log_prob,
-            batch.old_log_prob,
-            advantage,
-            critic,
-            entropy,
-            clip_range=clip_range,
-            ent_coef=ppo.ent_coef,
-            vf_coef=ppo.vf_coef,
-        )
-
-    def minibatches(self, batch: Batch, stream: np.random.Generator) -> Iterator[Batch]:
-        """All samples in a new random order, ``batch_size`` at a time."""
-        size = self._ppo.batch_size
-        order = torch.from_numpy(stream.permutation(len(batch.obs))).to(self.device)
-        shuffled = [tensor[order] for tensor in batch]
-        for parts in zip(*(tensor.split(size) for tensor in shuffled), strict=True):
-            yield Batch(*parts)
+    def minibatches(self, samples: Samples, stream: np.random.Generator) -> Iterator[Any]:
+        """Each pass's minibatches, in turn: all samples in a new random order, ``batch_size`` at a time."""
+        loaded = self._engine.load(samples)
+        for _ in range(self._ppo.n_epochs):
+            order = stream.permutation(len(samples.obs))
+            yield from self._engine.shuffled(loaded, order, self._ppo.batch_size)
 
     def update(
-        self, batch: Batch, stream: np.random.Generator, lr: float, clip_range: float
+        self, samples: Samples, stream: np.random.Generator, lr: float, clip_range: float
     ) -> UpdateStats:
         """Improve the networks on one rollout: ``n_epochs`` passes over its minibatches.
 
         With ``target_kl`` the first minibatch whose estimated divergence exceeds 1.5 times it ends
         the update, before its own step is taken.
         """
-        self.optimizer.lr = lr
-        target_kl = self._ppo.target_kl
-        history: list[Tensor] = []
-        for _ in range(self._ppo.n_epochs):
-            for minibatch in self.minibatches(batch, stream):
-                parts = self.loss(minibatch, clip_range)
-                if target_kl is not None and parts.approx_kl.item() > 1.5 * target_kl:
-                    return self._stats(history, parts)
-                parts.loss.backward()  # type: ignore[no-untyped-call]
-                norm = self.optimizer.step(self._ppo.max_grad_norm)
-                history.append(torch.stack([*(part.detach() for part in parts[1:]), norm]))
-        return self._stats(history)
-
-    @staticmethod
-    def _stats(history: list[Tensor], stopped_by: losses.LossParts | None = None) -> UpdateStats:
-        n_updates = len(history)
-        if not history:  # the very first minibatch stopped the update: it is all there is to report
-            assert stopped_by is not None
-            norm = torch.zeros_like(stopped_by.loss)
-            history = [torch.stack([*(part.detach() for part in stopped_by[1:]), norm])]
-        return UpdateStats(*torch.stack(history).double().mean(0).tolist(), n_updates=n_updates)
+        ppo, optimizer, backward = self._ppo, self.optimizer, self._engine.backward
+        optimizer.lr = lr
+        rows: list[Any] = []
+        norms: list[Any] = []
+        for minibatch in self.minibatches(samples, stream):
+            row = backward(minibatch, ppo, clip_range)
+            if ppo.target_kl is not None and float(row[3]) > 1.5 * ppo.target_kl:
+                optimizer.grad.zero_()
+                if not rows:  # the very first one stopped the update: it is all there is to report
+                    return UpdateStats(*self._engine.mean([row], [0.0]), n_updates=0)
+                break
+            norms.append(optimizer.step(ppo.max_grad_norm))
+            rows.append(row)
+        return UpdateStats(*self._engine.mean(rows, norms), n_updates=len(rows))
 
     def finite(self) -> bool:
         """Whether every parameter is a finite number."""
@@ -196,14 +142,14 @@ class Learner:
 
     def reset_hyperparameters(self, optimizer: OptimizerConfig, ppo: PPOConfig) -> None:
         """Go on with other hyperparameters, as a forked trial does."""
-        self._ppo = replace(ppo)
+        self._ppo = ppo
         self.optimizer.lr, self.optimizer.eps = optimizer.lr, optimizer.eps
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, buffers and the optimizer's moments by name; the tensors themselves."""
         state = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for moment, views in self.optimizer.moments().items():
-            for (name, _), view in zip(self._named, views, strict=True):
+            for name, view in zip(self._names, views, strict=True):
                 state[f"optimizer.{name}.{moment}"] = view
         state["optimizer.n_steps"] = torch.tensor(self.optimizer.n_steps)
         return state
@@ -226,20 +172,16 @@ class Learner:
                 tensor.copy_(state[name])
         self.optimizer.n_steps = int(state["optimizer.n_steps"])
 
-    # ----------------------------------------------------------------- network
 
-    def _policy(self, obs: Tensor) -> Tensor:
-        return self.module.policy(obs)  # type: ignore[operator, no-any-return]
+def _is_fast(module: nn.Module, device: torch.device, criterion: Criterion | None) -> bool:
+    """The one place that decides between the engines.
 
-    def _value(self, obs: Tensor) -> Tensor:
-        return self.module.value(obs)  # type: ignore[operator, no-any-return]
-
-    @property
-    def _log_std(self) -> Tensor:
-        return self.module.log_std  # type: ignore[return-value]
-
-    def _rate(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        output = self._policy(obs)
-        if self._continuous:
-            return losses.diagonal_gaussian(output, self._log_std, action)
-        return losses.categorical(output, action)
+    The fast one knows the gradients of one network and one loss, on the CPU and in single precision;
+    everything else takes the general one.
+    """
+    return (
+        type(module) is MLPActorCritic
+        and device.type == "cpu"
+        and criterion is None
+        and all(p.dtype == torch.float32 and p.requires_grad for p in module.parameters())
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,20 @@ class Policy(Protocol):
 
     def log_probs(self, obs: Float32, action: NDArray[Any]) -> Float32:
         """Log-probabilities ``[B]`` of actions."""
+
+
+class Samples(NamedTuple):
+    """What the update learns from: a rollout with time and environments in one axis, each ``[B, ...]``.
+
+    All are contiguous, actions are integers or single precision, everything else single precision.
+    """
+
+    obs: Float32
+    action: NDArray[Any]
+    old_log_prob: Float32
+    old_value: Float32
+    advantage: Float32
+    returns: Float32
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,12 @@ class Rollout:
         """
         following = np.concatenate([self.value[1:], last_value[None]])
         return np.where(self.truncated, self.final_value, following)
+
+    def samples(self, advantage: NDArray[Any], returns: NDArray[Any]) -> Samples:
+        """The rollout as samples, with the advantage ``[T, N]`` and the returns ``[T, N]`` of each."""
+        arrays = (self.obs, self.action, self.log_prob, self.value, advantage, returns)
+        flat = [array.reshape(-1, *array.shape[2:]) for array in arrays]
+        return Samples(*(a.astype(np.float32) if a.dtype == np.float64 else a for a in flat))
 
 
 @dataclass

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,10 +32,11 @@ from ppo_hpo.errors import BadResume, CheckpointError, UserError
 from ppo_hpo.evaluate import Evaluation, Evaluator
 from ppo_hpo.events import Events, Metrics
 from ppo_hpo.gae import gae
-from ppo_hpo.learner import Batch, Criterion, Learner
+from ppo_hpo.autograd import Criterion
+from ppo_hpo.learner import Learner
 from ppo_hpo.networks import MLPActorCritic
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
-from ppo_hpo.rollout import Rollout
+from ppo_hpo.rollout import Rollout, Samples
 from ppo_hpo.train import Agent, Diverged, scheduled, train_epoch
 
 State = dict[str, Any]
@@ -108,6 +109,7 @@ class PPO:
         ppo: Mapping[str, Any] | None = None,
         normalize: Mapping[str, Any] | None = None,
         task: Mapping[str, Any] | None = None,
+        engine: Literal["auto", "autograd"] = "auto",
     ) -> None:
         """Put the parts together; nothing is built yet.
 
@@ -132,6 +134,8 @@ class PPO:
             ppo: further fixed hyperparameters of the group `ppo`.
             normalize: those of the group `normalize`.
             task: those of the group `task`, such as ``seed`` and ``max_epochs``.
+            engine: ``auto`` takes hand-written gradients where they are known (see `ppo_hpo.fast`);
+                ``autograd`` never does. Both go on from each other's checkpoints, though not to the bit.
 
         Raises:
             UserError: a value that breaks its rule, or a device that is not there.
@@ -173,6 +177,7 @@ class PPO:
         self.bad_state = False
         self.lineage: list[dict[str, Any]] = []
         self._criterion = criterion
+        self._engine = engine
         self._storage = storage if isinstance(storage, Storage | None) else Storage(storage)
         self._log = logger or logging.getLogger("ppo_hpo")
         self._fidelity: str | None = None
@@ -196,6 +201,7 @@ class PPO:
         logger: logging.Logger | None = None,
         uid: str | None = None,
         model: nn.Module | None = None,
+        engine: Literal["auto", "autograd"] = "auto",
     ) -> PPO:
         """A task that is fixed throughout and ready to `fit`; for the arguments see the constructor."""
         groups = config.to_mapping()
@@ -215,6 +221,7 @@ class PPO:
             ppo=groups["ppo"],
             normalize=groups["normalize"],
             task=groups["task"],
+            engine=engine,
         )
         task.init(gamma=config.ppo.gamma, uid=uid)
         return task
@@ -327,14 +334,7 @@ class PPO:
             )
         else:
             module = self._model
-        learner = Learner(
-            module,
-            config.optimizer,
-            config.ppo,
-            self.device,
-            continuous=self.info.continuous,
-            criterion=self._criterion,
-        )
+        learner = self._learner(module)
         rules = config.normalize
         self._agent = Agent(
             learner,
@@ -342,6 +342,17 @@ class PPO:
             RewardScaler(
                 config.env.n_envs, config.ppo.gamma, enabled=rules.norm_reward, clip=rules.clip_reward
             ),
+        )
+
+    def _learner(self, module: nn.Module) -> Learner:
+        return Learner(
+            module,
+            self.config.optimizer,
+            self.config.ppo,
+            self.device,
+            continuous=self.info.continuous,
+            criterion=self._criterion,
+            engine=self._engine,
         )
 
     def _resume(self) -> None:
@@ -523,18 +534,17 @@ class PPO:
         with BadResumeGuard(self):
             learner, config = self.agent.learner, self.config
             advantage = self._advantage(replay_vector, learner.values(current_state))
-            batch = learner.batch(replay_vector, advantage, advantage + replay_vector.value)
+            samples = replay_vector.samples(advantage, advantage + replay_vector.value)
             progress = self.epoch / config.max_epochs
             optimizer, schedule = config.optimizer, config.lr_schedule
             lr = scheduled(schedule.name, optimizer.lr, optimizer.lr * schedule.final, progress)
             clip = scheduled(config.ppo.clip_range_schedule, config.ppo.clip_range, 0.0, progress)
             stream = seeding.stream(config.task.seed, "shuffle", self.epoch)
-            return vars(learner.update(batch, stream, lr, clip)).copy()
+            return vars(learner.update(samples, stream, lr, clip)).copy()
 
-    def eval_loss(self, batch: Batch) -> float:
-        """The loss of one batch of samples, without learning from it."""
-        with torch.no_grad():
-            return float(self.agent.learner.loss(batch, self.config.ppo.clip_range).loss)
+    def eval_loss(self, batch: Samples) -> float:
+        """The loss of one batch of samples (see `Rollout.samples`), without learning from it."""
+        return self.agent.learner.loss(batch, self.config.ppo.clip_range)
 
     def _advantage(self, rollout: Rollout, last_value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         ppo = self.config.ppo
@@ -740,7 +750,8 @@ class PPO:
         lines = [
             f"environment  {info.id}: {info.obs_dim} observations, {info.action_dim} {info.kind} "
             f"actions, {limit}; {config.env.n_envs} side by side",
-            f"network      {type(self.model).__name__}, {count:,} parameters, on {self.device}",
+            f"network      {type(self.model).__name__}, {count:,} parameters, on {self.device}, "
+            f"gradients by {self.agent.learner.engine}",
             f"epoch        {self.epoch} of {config.max_epochs} done, "
             f"{config.task.steps_per_epoch:,} steps each, in rollouts of {config.rollout_steps:,}",
             f"update       {config.ppo.n_epochs} passes in batches of {config.ppo.batch_size}, "
@@ -758,14 +769,7 @@ class PPO:
         if self._agent is not None:
             learner = self._agent.learner
             state = {name: value.detach().clone() for name, value in learner.state().items()}
-            self._agent.learner = Learner(
-                learner.module,
-                self.config.optimizer,
-                self.config.ppo,
-                self.device,
-                continuous=self.info.continuous,
-                criterion=self._criterion,
-            )
+            self._agent.learner = self._learner(learner.module)
             self._agent.learner.load(state)
 
     def finish(self) -> None:

@@ -100,8 +100,8 @@ def train_epoch(
             rollout.terminated, rollout.done, ppo.gamma, ppo.gae_lambda,
         )  # fmt: skip
         returns = advantage + rollout.value
-        batch = agent.learner.batch(rollout, advantage, returns)
-        stats = agent.learner.update(batch, shuffle, lr, clip_range)
+        samples = rollout.samples(advantage, returns)
+        stats = agent.learner.update(samples, shuffle, lr, clip_range)
 
         row = asdict(stats) | {"lr": lr, "clip_range": clip_range}
         losses = (stats.policy_loss, stats.value_loss, stats.entropy)

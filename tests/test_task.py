@@ -331,7 +331,7 @@ def test_ppo_lowers_the_loss_that_eval_loss_shows() -> None:
     rollout, after = rollout_of(task)
     learner = task.agent.learner
     returns = task.compute_returns(learner.values(after), rollout)
-    batch = learner.batch(rollout, returns - rollout.value, returns)
+    batch = rollout.samples(returns - rollout.value, returns)
     before = task.eval_loss(batch)
     assert task.eval_loss(batch) == before  # looking does not change it
     stats = task.ppo(after, rollout)
@@ -350,10 +350,9 @@ def test_criterion_takes_the_place_of_the_squared_error() -> None:
         rollout, after = rollout_of(task)
         learner = task.agent.learner
         returns = task.compute_returns(learner.values(after), rollout)
-        batch = learner.batch(rollout, np.zeros_like(returns), returns)
-        with torch.no_grad():
-            value = learner.module.value(batch.obs)
-        expected = (criterion or nn.functional.mse_loss)(value, batch.returns)
+        batch = rollout.samples(np.zeros_like(returns), returns)
+        value = torch.from_numpy(learner.values(batch.obs))
+        expected = (criterion or nn.functional.mse_loss)(value, torch.from_numpy(batch.returns))
         # With advantages of zero only the critic's loss is left.
         losses.append(task.eval_loss(batch))
         assert losses[-1] == pytest.approx(float(expected), rel=1e-5)
