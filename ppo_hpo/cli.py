@@ -98,14 +98,16 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     _raise_on_signals()
-    from ppo_hpo import results, trial
     from ppo_hpo.config import TrialConfig
 
-    orion = trial.OrionContext.from_environ(os.environ)
-    mapping = _configuration(arguments, under_orion=orion is not None)
+    mapping = _configuration(arguments, under_orion="ORION_TRIAL_ID" in os.environ)
     config = TrialConfig.from_mapping(mapping)
+    # Before the next line imports numpy: what is never started does not have to be limited.
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(config.task.threads)
+    from ppo_hpo import results, trial
+
+    orion = trial.OrionContext.from_environ(os.environ)
     # `python -m` would find modules beside the user; a console script has to be told.
     if "" not in sys.path:
         sys.path.insert(0, "")

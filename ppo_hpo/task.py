@@ -26,7 +26,7 @@ from ppo_hpo.components import (
     open_priors,
 )
 from ppo_hpo.config import CHANGEABLE_IN_MID_LIFE, OTHER_SPELLINGS, TrialConfig, check_value, field_names
-from ppo_hpo.device import resolve_device
+from ppo_hpo.device import limited_threads, resolve_device
 from ppo_hpo.envs import EnvInfo, SyncEnvs, probe
 from ppo_hpo.errors import BadResume, CheckpointError, UserError
 from ppo_hpo.evaluate import Evaluation, Evaluator
@@ -407,7 +407,7 @@ class PPO:
                 f"`epochs <= task.max_epochs` must hold, since schedules end there, but got {epochs} "
                 f"and {config.max_epochs}. Make the task with task={{'max_epochs': {epochs}}}."
             )
-        with BadResumeGuard(self):
+        with BadResumeGuard(self), limited_threads(config.task.threads):
             self.events.emit("start_fit", self, epochs=epochs, context=context)
             self._open()
             if not self.metrics.curve:

@@ -157,12 +157,9 @@ def run(
         if siblings is not None and not storage.paths():
             _copy_from_sibling(config, storage, siblings, log)
 
-        # From here on torch is needed: everything that could be wrong was looked at before.
-        import torch
-
+        # This imports torch: everything that could be wrong was looked at before.
         from ppo_hpo.task import PPO
 
-        torch.set_num_threads(config.task.threads)
         task = PPO.from_config(config, device, storage=storage, logger=log, uid=uid)
         task.tick = tick
         if siblings is not None and not task.lineage:

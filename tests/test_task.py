@@ -234,6 +234,25 @@ def test_fit_does_not_go_past_the_end_of_schedules() -> None:
         small().fit(5)
 
 
+def test_a_trial_takes_one_thread_unless_told_otherwise_and_gives_the_others_back() -> None:
+    from threadpoolctl import threadpool_info
+
+    def threads() -> set[int]:
+        return {torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())}
+
+    seen: list[set[int]] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for task in (small(), small(task={"threads": 2})):
+            task.events.subscribe("end_rollout", lambda task, **details: seen.append(threads()))
+            task.fit(1)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [{1}] * 2 + [{2}] * 2
+
+
 def test_logger_gets_a_line_for_each_epoch(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("a test's own")
     config = TrialConfig.from_mapping(SMALL)
