@@ -51,7 +51,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
 
     meta = {"version": VERSION, "epoch": checkpoint.epoch, **checkpoint.meta}
     header = {
-        "ppo_hpo": json.dumps(meta, allow_nan=False, sort_keys=True),
+        "ppo_hpo": json.dumps(meta, allow_nan=False),
         "sha256": _ZERO_DIGEST.decode(),
     }
     arrays = {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}
@@ -74,13 +74,13 @@ def from_bytes(content: bytes, name: str) -> Checkpoint:
     from safetensors.numpy import load
 
     header = _header(content, name)
-    digest = str(header.get("sha256", "")).encode()
+    digest = str(header.get("sha256", "")).encode(errors="replace")
     if len(digest) != 64 or hashlib.sha256(_set_digest(content, _ZERO_DIGEST)).hexdigest().encode() != digest:
         raise CheckpointError(f"{name} is torn or was changed: its checksum does not match.")
     try:
         meta = json.loads(header["ppo_hpo"])
         version, epoch = meta.pop("version"), int(meta.pop("epoch"))
-    except (KeyError, ValueError, AttributeError, TypeError):
+    except (KeyError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         raise CheckpointError(f"{name} is no checkpoint of ppo_hpo.") from None
     if version != VERSION:
         raise CheckpointError(
@@ -135,7 +135,7 @@ class Storage:
 
         Args:
             check: raises `CheckpointError` for one that does not belong here.
-            on_refused: told of each that is refused, and why.
+            on_refused: told of each that is passed over for an older one, and why.
 
         Returns:
             The checkpoint, or None where there is none at all.
@@ -143,17 +143,19 @@ class Storage:
         Raises:
             CheckpointError: there are checkpoints, but none that can be used.
         """
-        refused: CheckpointError | None = None
+        refused: list[CheckpointError] = []
         for path in self.paths():
             try:
                 checkpoint = read(path)
                 check(checkpoint)
-                return checkpoint
             except CheckpointError as error:
+                refused.append(error)
+                continue
+            for error in refused:
                 on_refused(error)
-                refused = refused or error
-        if refused is not None:
-            raise refused
+            return checkpoint
+        if refused:
+            raise refused[0]
         return None
 
 

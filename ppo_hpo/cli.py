@@ -21,7 +21,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line and what to do, as for every other bad input."""
-        self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help.\n")
+        self.exit(2, f"ppo-hpo: error: {message}. See {self.prog} --help.\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,8 +148,11 @@ def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[
         # env.kwargs.NAME reaches into the environment's own arguments.
         target = mapping.setdefault(group, {})
         if group == "env" and key.startswith("kwargs."):
-            target = target.setdefault("kwargs", {})
-            key = key.removeprefix("kwargs.")
+            if target.get("kwargs") is None:
+                target["kwargs"] = {}
+            target, key = target["kwargs"], key.removeprefix("kwargs.")
+            if not isinstance(target, dict):
+                raise UserError(f"`env.kwargs` must map argument names to values, but got {target!r}.")
         target[key] = yamlio.parse(text, f"--set {name}")
     task = mapping.setdefault("task", {})
     if under_orion and "max_epochs" not in task:
@@ -216,9 +219,10 @@ def _space_show(arguments: argparse.Namespace) -> int:
     from ppo_hpo.space import space_path
 
     try:
-        print(space_path(arguments.name).read_text(encoding="utf-8"), end="")
-    except OSError as error:
-        raise UserError(f"{arguments.name} cannot be read: {error.strerror}.") from None
+        text = space_path(arguments.name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{arguments.name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    print(text, end="")
     return 0
 
 

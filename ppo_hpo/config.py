@@ -49,7 +49,7 @@ def _real(
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"`{name}` must be a number, but got {value!r}.")
-        if not math.isfinite(value):
+        if not _is_finite(value):
             raise UserError(f"`{name}` must be finite, but got {value!r}.")
         if value > high or value < low or (open_low and value == low):
             relation = "<" if open_low else "<="
@@ -76,6 +76,13 @@ def _word(default: str, words: tuple[str, ...], doc: str) -> Any:
         return str(value)
 
     return _field(default, rule, doc)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
 
 
 def _is_none(value: Any) -> bool:
@@ -105,6 +112,8 @@ def _environment_id(name: str, value: Any) -> str:
             f"`{name}` must be the id of a gymnasium environment, such as CartPole-v1, "
             f"but got {value!r}."
         )
+    if value.count(":") > 1:
+        raise UserError(f"`{name}` must be EnvId or module:EnvId, but got {value!r}.")
     return value
 
 
@@ -113,6 +122,15 @@ def _environment_kwargs(name: str, value: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise UserError(f"`{name}` must map argument names to values, but got {value!r}.")
+    if "max_episode_steps" in value:
+        raise UserError(f"The time limit must be `env.max_episode_steps`, but `{name}` has it: {value!r}.")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        # config.yaml and the checkpoints hold them, and two trials are told apart by them.
+        raise UserError(
+            f"`{name}` must be plain data (words, finite numbers, lists, mappings), but got {value!r}."
+        ) from None
     return dict(value)
 
 

@@ -82,12 +82,14 @@ def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
         ) from None
     except (error.UnregisteredEnv, error.Error) as failure:
         raise UserError(
-            f"`env.id: {config.id}` cannot be made: {_line(failure)}. An environment of your own is "
+            f"`env.id: {config.id}` cannot be made ({_line(failure)}). An environment of your own is "
             f"named module:EnvId, where importing the module registers it."
         ) from None
     except ModuleNotFoundError as failure:
+        # For a `module:EnvId` gymnasium raises one without a name from the one that has it.
+        name = getattr(failure.__cause__, "name", None) or failure.name
         raise UserError(
-            f"`env.id: {config.id}` needs the module {failure.name!r}, which is not installed or "
+            f"`env.id: {config.id}` needs the module {name!r}, which is not installed or "
             f"not on the path. {_extra_for(config.id)}"
         ) from None
     except TypeError as failure:
@@ -95,6 +97,13 @@ def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
             f"`env.id: {config.id}` does not take `env.kwargs: {dict(config.kwargs)}`: "
             f"{_line(failure)}."
         ) from None
+    except Exception as failure:
+        if not config.kwargs:  # nobody's input but the environment's own mistake: its traceback helps
+            raise
+        raise UserError(
+            f"`env.id: {config.id}` cannot be made with `env.kwargs: {dict(config.kwargs)}`: "
+            f"{type(failure).__name__}: {_line(failure)}."
+        ) from failure
 
 
 def probe(config: EnvConfig) -> EnvInfo:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,8 @@ def fill(
 def copy_space(name: str, destination: str) -> Path:
     """Copy a shipped space to a file or into a directory, never over a file that is there."""
     source, target = space_path(name), Path(destination)
+    if not source.is_file():
+        raise UserError(f"{source} cannot be copied: there is no such file.")
     if target.is_dir():
         target = target / source.name
     if target.exists():
@@ -283,11 +285,16 @@ def _check_prior(group: str, key: str, text: str) -> None:
                 f"Known are {', '.join(_OPTIONS)}; bounds stand without a name."
             )
     if prior.name == "choices":
-        if len(prior.arguments) != 1 or not prior.arguments[0]:
-            raise UserError(f"`{name}` needs a list of choices, but got {text!r}.")
-        options = prior.arguments[0]
-        for option in options if isinstance(options, (list, tuple, dict)) else [options]:
-            check_value(group, key, option)
+        # Orion takes anything but a list or a dict for one single choice.
+        if len(prior.arguments) != 1 or not isinstance(prior.arguments[0], (list, dict)) or not prior.arguments[0]:
+            raise UserError(f"`{name}` needs a list of choices, choices([a, b]), but got {text!r}.")
+        choices = prior.arguments[0]
+        if isinstance(choices, dict) and not _sum_to_one(choices.values()):
+            raise UserError(f"The probabilities in the prior of `{name}` must add up to 1, but got {text!r}.")
+        for choice in choices:
+            check_value(group, key, choice)
+        if prior.options.get("default_value", next(iter(choices))) not in list(choices):
+            raise UserError(f"`default_value` in the prior of `{name}` must be a choice, but got {text!r}.")
         return
     numbers = prior.arguments
     if len(numbers) != 2 or not all(_is_number(number) for number in numbers):
@@ -302,9 +309,19 @@ def _check_prior(group: str, key: str, text: str) -> None:
         raise UserError(f"`low < high` must hold in the prior of `{name}`, but got {text!r}.")
     if prior.name == "loguniform" and low <= 0:
         raise UserError(f"`low > 0` must hold in the loguniform of `{name}`, but got {text!r}.")
+    discrete = prior.options.get("discrete", False)
+    if discrete and not (float(low).is_integer() and float(high).is_integer()):
+        # Orion rounds what it draws down: loguniform(0.5, 3, discrete=True) draws 0.
+        raise UserError(f"`{name}` is discrete and needs whole bounds in its prior, but got {text!r}.")
     for bound in (low, high):
-        check_value(group, key, float(bound) if not prior.options.get("discrete") else bound)
-    if not prior.options.get("discrete") and not _takes_fractions(group, key, low, high):
+        check_value(group, key, bound if discrete else float(bound))
+    precision = prior.options.get("precision", 4)
+    if precision is not None and not (type(precision) is int and precision > 0):
+        raise UserError(f"`precision` in the prior of `{name}` must be digits, 1 or more, but got {text!r}.")
+    default = prior.options.get("default_value", low)
+    if not (_is_number(default) and low <= default <= high):
+        raise UserError(f"`low <= default_value <= high` must hold in the prior of `{name}`, but got {text!r}.")
+    if not discrete and not _takes_fractions(group, key, low, high):
         raise UserError(
             f"`{name}` must be a whole number, but the prior {text!r} draws fractions. "
             f"Add discrete=True, or list the choices."
@@ -338,7 +355,15 @@ def _check_horizon(space: Space) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
+
+
+def _sum_to_one(probabilities: Iterable[Any]) -> bool:
+    numbers = list(probabilities)
+    return all(_is_number(number) and number >= 0 for number in numbers) and math.isclose(sum(numbers), 1.0)
 
 
 def _takes_fractions(group: str, key: str, low: float, high: float) -> bool:

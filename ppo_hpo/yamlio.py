@@ -22,13 +22,15 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        seen: set[str] = set()
         for key in keys:
             if not isinstance(key, str):
                 raise UserError(
                     f"Line {node.start_mark.line + 1}: keys must be words, but got {key!r}."
                 )
-            if keys.count(key) > 1:
+            if key in seen:
                 raise UserError(f"Line {node.start_mark.line + 1}: key `{key}` is given twice.")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -54,7 +56,7 @@ def parse(text: str, source: str) -> Any:
         source: what to call it in an error.
 
     Raises:
-        UserError: the text is not YAML, or uses a tag, an alias or a key twice.
+        UserError: the text is not YAML, or uses a tag beyond plain data, an alias, or a key twice.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader, see above
@@ -72,9 +74,12 @@ def load(path: Path) -> Any:
         UserError: there is no such file, or it cannot be read or parsed.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        # Pipes and devices tell no size, so that only reading shows how much is there.
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
             raise UserError(f"{path} is larger than {_MAX_BYTES} bytes: it is no configuration.")
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read: {reason}.") from None

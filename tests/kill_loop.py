@@ -33,19 +33,32 @@ def child(config: TrialConfig, directory: Path) -> int:
     return pid
 
 
+def wait_until_it_worked(pid: int, seconds: float) -> None:
+    """Wait until a child has spent some processor time, which other load on the machine does not change."""
+    spent = Path(f"/proc/{pid}/schedstat")
+    give_up = time.monotonic() + 60.0
+    while time.monotonic() < give_up:
+        text = spent.read_text()
+        if int(text.split()[0]) >= seconds * 1e9 or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.0005)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     path, directory, kills, seed = sys.argv[1:]
     config = TrialConfig.from_mapping(yamlio.load(Path(path)))
     chance = random.Random(seed)
-    # Once in this process, so that every child finds everything imported; and for the length of an epoch.
-    outcome = trial.run(config, Path(directory + "-clock"), device="cpu", console=False)
-    whole = outcome.statistics["wall_seconds"]
+    # Twice in this process: so that every child finds everything imported, and for what a trial takes.
+    for name in ("-warm", "-clock"):
+        begun = time.process_time()
+        trial.run(config, Path(directory + name), device="cpu", console=False)
+        whole = time.process_time() - begun
     killed = 0
     for _ in range(int(kills)):
         pid = child(config, Path(directory))
         # Long enough that now and then an epoch gets done, and short enough that most kills come before.
-        time.sleep(chance.uniform(0.0, 0.36) * whole)
+        wait_until_it_worked(pid, chance.uniform(0.0, 0.55) * whole)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         killed += os.WIFSIGNALED(status)
