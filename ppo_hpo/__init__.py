@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from ppo_hpo.components import ActorCritic, LRSchedule, Optimizer, RolloutLoader
     from ppo_hpo.config import TrialConfig
     from ppo_hpo.errors import BadResume, CheckpointError, UserError
+    from ppo_hpo.guard import BadResumeGuard
     from ppo_hpo.space import get_space, list_spaces
-    from ppo_hpo.task import PPO, BadResumeGuard
+    from ppo_hpo.task import PPO
 
 __version__ = "0.1.0"
 
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ActorCritic": "components",
     "BadResume": "errors",
-    "BadResumeGuard": "task",
+    "BadResumeGuard": "guard",
     "CheckpointError": "errors",
     "LRSchedule": "components",
     "Optimizer": "components",

@@ -97,7 +97,7 @@ class FlatAdam:
     @torch.no_grad()
     def _step_torch(self, max_norm: float, rate: float, eps: float) -> Tensor:
         beta1, beta2 = self._betas
-        norm = torch.linalg.vector_norm(self.grad)
+        norm: Tensor = torch.linalg.vector_norm(self.grad)
         # No branch on the norm's value: it would make a GPU wait.
         self.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         self._exp_avg.lerp_(self.grad, 1.0 - beta1)
@@ -120,5 +120,5 @@ class FlatAdam:
         }
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([p.numel() for p in self._parameters])
+        parts = torch.split(flat, [p.numel() for p in self._parameters])
         return [part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]

@@ -54,13 +54,13 @@ class AutogradEngine:
     @torch.inference_mode()
     def values(self, obs: Float32) -> Float32:
         """Values ``[B]`` of observations ``[B, D]``."""
-        return self._value(self._tensor(obs)).cpu().numpy()  # type: ignore[no-any-return]
+        return self._value(self._tensor(obs)).cpu().numpy()
 
     @torch.inference_mode()
     def log_probs(self, obs: Float32, action: NDArray[Any]) -> Float32:
         """Log-probabilities ``[B]`` of actions ``[B]`` or ``[B, A]``."""
         log_prob, _ = self._rate(self._tensor(obs), self._tensor(action))
-        return log_prob.cpu().numpy()  # type: ignore[no-any-return]
+        return log_prob.cpu().numpy()
 
     def load(self, samples: Samples) -> Batch:
         """All samples on the device, which they reach once for all passes."""
@@ -69,7 +69,7 @@ class AutogradEngine:
     def shuffled(self, batch: Batch, order: NDArray[np.int64], size: int) -> list[Batch]:
         """The samples in ``order``, ``size`` at a time: gathered once, then sliced."""
         index = self._tensor(order)
-        parts = [tensor[index].split(size) for tensor in batch]
+        parts = [torch.split(tensor[index], size) for tensor in batch]
         return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
 
     def loss(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> losses.LossParts:

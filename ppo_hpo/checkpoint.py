@@ -183,7 +183,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         UserError: the file cannot be written; what was there before still is.
     """
-    with _as_user_error(path):
+    with writing(path):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -210,7 +210,8 @@ def remove_leftovers(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write ``path``, as on a full disk, into a `UserError`."""
     try:
         yield
     except OSError as error:

@@ -130,6 +130,7 @@ def _describe(name: str, env: gymnasium.Env[Any, Any]) -> EnvInfo:
         )
     kind: Literal["discrete", "continuous"]
     low = high = np.zeros(0)
+    shape: tuple[int, ...]
     if isinstance(actions, spaces.Discrete):
         kind, dim, shape, first = "discrete", int(actions.n), (), int(actions.start)
     elif isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating):

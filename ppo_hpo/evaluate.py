@@ -73,7 +73,7 @@ class Evaluator:
                 noise = sampling_noise(stream, shape, continuous=self._info.continuous)[running]
             actions = policy.act(normalizer(obs[running]), noise)
             still = []
-            for index, action in zip(running, actions, strict=True):
+            for index, action in zip(running.tolist(), actions, strict=True):
                 obs[index], reward, terminated, truncated, _ = self._envs[index].step(
                     self._info.to_env(action)
                 )

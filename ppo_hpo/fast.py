@@ -52,7 +52,7 @@ def parameter_order(module: MLPActorCritic) -> list[nn.Parameter]:
     """The module's parameters in the order of the flat buffer: by layer, the actor's beside the critic's."""
     actor = [layer for layer in module.actor if isinstance(layer, nn.Linear)]
     critic = [layer for layer in module.critic if isinstance(layer, nn.Linear)]
-    order: list[nn.Parameter] = []
+    order: list[Any] = []
     for one, other in zip(actor[:-1], critic[:-1], strict=True):
         order += [one.weight, other.weight, one.bias, other.bias]
     order += [actor[-1].weight, actor[-1].bias, critic[-1].weight, critic[-1].bias]
@@ -115,7 +115,9 @@ class NumpyEngine:
     def values(self, obs: Float32) -> Float32:
         """Values ``[B]`` of observations ``[B, D]``."""
         p = self._parameters
-        return (self._hidden(obs, 1) @ p.value_weight[0]) + p.value_bias[0]
+        value: Float32 = self._hidden(obs, 1) @ p.value_weight[0]
+        value += p.value_bias[0]
+        return value
 
     def log_probs(self, obs: Float32, action: NDArray[Any]) -> Float32:
         """Log-probabilities ``[B]`` of actions ``[B]`` or ``[B, A]``."""
@@ -123,9 +125,10 @@ class NumpyEngine:
         output = p.policy_weight @ self._hidden(obs, 0).T + p.policy_bias
         if self._continuous:
             scaled = (action.T - output) * np.exp(-p.log_std)
-            return -(0.5 * scaled * scaled + p.log_std + _HALF_LOG_TWO_PI).sum(0)
-        log_p = _log_softmax(output)
-        return log_p[action, np.arange(len(action))]
+            density: Float32 = -(0.5 * scaled * scaled + p.log_std + _HALF_LOG_TWO_PI).sum(0)
+            return density
+        chosen: Float32 = _log_softmax(output)[action, np.arange(len(action))]
+        return chosen
 
     def _hidden(self, obs: Float32, which: int) -> Float32:
         """The last hidden layer of the actor (0) or the critic (1), ``[B, width]``."""
@@ -204,13 +207,12 @@ class NumpyEngine:
         ones = np.ones((1, len(obs)), np.float32)
         for index in range(len(layers) - 1, -1, -1):
             h, d = layers[index]
-            if self._tanh:  # d tanh = 1 - tanh^2; h is not needed in its own right any more after this layer
-                below = layers[index - 1][0] if index else obs
+            below = layers[index - 1][0] if index else obs
+            if self._tanh:  # d tanh = 1 - tanh^2
                 slope = h * h
                 np.subtract(_ONE, slope, out=slope)
                 d *= slope
             else:
-                below = layers[index - 1][0] if index else obs
                 d *= h > 0
             np.matmul(d.transpose(0, 2, 1), below, out=g.weights[index])
             np.matmul(ones, d, out=g.biases[index])  # a product with ones is the fastest sum over samples
@@ -308,6 +310,6 @@ class NumpyEngine:
 
 def _log_softmax(logits: Float32) -> Float32:
     """Over the first axis of ``[A, B]``."""
-    shifted = logits - logits.max(0)
+    shifted: Float32 = logits - logits.max(0)
     shifted -= np.log(np.exp(shifted).sum(0))
     return shifted

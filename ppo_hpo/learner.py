@@ -128,22 +128,17 @@ class Learner:
             if ppo.target_kl is not None and float(row[3]) > 1.5 * ppo.target_kl:
                 optimizer.grad.zero_()
                 if not rows:  # the very first one stopped the update: it is all there is to report
-                    return UpdateStats(*self._engine.mean([row], [0.0]), n_updates=0)
+                    return _stats(self._engine.mean([row], [0.0]), 0)
                 break
             norms.append(optimizer.step(ppo.max_grad_norm))
             rows.append(row)
-        return UpdateStats(*self._engine.mean(rows, norms), n_updates=len(rows))
+        return _stats(self._engine.mean(rows, norms), len(rows))
 
     def finite(self) -> bool:
         """Whether every parameter is a finite number."""
         return self.optimizer.finite()
 
     # ------------------------------------------------------------------- state
-
-    def reset_hyperparameters(self, optimizer: OptimizerConfig, ppo: PPOConfig) -> None:
-        """Go on with other hyperparameters, as a forked trial does."""
-        self._ppo = ppo
-        self.optimizer.lr, self.optimizer.eps = optimizer.lr, optimizer.eps
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, buffers and the optimizer's moments by name; the tensors themselves."""
@@ -171,6 +166,11 @@ class Learner:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
         self.optimizer.n_steps = int(state["optimizer.n_steps"])
+
+
+def _stats(means: list[float], n_updates: int) -> UpdateStats:
+    policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm = means
+    return UpdateStats(policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm, n_updates)
 
 
 def _is_fast(module: nn.Module, device: torch.device, criterion: Criterion | None) -> bool:

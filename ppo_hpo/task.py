@@ -7,14 +7,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppo_hpo import results, seeding
+from ppo_hpo import belonging, results, seeding
 from ppo_hpo.checkpoint import Checkpoint, Storage
 from ppo_hpo.components import (
     ActorCritic,
@@ -25,13 +24,14 @@ from ppo_hpo.components import (
     merge,
     open_priors,
 )
-from ppo_hpo.config import CHANGEABLE_IN_MID_LIFE, OTHER_SPELLINGS, TrialConfig, check_value, field_names
+from ppo_hpo.config import OTHER_SPELLINGS, TrialConfig, check_value, field_names
 from ppo_hpo.device import limited_threads, resolve_device
 from ppo_hpo.envs import EnvInfo, SyncEnvs, probe
 from ppo_hpo.errors import BadResume, CheckpointError, UserError
 from ppo_hpo.evaluate import Evaluation, Evaluator
 from ppo_hpo.events import Events, Metrics
 from ppo_hpo.gae import gae
+from ppo_hpo.guard import BadResumeGuard
 from ppo_hpo.autograd import Criterion
 from ppo_hpo.learner import Learner
 from ppo_hpo.networks import MLPActorCritic
@@ -40,33 +40,6 @@ from ppo_hpo.rollout import Rollout, Samples
 from ppo_hpo.train import Agent, Diverged, scheduled, train_epoch
 
 State = dict[str, Any]
-
-
-class BadResumeGuard:
-    """Marks a task as bad when what it guards fails, and keeps bad tasks from going on.
-
-    After a failure a task may be anywhere between two states. A new one, made with the same
-    hyperparameters and storage, starts at the last checkpoint instead.
-    """
-
-    def __init__(self, task: PPO) -> None:
-        self._task = task
-
-    def __enter__(self) -> None:
-        if self._task.bad_state:
-            raise BadResume(
-                "This task failed before and may be in a bad state. Make a new one with the same "
-                "hyperparameters and storage: it goes on from the last checkpoint."
-            )
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self._task.bad_state = True
 
 
 class PPO:
@@ -146,7 +119,7 @@ class PPO:
             (optimizer, Optimizer, "optimizer"),
             (lr_scheduler, LRSchedule, "lr_scheduler"),
         ):
-            if not isinstance(value, kind):  # type: ignore[arg-type]
+            if not isinstance(value, kind):
                 raise UserError(f"`{name}` must be a component of ppo_hpo, but got {value!r}.")
         own = {
             "n_epochs": ppo_epoch,
@@ -606,9 +579,9 @@ class PPO:
             tensors = {k: torch.as_tensor(v) for k, v in state.items() if k != "progress"}
             left_out: list[str] = []
             if strict:
-                difference = self._difference(progress)
-                if difference:
-                    raise CheckpointError(f"The state belongs to other hyperparameters: {difference}.")
+                other = belonging.difference(progress["hyperparameters"], self.config.own_mapping())
+                if other:
+                    raise CheckpointError(f"The state belongs to other hyperparameters: {other}.")
             else:
                 tensors, left_out = self._fitting(tensors)
             try:
@@ -660,62 +633,26 @@ class PPO:
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
         progress = {"epoch": checkpoint.epoch, **checkpoint.meta}
-        difference = self._difference(progress)
+        own = self.config.own_mapping()
         born = None
-        if difference:  # `_check_ours` let it pass: a fork, whose rule stands there
+        if changed := belonging.difference(progress["hyperparameters"], own):
+            # `belonging.check` let it pass: a fork. The agent was made with the child's hyperparameters.
             born = {
                 "uid": progress["uid"],
                 "identity": progress["identity"],
                 "epoch": checkpoint.epoch,
-                "changed": difference,
+                "changed": changed,
             }
-            progress["hyperparameters"] = self.config.own_mapping()
+            progress["hyperparameters"] = own
         self.load_state_dict({**checkpoint.arrays, "progress": progress})
         if born is not None:
             self.lineage.append(born)
-            self.agent.learner.reset_hyperparameters(self.config.optimizer, self.config.ppo)
-            self._log.info("forked at epoch %d from %s: %s", self.epoch, born["uid"], difference)
+            self._log.info("forked at epoch %d from %s: %s", self.epoch, born["uid"], changed)
 
     def _check_ours(self, checkpoint: Checkpoint) -> None:
-        """Refuse another trial's checkpoint, unless Orion put it here for a fork.
-
-        Population-based training proposes a child with other hyperparameters and copies its parent's
-        directory for it. So a checkpoint that another trial wrote is a parent's; one that this very
-        trial wrote, or that somebody without a trial's id finds, must have the same hyperparameters.
-        """
-        try:
-            there = checkpoint.meta["hyperparameters"]
-            difference = self._difference(checkpoint.meta)
-            uid = checkpoint.meta["uid"]
-        except (KeyError, AttributeError, TypeError):
-            raise CheckpointError(
-                f"A checkpoint of epoch {checkpoint.epoch} does not say whose it is."
-            ) from None
-        if not difference:
-            return
-        fork = self._uid is not None and uid is not None and uid != self._uid
-        rigid = [
-            name
-            for name in _differing(there, self.config.own_mapping())
-            if name.partition(".")[2] not in CHANGEABLE_IN_MID_LIFE.get(name.partition(".")[0], ())
-        ]
-        if fork and not rigid:
-            return
-        where = f" in {self._storage.directory}" if self._storage is not None else ""
-        advice = "Use another directory, or the hyperparameters it was trained with."
-        if fork:
-            advice = f"A fork cannot change {', '.join(rigid)} in mid-life."
-        raise CheckpointError(
-            f"The checkpoint of epoch {checkpoint.epoch}{where} belongs to other hyperparameters: "
-            f"{difference}. {advice}"
-        )
-
-    def _difference(self, progress: Mapping[str, Any]) -> str:
-        there, here = progress["hyperparameters"], self.config.own_mapping()
-        names = _differing(there, here)
-        return ", ".join(
-            f"{name} is {_at(there, name)!r} there and {_at(here, name)!r} here" for name in names
-        )
+        where = "memory" if self._storage is None else str(self._storage.directory)
+        own = self.config.own_mapping()
+        belonging.check(checkpoint.meta, checkpoint.epoch, own, self._uid, where)
 
     def _fitting(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """This task's own entries, replaced by those given ones that fit; and what did not."""
@@ -781,17 +718,3 @@ class PPO:
             self._evaluator.close()
             self._evaluator = None
 
-
-def _at(mapping: Mapping[str, Any], name: str) -> Any:
-    group, _, key = name.partition(".")
-    return mapping.get(group, {}).get(key)
-
-
-def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Dotted names whose values differ between two nested mappings."""
-    names = sorted(
-        {f"{group}.{key}" for side in (there, here) for group, values in side.items() for key in values}
-    )
-    here = json.loads(json.dumps(here, default=str))
-    there = json.loads(json.dumps(there, default=str))
-    return [name for name in names if _at(there, name) != _at(here, name)]

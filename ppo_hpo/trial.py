@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_hpo import results, yamlio
-from ppo_hpo.checkpoint import Storage, read, remove_leftovers, write_atomically
+from ppo_hpo.checkpoint import Storage, read, remove_leftovers, write_atomically, writing
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import CheckpointError, UserError
 
@@ -306,7 +306,8 @@ def _keep_records(directory: Path, task: Any) -> None:
         "pid": os.getpid(),
         "device": str(task.device),
     }
-    with open(directory / "timing.jsonl", "a", encoding="utf-8") as file:
+    path = directory / "timing.jsonl"
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -335,11 +336,16 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """A full disk shall stop the trial with one sentence, from `write_atomically`, and no traceback."""
+
+
 @contextlib.contextmanager
 def _logging_to(directory: Path, uid: str | None, console: bool) -> Iterator[logging.Logger]:
     log = logging.Logger(f"ppo_hpo.{uid or directory.name}", logging.INFO)
     try:
-        file = logging.FileHandler(directory / "log.txt", encoding="utf-8")
+        file = _LogFile(directory / "log.txt", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory / 'log.txt'} cannot be written: {error.strerror}.") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -352,4 +358,6 @@ def _logging_to(directory: Path, uid: str | None, console: bool) -> Iterator[log
     try:
         yield log
     finally:
-        file.close()
+        # Closing writes what an earlier failure left over, and fails again.
+        with contextlib.suppress(OSError):
+            file.close()

@@ -41,11 +41,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)  # type: ignore[no-any-return, no-untyped-call]
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes words that `_Loader` would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse(text: str, source: str) -> Any:
@@ -88,4 +93,4 @@ def load(path: Path) -> Any:
 
 def dump(value: Any) -> str:
     """Write plain data as YAML, keys in the order given."""
-    return yaml.safe_dump(value, sort_keys=False, default_flow_style=False)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False)

@@ -198,7 +198,7 @@ def same_minibatches(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) ->
 @BOTH
 def test_values_log_probs_advantages_and_returns(kind: str) -> None:
     """Everything that follows from a rollout's observations, actions, rewards and ends."""
-    ppo = PPOConfig(gamma=0.9, gae_lambda=0.8)
+    ppo = PPOConfig(batch_size=50, gamma=0.9, gae_lambda=0.8)
     learner = learner_of(kind, ppo)
     collector = Collector(kind, learner, 50, 3)
     rollout = collector()
@@ -277,7 +277,10 @@ def their_loss_and_gradient(
 
 
 def compare(
-    row: np.ndarray, gradient: dict[str, np.ndarray], reference: tuple[dict[str, float], Any], tolerance: float
+    row: np.ndarray,
+    gradient: dict[str, np.ndarray],
+    reference: tuple[dict[str, float], Any],
+    tolerance: float,
 ) -> None:
     """The five parts of the loss, their weighted sum, and every gradient."""
     logged, their_gradient = reference
@@ -313,8 +316,8 @@ def test_loss_and_gradient_in_double_precision(kind: str, coefficients: dict[str
         name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in module.named_parameters()
     }
     reference = their_loss_and_gradient(kind, samples, ppo, double=True)
-    compare(np.array([float(part) for part in parts[1:]]), gradient, reference, 1e-6)
-    assert float(parts.loss) == pytest.approx(reference[0]["loss"], rel=1e-6, abs=1e-6)
+    compare(np.array([part.item() for part in parts[1:]]), gradient, reference, 1e-6)
+    assert parts.loss.item() == pytest.approx(reference[0]["loss"], rel=1e-6, abs=1e-6)
 
 
 @BOTH
