@@ -13,6 +13,7 @@ from ppo_hpo.config import EnvConfig
 from ppo_hpo.envs import probe
 from ppo_hpo.evaluate import Evaluation, Evaluator
 from ppo_hpo.normalize import ObservationNormalizer
+from ppo_hpo.rollout import sampling_noise
 
 
 class ByObservation:
@@ -32,7 +33,7 @@ def plain(dim: int = 2) -> ObservationNormalizer:
 
 
 def run(evaluate: Evaluator, stream: np.random.Generator | None = None) -> Evaluation:
-    return evaluate(ByObservation(), plain(), stream)  # type: ignore[arg-type]
+    return evaluate(ByObservation(), plain(), stream)
 
 
 def test_returns_and_lengths_equal_those_of_the_loop_by_hand() -> None:
@@ -75,10 +76,15 @@ def test_sampled_actions_have_their_own_noise_in_every_episode_and_step() -> Non
             return super().act(obs, noise)
 
     evaluate = evaluator("RandomWalk", list(range(300)))
-    result = evaluate(Watching(), plain(), np.random.default_rng(0))  # type: ignore[arg-type]
+    result = evaluate(Watching(), plain(), np.random.default_rng(0))
     rows = np.concatenate(seen)
     assert len(rows) == result.steps
     assert len(np.unique(rows, axis=0)) == len(rows)
+    # An episode's noise is its own: which others have ended does not matter.
+    stream, lengths = np.random.default_rng(0), np.array(result.lengths)
+    for step, noise in enumerate(seen):
+        expected = sampling_noise(stream, (300, 3), continuous=False)
+        np.testing.assert_array_equal(noise, expected[lengths > step])
     # Gumbel noise alone picks each of three actions a third of the time, and one of them pays 1.
     share = sum(result.returns) / result.steps
     assert share == pytest.approx(1 / 3, abs=4 * np.sqrt(2 / 9 / result.steps))
@@ -144,7 +150,7 @@ def test_the_policy_sees_observations_as_in_training() -> None:
     normalizer = ObservationNormalizer(2, enabled=True, clip=10.0)
     normalizer.update(np.array([[1.0, 0.0], [5.0, 4.0]]))  # means 3 and 2, deviations 2 and 2
     before = normalizer.moments.state()
-    evaluator("Counter", [0], max_steps=3)(Watching(), normalizer, None)  # type: ignore[arg-type]
+    evaluator("Counter", [0], max_steps=3)(Watching(), normalizer, None)
     # Raw: (0, 0), (1, 1), (2, 2)
     np.testing.assert_allclose(np.concatenate(seen), [[-1.5, -1.0], [-1.0, -0.5], [-0.5, 0.0]], atol=1e-6)
     assert all(obs.dtype == np.float32 for obs in seen)

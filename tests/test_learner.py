@@ -108,7 +108,7 @@ def slow_update(
             if ppo.target_kl is not None and parts.approx_kl > 1.5 * ppo.target_kl:
                 return steps, norms
             optimizer.zero_grad()
-            parts.loss.backward()  # type: ignore[no-untyped-call]
+            parts.loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), ppo.max_grad_norm)))
             optimizer.step()
             steps += 1

@@ -125,7 +125,7 @@ def test_gumbel_noise_is_finite_where_the_exponential_is_zero() -> None:
         def standard_exponential(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
             return np.zeros(shape, dtype)
 
-    noise = sampling_noise(Zero(), (3,), continuous=False)  # type: ignore[arg-type]
+    noise = sampling_noise(Zero(), (3,), continuous=False)
     assert np.isfinite(noise).all()
     assert (noise > 80.0).all()  # -log of the smallest normal number, 2^-126
 
@@ -178,6 +178,14 @@ def test_ratio_1_gives_the_plain_policy_gradient() -> None:
 def test_clip_fraction_counts_either_side() -> None:
     ratio = torch.tensor([1.19, 0.81, 1.21, 0.79])
     assert surrogate(ratio.log(), torch.ones(4)).clip_fraction.item() == 0.5
+
+
+def test_approx_kl_is_never_negative() -> None:
+    # r - 1 - log r: 1 - log 2 where the ratio is 2, and -1/2 + log 2 where it is 1/2; -log r alone would be
+    # -log 2 and log 2.
+    for ratio, expected in ((2.0, 1.0 - math.log(2.0)), (0.5, math.log(2.0) - 0.5), (1.0, 0.0)):
+        parts = surrogate(torch.full((4,), ratio).log(), torch.ones(4))
+        assert parts.approx_kl.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_advantages_are_standardised_with_bessels_correction() -> None:

@@ -206,7 +206,7 @@ def test_values_log_probs_advantages_and_returns(kind: str) -> None:
     assert rollout.terminated.any() == (kind == "discrete")  # only that environment terminates
     samples = samples_of(rollout, learner.values(collector.obs), ppo)
     other = theirs(kind, ppo, 50, 3)
-    copy_parameters(learner.module, other)  # type: ignore[arg-type]
+    copy_parameters(learner.module, other)
     fill(other, rollout, collector.obs)
     buffer = other.rollout_buffer
     for name, array in (
@@ -311,7 +311,7 @@ def test_loss_and_gradient_in_double_precision(kind: str, coefficients: dict[str
     tensors = [torch.from_numpy(array) for array in samples]
     batch = Batch(*(t.double() if t.is_floating_point() else t for t in tensors))
     parts = engine.loss(batch, ppo, CLIP)
-    parts.loss.backward()  # type: ignore[no-untyped-call]
+    parts.loss.backward()
     gradient = {
         name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in module.named_parameters()
     }
@@ -330,7 +330,7 @@ def test_loss_and_gradient_in_single_precision(kind: str, coefficients: dict[str
     learner = learner_of(kind, ppo, engine)
     assert learner.engine == {"auto": "numpy"}.get(engine, engine)
     row = learner._engine.backward(learner._engine.load(samples), ppo, CLIP)
-    gradient = {name: p.grad.numpy() for name, p in learner.module.named_parameters()}  # type: ignore[union-attr]
+    gradient = {name: p.grad.numpy() for name, p in learner.module.named_parameters()}
     reference = their_loss_and_gradient(kind, samples, ppo, double=False)
     compare(np.array([float(part) for part in row]), gradient, reference, 5e-6)
     assert learner.loss(samples, CLIP) == pytest.approx(reference[0]["loss"], rel=1e-5, abs=1e-6)
@@ -348,7 +348,7 @@ def test_three_updates(kind: str, engine: str, monkeypatch: pytest.MonkeyPatch) 
     learner = learner_of(kind, ppo, engine)
     collector = Collector(kind, learner, T, n_envs)
     other = theirs(kind, ppo, T, n_envs)
-    copy_parameters(learner.module, other)  # type: ignore[arg-type]
+    copy_parameters(learner.module, other)
     before = {name: p.detach().clone() for name, p in learner.module.named_parameters()}
     stream = same_minibatches(monkeypatch, shape)
     norms = []
@@ -358,7 +358,7 @@ def test_three_updates(kind: str, engine: str, monkeypatch: pytest.MonkeyPatch) 
         fill(other, rollout, collector.obs)
         stats = learner.update(samples, stream, 3e-4, CLIP)
         other.train()
-        for name, (ours, their) in pairs(learner.module, other).items():  # type: ignore[arg-type]
+        for name, (ours, their) in pairs(learner.module, other).items():
             torch.testing.assert_close(ours.data, their.data, rtol=0.0, atol=1e-5, msg=name)
         logged = other.logger.name_to_value
         assert stats.n_updates == 4 * T * n_envs // 32
@@ -381,12 +381,12 @@ def test_target_kl_stops_where_theirs_stops(kind: str, monkeypatch: pytest.Monke
     rollout = collector()
     samples = samples_of(rollout, learner.values(collector.obs), ppo)
     other = theirs(kind, ppo, T, n_envs)
-    copy_parameters(learner.module, other)  # type: ignore[arg-type]
+    copy_parameters(learner.module, other)
     fill(other, rollout, collector.obs)
     stats = learner.update(samples, same_minibatches(monkeypatch, shape), 3e-4, CLIP)
     other.train()
     steps = next(iter(other.policy.optimizer.state.values()))["step"]
     assert stats.n_updates == int(steps)
     assert 4 < stats.n_updates < 40  # not in the first pass, and before the end
-    for name, (ours, their) in pairs(learner.module, other).items():  # type: ignore[arg-type]
+    for name, (ours, their) in pairs(learner.module, other).items():
         torch.testing.assert_close(ours.data, their.data, rtol=0.0, atol=1e-5, msg=name)
