@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from ppo_hpo.report import curve_text, read_curve
+
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
 _DONE = re.compile(r"\[(\w+)\] done: return (\S+) \+- (\S+) after epoch (\d+)")
@@ -107,9 +109,10 @@ def _follow(command: list[str], log: Path) -> int:
 def _untuned(directory: Path) -> str:
     results = json.loads((directory / "results.json").read_text())
     values = {item["name"]: item["value"] for item in results}
+    returns = [row["return_mean"] for row in read_curve(directory)]
     return (
         f"return {values['return_mean']:.1f} +- {values['return_std']:.1f} after {values['env_steps']:,.0f} "
-        f"steps, at Stable-Baselines3's defaults"
+        f"steps, at Stable-Baselines3's defaults\n            return by epoch {curve_text(returns)}"
     )
 
 

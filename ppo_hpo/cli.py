@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return int(arguments.command(arguments))
+        code = int(arguments.command(arguments))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"ppo-hpo: error: {error}", file=sys.stderr)
         return 2

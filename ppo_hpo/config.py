@@ -8,6 +8,7 @@ runs, or it is an error.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -47,6 +48,11 @@ def _real(
     def rule(name: str, value: Any) -> Any:
         if optional and _is_none(value):
             return None
+        if optional and isinstance(value, str):
+            # Choices of 'none' and numbers have to be strings throughout: Orion's EvolutionES makes
+            # strings of them, and then does not find those among its numbers.
+            with contextlib.suppress(ValueError):
+                value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"`{name}` must be a number, but got {value!r}.")
         if not _is_finite(value):

@@ -11,6 +11,7 @@ from typing import Any
 
 from ppo_hpo import yamlio
 from ppo_hpo.errors import UserError
+from ppo_hpo.space import leaves
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -108,7 +109,7 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
         raise UserError(f"Nothing is completed in {client.name!r} yet ({counts}).")
     rungs: dict[str, list[Any]] = {}
     for trial in completed:
-        key = json.dumps({k: v for k, v in trial.params.items() if _name(k) != "task.epochs"}, default=str)
+        key = json.dumps({k: v for k, v in params_of(trial).items() if k != "task.epochs"}, default=str)
         rungs.setdefault(key, []).append(trial)
     forked = any(statistics_of(trial).get("forked") for trial in completed)
     steps_of = [[int(statistics_of(trial)["env_steps"]) for trial in group] for group in rungs.values()]
@@ -139,6 +140,11 @@ def statistics_of(trial: Any) -> dict[str, float]:
     return {item.name: float(item.value) for item in trial.statistics}
 
 
+def params_of(trial: Any) -> dict[str, Any]:
+    """A trial's hyperparameters by dotted name; Orion's command line writes ``/task/epochs`` for them."""
+    return {f"{group}.{key}": value for group, key, value in leaves(trial.params)}
+
+
 def to_text(summary: Summary) -> str:
     """The summary as lines."""
     best, stats = summary.best, statistics_of(summary.best)
@@ -152,10 +158,10 @@ def to_text(summary: Summary) -> str:
     ]
     curve = read_curve(Path(best.working_dir))
     if len(curve) > 1:
-        values = [row["return_mean"] for row in curve]
-        lines.append(f"            learning curve {sparkline(values)}  {values[0]:.0f} to {values[-1]:.0f}")
-    width = max(len(_name(name)) for name in best.params)
-    lines += [f"            {_name(name):{width}}  {value}" for name, value in sorted(best.params.items())]
+        lines.append(f"            return by epoch {curve_text([row['return_mean'] for row in curve])}")
+    params = params_of(best)
+    width = max(len(name) for name in params)
+    lines += [f"            {name:{width}}  {value}" for name, value in sorted(params.items())]
     lines.append(f"steps       {summary.steps:,} trained for {summary.configurations} configurations")
     if summary.steps_in_full > summary.steps:
         saved = summary.steps_in_full - summary.steps
@@ -188,6 +194,13 @@ def read_curve(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def curve_text(values: Sequence[float]) -> str:
+    """A learning curve in one line: bars, and the numbers where they are few."""
+    numbers = values if len(values) <= 8 else [values[0], values[len(values) // 2], values[-1]]
+    between = ", " if len(values) <= 8 else " ... "
+    return f"{sparkline(values)}  {between.join(f'{value:.0f}' for value in numbers)}"
+
+
 def sparkline(values: Sequence[float]) -> str:
     """Numbers as a row of bars, the lowest to the highest of them."""
     finite = [value for value in values if math.isfinite(value)]
@@ -204,10 +217,6 @@ def _max_epochs(client: Any, completed: Sequence[Any]) -> int:
     if prior is not None:
         return int(parse_prior("task.epochs", prior).arguments[1])
     return int(max(statistics_of(trial)["epochs"] for trial in completed))
-
-
-def _name(name: str) -> str:
-    return name.lstrip("/").replace("/", ".")
 
 
 def _page(client: Any, summary: Summary, trials: Sequence[Any], text: str) -> str:

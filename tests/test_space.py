@@ -30,6 +30,8 @@ from ppo_hpo.space import (
 POINTS = 1000
 SHIPPED = list_spaces()
 REPOSITORY = Path(__file__).parent.parent
+SEARCHED = [name for name in SHIPPED if read_space(name).priors]
+PRESETS = [name for name in SHIPPED if name not in SEARCHED]
 EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*/space.yaml"))
 SPACES = [*SHIPPED, *map(str, EXPERIMENTS)]
 # What the comments of the shipped files say that they are for, beside their own env.id.
@@ -71,14 +73,21 @@ def test_read(name: str) -> None:
             assert not prior.startswith("orion~")
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "experiments").glob("*/untuned.yaml")), ids=str)
-def test_presets_are_trials(path: Path) -> None:
-    space = read_space(str(path))
-    assert not space.priors
-    TrialConfig.from_mapping(fill(space, {}))
+def assert_not_absurdly_slow(config: TrialConfig) -> None:
+    assert config.ppo.n_epochs / config.ppo.batch_size <= 0.35, "gradient steps for one environment step"
+    assert config.model.width**2 * config.model.depth <= 2**18, "a network too large for its task"
+    assert config.rollouts_per_epoch >= 2
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_trials(name: str) -> None:
+    # Schedules have to end somewhere, also where the preset is run under Orion.
+    config = TrialConfig.from_mapping(fill(read_space(name), {}))
+    assert config.task.max_epochs == config.task.epochs
+    assert_not_absurdly_slow(config)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
 def test_every_point_is_legal_and_none_absurdly_slow(name: str) -> None:
     space = read_space(name)
     points = sample(get_space(name))
@@ -87,11 +96,8 @@ def test_every_point_is_legal_and_none_absurdly_slow(name: str) -> None:
     for point in points:
         config = TrialConfig.from_mapping(fill(space, point))
         identities.add(config.identity())
-        assert config.ppo.n_epochs / config.ppo.batch_size <= 0.35, "gradient steps for one environment step"
-        assert config.model.width**2 * config.model.depth <= 2**18, "a network too large for its task"
-        assert config.rollouts_per_epoch >= 2
-    if space.priors:
-        assert len(identities) > 0.99 * POINTS
+        assert_not_absurdly_slow(config)
+    assert len(identities) > 0.99 * POINTS
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.parent.name)
@@ -99,9 +105,12 @@ def test_every_point_of_an_experiment_is_legal(path: Path) -> None:
     space = read_space(str(path))
     for point in sample(space.priors, 200):
         TrialConfig.from_mapping(fill(space, point))
+    untuned = read_space(str(path.with_name("untuned.yaml")))
+    assert not untuned.priors
+    TrialConfig.from_mapping(fill(untuned, {}))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SEARCHED)
 def test_algorithms_round_to_legal_points_too(name: str) -> None:
     # `sample` gives all digits; what an algorithm suggests is rounded to the priors' precision.
     from orion.algo.random import Random
