@@ -6,8 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +46,6 @@ def experiment(root: Path, space: dict[str, Any], **options: Any) -> Any:
         working_dir=str(root / "trials"),
         **options,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _orion_warns() -> Iterator[None]:
-    # Orion 0.2.7 was written for older releases of what it draws with; see pyproject.toml.
-    with warnings.catch_warnings():
-        yield
 
 
 # --------------------------------------------------------------- trials that were run
