@@ -1,12 +1,12 @@
 """What a trial costs before it trains: CPU seconds from the start of a process to the first environment step.
 
-    python benchmarks/overhead.py            # medians of 11 runs, as committed; about two minutes
+    python benchmarks/overhead.py            # medians of 11 runs, as committed; about a minute
     python benchmarks/overhead.py --runs 3   # a quick look; writes nothing
 
 Every command is a new process; all of them take turns, so that whatever else the machine does falls on all
 alike. CPU seconds are user and system time of the process and its children, as the kernel counts them.
-The trial is a real `ppo-hpo run` whose environment ends the process in its first step; imports alone are ended
-in the same way (`os._exit`), because tearing torch down costs as well. Prints a table and writes
+The trial is a real `ppo-hpo run` whose environment ends the process in its first step; imports alone are
+ended in the same way (`os._exit`), because tearing torch down costs as well. Prints a table and writes
 `results/overhead.json`.
 """
 
@@ -78,7 +78,9 @@ def measure(command: list[str], directory: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help=f"of each command (default: {RUNS})")
+    parser.add_argument(
+        "--runs", type=int, default=RUNS, metavar="N", help=f"of each command (default: {RUNS})"
+    )
     runs = parser.parse_args().runs
     cpu: dict[str, list[float]] = {name: [] for name in commands()}
     wall: dict[str, list[float]] = {name: [] for name in commands()}
@@ -105,7 +107,9 @@ def main() -> None:
     print(f"{'median of ' + str(runs) + ' runs':38} {'CPU s':>7} {'least':>7} {'most':>7} {'wall s':>7}")
     for name, row in rows.items():
         print(f"{name:38} " + " ".join(f"{value:7.3f}" for value in row.values()))
-    own = rows["ppo-hpo run, to its first step"]["cpu_seconds"] - rows["import gymnasium, torch"]["cpu_seconds"]
+    own = (
+        rows["ppo-hpo run, to its first step"]["cpu_seconds"] - rows["import gymnasium, torch"]["cpu_seconds"]
+    )
     print(f"{'a trial, without importing these two':38} {own:7.3f}")
     if runs != RUNS:
         return

@@ -3,11 +3,12 @@
     python benchmarks/speed.py                         # every preset that can be made here, 5 pairs each
     python benchmarks/speed.py --preset cartpole-4 --pairs 3
 
-Ours and Stable-Baselines3 run in turn (A B A B ...), each in a process of its own with one thread, with the same
-hyperparameters on the same environment and no evaluation; the medians of the pairs are quoted. Seconds are
-those of training, after a first rollout with its update that is not counted. Two floors are measured in the same
-run: stepping the environments with random actions (in our own loop, `SyncEnvs`), and the matrix products of the
-updates and of acting alone, in numpy. "Share" is (environment floor + product floor) / our time.
+Ours and Stable-Baselines3 run in turn (A B A B ...), each in a process of its own with one thread, with the
+same hyperparameters on the same environment and no evaluation; the medians of the pairs are quoted. Seconds
+are those of training, after a first rollout with its update that is not counted. Two floors are measured in
+the same run: stepping the environments with random actions (in our own loop, `SyncEnvs`), and the matrix
+products of the updates and of acting alone, in numpy. "Share" is (environment floor + product floor) / our
+time.
 
 Stable-Baselines3 comes from the environment that runs this (`pip install -e '.[test]'`); LunarLander-v3 needs
 `.[box2d]` and HalfCheetah-v5 `.[mujoco]`: what cannot be made is left out and named.
@@ -240,7 +241,8 @@ def compare(name: str, pairs: int) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| preset | ours, steps/s | ours by autograd | Stable-Baselines3 | ratio | share of the floor | peak MiB, ours / SB3 |",
+        "| preset | ours, steps/s | ours by autograd | Stable-Baselines3 | ratio | share of the floor "
+        "| peak MiB, ours / SB3 |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -277,7 +279,12 @@ def main() -> int:
     print(table(rows))
     if arguments.preset == list(PRESETS):
         RESULTS.mkdir(exist_ok=True)
-        content = {"machine": machine.describe(), "pairs": arguments.pairs, "presets": rows, "left_out": left_out}
+        content = {
+            "machine": machine.describe(),
+            "pairs": arguments.pairs,
+            "presets": rows,
+            "left_out": left_out,
+        }
         (RESULTS / "speed.json").write_text(json.dumps(content, indent=1) + "\n")
         (RESULTS / "speed.md").write_text(table(rows) + "\n")
     return 0

@@ -15,7 +15,8 @@ Nested = Mapping[str, Mapping[str, Any]]
 def difference(there: Nested, here: Nested) -> str:
     """In words, which hyperparameters differ between a checkpoint and a trial; empty where none does."""
     return ", ".join(
-        f"{name} is {_at(there, name)!r} there and {_at(here, name)!r} here" for name in differing(there, here)
+        f"{name} is {_at(there, name)!r} there and {_at(here, name)!r} here"
+        for name in differing(there, here)
     )
 
 
@@ -48,7 +49,9 @@ def check(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | None, wh
         there, owner = meta["hyperparameters"], meta["uid"]
         text = difference(there, here)
     except (KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"The checkpoint of epoch {epoch} in {where} does not say whose it is.") from None
+        raise CheckpointError(
+            f"The checkpoint of epoch {epoch} in {where} does not say whose it is."
+        ) from None
     if not text:
         return
     advice = "Use another directory, or the hyperparameters it was trained with."

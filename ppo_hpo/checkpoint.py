@@ -151,8 +151,8 @@ class Storage:
             except CheckpointError as error:
                 refused.append(error)
                 continue
-            for error in refused:
-                on_refused(error)
+            for reason in refused:
+                on_refused(reason)
             return checkpoint
         if refused:
             raise refused[0]

@@ -146,7 +146,9 @@ def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[
         name, equals, text = setting.partition("=")
         group, dot, key = name.partition(".")
         if not (equals and dot and key):
-            raise UserError(f"--set takes GROUP.KEY=VALUE, as in --set optimizer.lr=3e-4, but got {setting!r}.")
+            raise UserError(
+                f"--set takes GROUP.KEY=VALUE, as in --set optimizer.lr=3e-4, but got {setting!r}."
+            )
         # env.kwargs.NAME reaches into the environment's own arguments.
         target = mapping.setdefault(group, {})
         if group == "env" and key.startswith("kwargs."):
@@ -223,7 +225,9 @@ def _space_show(arguments: argparse.Namespace) -> int:
     try:
         text = space_path(arguments.name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{arguments.name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise UserError(
+            f"{arguments.name} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from None
     print(text, end="")
     return 0
 

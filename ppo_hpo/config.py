@@ -115,8 +115,7 @@ class _Checked:
 def _environment_id(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise UserError(
-            f"`{name}` must be the id of a gymnasium environment, such as CartPole-v1, "
-            f"but got {value!r}."
+            f"`{name}` must be the id of a gymnasium environment, such as CartPole-v1, but got {value!r}."
         )
     if value.count(":") > 1:
         raise UserError(f"`{name}` must be EnvId or module:EnvId, but got {value!r}.")
@@ -178,9 +177,7 @@ class ModelConfig(_Checked):
     depth: int = _integer(2, 1, "hidden layers")
     activation: Literal["tanh", "relu"] = _word("tanh", ("tanh", "relu"), "activation function")
     ortho_init: bool = _flag(True, "orthogonal initialisation with gains sqrt(2), 0.01 and 1")
-    log_std_init: float = _real(
-        0.0, -10.0, 4.0, "initial log standard deviation of continuous actions"
-    )
+    log_std_init: float = _real(0.0, -10.0, 4.0, "initial log standard deviation of continuous actions")
 
 
 @dataclass(frozen=True)
@@ -229,9 +226,7 @@ class PPOConfig(_Checked):
     )
     ent_coef: float = _real(0.0, 0.0, math.inf, "weight of the entropy bonus")
     vf_coef: float = _real(0.5, 0.0, math.inf, "weight of the squared value error")
-    max_grad_norm: float = _real(
-        0.5, 0.0, math.inf, "bound of the gradient's global norm", open_low=True
-    )
+    max_grad_norm: float = _real(0.5, 0.0, math.inf, "bound of the gradient's global norm", open_low=True)
     target_kl: float | None = _real(
         None, 0.0, math.inf, "stop a rollout's updates at 1.5 times it", open_low=True, optional=True
     )
@@ -376,9 +371,7 @@ class TrialConfig:
                     f"A group must be one of {', '.join(GROUPS)}, but the configuration has {group!r}."
                 )
             if not isinstance(values, Mapping):
-                raise UserError(
-                    f"Group `{group}` must map hyperparameters to values, but got {values!r}."
-                )
+                raise UserError(f"Group `{group}` must map hyperparameters to values, but got {values!r}.")
             for key, value in values.items():
                 check_key(group, key)
                 if isinstance(value, str) and value.startswith("orion~"):
@@ -394,8 +387,7 @@ class TrialConfig:
         """The nested mapping that `from_mapping` turns back into this record."""
         return {
             group: {
-                item.name: getattr(getattr(self, group), item.name)
-                for item in dataclasses.fields(record)
+                item.name: getattr(getattr(self, group), item.name) for item in dataclasses.fields(record)
             }
             for group, record in GROUPS.items()
         }

@@ -10,6 +10,7 @@ import torch
 
 from ppo_hpo.errors import UserError
 
+
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device of a name; ``auto`` is the first GPU where there is one, and the CPU elsewhere.
 
@@ -28,9 +29,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
     count = torch.cuda.device_count()
     if index >= count:
         have = f"{count} of them" if count else "none"
-        raise UserError(
-            f"Device {text!r} was asked for, but torch finds {have} here. Choose cpu, or auto."
-        )
+        raise UserError(f"Device {text!r} was asked for, but torch finds {have} here. Choose cpu, or auto.")
     return torch.device("cuda", index)
 
 

@@ -94,8 +94,7 @@ def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
         ) from None
     except TypeError as failure:
         raise UserError(
-            f"`env.id: {config.id}` does not take `env.kwargs: {dict(config.kwargs)}`: "
-            f"{_line(failure)}."
+            f"`env.id: {config.id}` does not take `env.kwargs: {dict(config.kwargs)}`: {_line(failure)}."
         ) from None
     except Exception as failure:
         if not config.kwargs:  # nobody's input but the environment's own mistake: its traceback helps

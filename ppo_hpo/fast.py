@@ -302,8 +302,7 @@ class NumpyEngine:
         if n not in self._buffers:
             widths = [weight.shape[1] for weight in self._parameters.weights]
             self._buffers[n] = [
-                (np.empty((2, n, width), np.float32), np.empty((2, n, width), np.float32))
-                for width in widths
+                (np.empty((2, n, width), np.float32), np.empty((2, n, width), np.float32)) for width in widths
             ]
         return self._buffers[n]
 

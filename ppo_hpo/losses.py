@@ -57,9 +57,7 @@ def normalize_advantage(advantage: Tensor) -> Tensor:
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
-def value_loss(
-    value: Tensor, old_value: Tensor, returns: Tensor, clip_range_vf: float | None
-) -> Tensor:
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_range_vf: float | None) -> Tensor:
     """Mean squared error of the critic, ``[B]`` to a scalar; there is no factor of a half.
 
     With ``clip_range_vf`` it is the larger of the plain and the clipped error of each sample, as
@@ -105,9 +103,7 @@ def ppo_loss(
     """
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
-    surrogate = torch.minimum(
-        ratio * advantage, ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantage
-    )
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantage)
     policy_loss = -surrogate.mean()
     mean_entropy = entropy.mean()
     loss = policy_loss - ent_coef * mean_entropy + vf_coef * critic_loss

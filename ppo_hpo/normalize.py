@@ -33,9 +33,7 @@ class RunningMoments:
         total = self.count + n
         delta = mean - self.mean
         # Before the first batch the weight of the made-up unit variance is 0: it leaves no trace.
-        self.var = (
-            self.var * self.count + var * n + delta * delta * (self.count * n / total)
-        ) / total
+        self.var = (self.var * self.count + var * n + delta * delta * (self.count * n / total)) / total
         self.mean = self.mean + delta * (n / total)
         self.count = total
 

@@ -90,7 +90,9 @@ def _open(name: str, config: str | None) -> Any:
     try:
         return get_experiment(name, storage=storage)
     except NoConfigurationError:
-        hint = "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."
+        hint = (
+            "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."
+        )
         raise UserError(f"There is no experiment {name!r} in the database.{hint}") from None
 
 
@@ -166,8 +168,8 @@ def to_text(summary: Summary) -> str:
     if summary.steps_in_full > summary.steps:
         saved = summary.steps_in_full - summary.steps
         lines.append(
-            f"            {saved:,} ({saved / summary.steps_in_full:.0%}) saved by early stopping: all of them "
-            f"in full are {summary.steps_in_full:,}"
+            f"            {saved:,} ({saved / summary.steps_in_full:.0%}) saved by early stopping: all of "
+            f"them in full are {summary.steps_in_full:,}"
         )
     again = summary.steps_restarted - summary.steps
     if again > 0:

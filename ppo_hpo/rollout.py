@@ -186,9 +186,7 @@ def collect(
     return rollout, obs
 
 
-def sampling_noise(
-    stream: np.random.Generator, shape: tuple[int, ...], *, continuous: bool
-) -> Float32:
+def sampling_noise(stream: np.random.Generator, shape: tuple[int, ...], *, continuous: bool) -> Float32:
     """Noise that turns a policy's output into a sample of it, on any device.
 
     Standard normal for means, and standard Gumbel for logits: the largest of logits + Gumbel noise

@@ -245,9 +245,7 @@ def parse_prior(name: str, text: str) -> Prior:
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         raise UserError(f"`{name}` has a bad prior, {text!r}. {form}") from None
     if call.func.id not in _PRIORS:
-        raise UserError(
-            f"`{name}` has an unknown prior, {text!r}. Known are {', '.join(_PRIORS)}. {form}"
-        )
+        raise UserError(f"`{name}` has an unknown prior, {text!r}. Known are {', '.join(_PRIORS)}. {form}")
     return Prior(call.func.id, arguments, options)
 
 
@@ -287,7 +285,11 @@ def _check_prior(group: str, key: str, text: str) -> None:
             )
     if prior.name == "choices":
         # Orion takes anything but a list or a dict for one single choice.
-        if len(prior.arguments) != 1 or not isinstance(prior.arguments[0], (list, dict)) or not prior.arguments[0]:
+        if (
+            len(prior.arguments) != 1
+            or not isinstance(prior.arguments[0], (list, dict))
+            or not prior.arguments[0]
+        ):
             raise UserError(f"`{name}` needs a list of choices, choices([a, b]), but got {text!r}.")
         choices = prior.arguments[0]
         if isinstance(choices, dict) and not _sum_to_one(choices.values()):
@@ -321,7 +323,9 @@ def _check_prior(group: str, key: str, text: str) -> None:
         raise UserError(f"`precision` in the prior of `{name}` must be digits, 1 or more, but got {text!r}.")
     default = prior.options.get("default_value", low)
     if not (_is_number(default) and low <= default <= high):
-        raise UserError(f"`low <= default_value <= high` must hold in the prior of `{name}`, but got {text!r}.")
+        raise UserError(
+            f"`low <= default_value <= high` must hold in the prior of `{name}`, but got {text!r}."
+        )
     if not discrete and not _takes_fractions(group, key, low, high):
         raise UserError(
             f"`{name}` must be a whole number, but the prior {text!r} draws fractions. "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_hpo import belonging, results, seeding
+from ppo_hpo.autograd import Criterion
 from ppo_hpo.checkpoint import Checkpoint, Storage
 from ppo_hpo.components import (
     ActorCritic,
@@ -32,7 +33,6 @@ from ppo_hpo.evaluate import Evaluation, Evaluator
 from ppo_hpo.events import Events, Metrics
 from ppo_hpo.gae import gae
 from ppo_hpo.guard import BadResumeGuard
-from ppo_hpo.autograd import Criterion
 from ppo_hpo.learner import Learner
 from ppo_hpo.networks import MLPActorCritic
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
@@ -717,4 +717,3 @@ class PPO:
         if self._evaluator is not None:
             self._evaluator.close()
             self._evaluator = None
-

@@ -266,9 +266,7 @@ def _register(config: TrialConfig, directory: Path, siblings: Path) -> None:
         raise UserError(f"{index} cannot be written: {error.strerror}.") from None
 
 
-def _copy_from_sibling(
-    config: TrialConfig, storage: Storage, siblings: Path, log: logging.Logger
-) -> None:
+def _copy_from_sibling(config: TrialConfig, storage: Storage, siblings: Path, log: logging.Logger) -> None:
     """Begin with the most advanced checkpoint of the same identity that is not too far."""
     index = _index_of(config, siblings)
     if not index.is_dir():

@@ -21,13 +21,11 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         seen: set[str] = set()
         for key in keys:
             if not isinstance(key, str):
-                raise UserError(
-                    f"Line {node.start_mark.line + 1}: keys must be words, but got {key!r}."
-                )
+                raise UserError(f"Line {node.start_mark.line + 1}: keys must be words, but got {key!r}.")
             if key in seen:
                 raise UserError(f"Line {node.start_mark.line + 1}: key `{key}` is given twice.")
             seen.add(key)
@@ -35,10 +33,10 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         # An alias lets a kilobyte stand for gigabytes; configurations have no use for it.
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
             raise UserError(f"Line {line}: YAML aliases (*name) are not read. Write the value out.")
-        return super().compose_node(parent, index)  # type: ignore[no-any-return, no-untyped-call]
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -64,7 +62,7 @@ def parse(text: str, source: str) -> Any:
         UserError: the text is not YAML, or uses a tag beyond plain data, an alias, or a key twice.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader, see above
+        return yaml.load(text, Loader=_Loader)  # a safe loader, see above
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -155,7 +155,9 @@ def test_what_is_not_finite_is_refused(bad: float, dtype: Any) -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(CheckpointError, match=r"it has version 2, but this ppo_hpo reads version 1\. Continue"):
+    with pytest.raises(
+        CheckpointError, match=r"it has version 2, but this ppo_hpo reads version 1\. Continue"
+    ):
         from_bytes(forge({"version": VERSION + 1, "epoch": 1}, {"w": np.ones(1)}), "it")
 
 
@@ -338,7 +340,7 @@ def test_where_none_can_be_used_the_newest_ones_reason_is_raised(tmp_path: Path)
         path = storage.save(some(epoch))
         path.write_bytes(b"torn")
     told: list[str] = []
-    with pytest.raises(CheckpointError, match="checkpoint-000005.safetensors is torn"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-000005\.safetensors is torn"):
         storage.load(on_refused=lambda error: told.append(str(error)))
     assert not told
 
@@ -424,7 +426,9 @@ def test_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
     assert process.returncode == 0, err
     assert len(out.splitlines()) == 2
     for line, epoch in zip(out.splitlines(), (3, 2), strict=True):
-        assert line.startswith(f"{tmp_path}/checkpoint-00000{epoch}.safetensors cannot be written: File too large.")
+        assert line.startswith(
+            f"{tmp_path}/checkpoint-00000{epoch}.safetensors cannot be written: File too large."
+        )
         assert "What was saved before is whole" in line
     assert names(tmp_path) == ["checkpoint-000001.safetensors", "checkpoint-000002.safetensors"]
     found = Storage(tmp_path).load(on_refused=lambda error: pytest.fail(str(error)))

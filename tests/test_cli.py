@@ -90,7 +90,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--set", "env.id=nosuchmodule:Env-v0"],
         ["`env.id: nosuchmodule:Env-v0` needs the module 'nosuchmodule'", "not on the path"],
     ),
-    "module without it": (["--set", "env.id=tests.envs:Nothing-v0"], ["tests.envs:Nothing-v0", "cannot be made"]),
+    "module without it": (
+        ["--set", "env.id=tests.envs:Nothing-v0"],
+        ["tests.envs:Nothing-v0", "cannot be made"],
+    ),
     "observation space": (
         ["--set", "env.id=tests.envs:Image-v0"],
         ["observation space Box(-inf, inf, (4, 4), float32)", "FlattenObservation"],
@@ -120,10 +123,16 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "no YAML": (["--set", "optimizer.lr=[1"], ["--set optimizer.lr is not valid YAML"]),
     "bad value": (["--set", "optimizer.lr=-1"], ["`0 < optimizer.lr <= 10` must hold", "got -1"]),
     "bad combination": (["--set", "ppo.batch_size=33"], ["ppo.batch_size must divide", "got 33"]),
-    "beyond the file's epochs": (["--epochs", "3"], ["`task.epochs <= task.max_epochs` must hold, but got 3 and 2"]),
+    "beyond the file's epochs": (
+        ["--epochs", "3"],
+        ["`task.epochs <= task.max_epochs` must hold, but got 3 and 2"],
+    ),
     "no epochs": (["--epochs", "0"], ["`task.epochs >= 1` must hold, but got 0"]),
     "negative seed": (["--seed", "-1"], ["`task.seed >= 0` must hold, but got -1"]),
-    "word for a seed": (["--seed", "one"], ["argument --seed: invalid int value: 'one'", "See ppo-hpo run --help"]),
+    "word for a seed": (
+        ["--seed", "one"],
+        ["argument --seed: invalid int value: 'one'", "See ppo-hpo run --help"],
+    ),
     "unknown option": (["--gpu"], ["unrecognized arguments: --gpu", "See ppo-hpo --help"]),
 }
 
@@ -149,7 +158,10 @@ def test_missing_extra_is_named(config: Path, tmp_path: Path) -> None:
         (["run", "--config", "nothing"], ["No space is called 'nothing'", "classic-control"]),
         (["run", "--config", "."], ["No space is called '.'"]),
         (["run", "--config", "./"], ["cannot be read: Is a directory"]),
-        (["run", "--config", "classic-control"], ["`task.epochs` is still a prior", "Let `orion hunt` fill it in"]),
+        (
+            ["run", "--config", "classic-control"],
+            ["`task.epochs` is still a prior", "Let `orion hunt` fill it in"],
+        ),
         (["run"], ["the following arguments are required: --config. See ppo-hpo run --help."]),
         (["fly"], ["invalid choice: 'fly'"]),
         (["space"], ["the following arguments are required: ACTION"]),
@@ -301,7 +313,9 @@ def test_the_same_command_goes_on(begun: tuple[Path, subprocess.CompletedProcess
         "optimizer.lr is 0.001 there and 0.0003 here",
         "task.seed is 5 there and 6 here",
     )
-    assert {path.name: path.read_bytes() for path in directory.glob("*.*") if path.name != "log.txt"} == before
+    assert {
+        path.name: path.read_bytes() for path in directory.glob("*.*") if path.name != "log.txt"
+    } == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -314,7 +328,9 @@ def test_an_environment_that_is_broken_from_the_start(config: Path, tmp_path: Pa
     options = ["--set", "env.id=tests.envs:BecomesNaN-v0", "--set", "env.kwargs.after=0"]
     done = run("run", "--config", config, *options, "--dir", "trial", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("ppo-hpo: error: `env.id: tests.envs:BecomesNaN-v0` gives returns")
+    assert done.stderr.splitlines()[-1].startswith(
+        "ppo-hpo: error: `env.id: tests.envs:BecomesNaN-v0` gives returns"
+    )
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("checkpoint*"))
     assert not (tmp_path / "trial" / "results.json").exists()

@@ -175,9 +175,7 @@ def test_suggest_and_observe(tmp_path: Path, space: str, algorithm: str) -> None
     assert_no_step_was_trained_twice(trials)
 
 
-def test_an_interrupted_trial_goes_on(
-    tmp_path: Path, space: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_trial_goes_on(tmp_path: Path, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = build(tmp_path, space)
     with monkeypatch.context() as patched:
         interrupt_at(patched, 3, KeyboardInterrupt())
@@ -239,7 +237,7 @@ def test_bad_input_is_told_and_the_trial_released(
 def test_another_space_than_the_experiments_is_told(tmp_path: Path, space: str) -> None:
     client = build(tmp_path, space)
     trial = client.suggest()
-    with pytest.raises(UserError, match="searches `model.depth`, but no value was proposed"):
+    with pytest.raises(UserError, match=r"searches `model\.depth`, but no value was proposed"):
         run_trial(client, trial, "classic-control", console=False)
     assert client.get_trial(uid=trial.id).status == "broken"
 

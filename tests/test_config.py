@@ -253,9 +253,7 @@ def test_identity_is_everything_but_how_far_and_how_fast(group: str, item: datac
 
 
 @pytest.mark.parametrize(("group", "item"), FIELDS, ids=[f"{g}.{item.name}" for g, item in FIELDS])
-def test_every_field_survives_the_way_to_a_mapping_and_back(
-    group: str, item: dataclasses.Field[Any]
-) -> None:
+def test_every_field_survives_the_way_to_a_mapping_and_back(group: str, item: dataclasses.Field[Any]) -> None:
     other = _other_value(group, item, getattr(getattr(BASE, group), item.name))
     config = BASE.replace(**{group: {item.name: other}})
     mapping = config.to_mapping()
@@ -305,7 +303,7 @@ def test_check_value_takes_one_key_at_a_time() -> None:
     assert check_value("ppo", "one_minus_gamma", 0.01) == 0.01
     assert check_value("ppo", "n_minibatches", 4) == 4
     assert check_value("ppo", "target_kl", "none") is None
-    with pytest.raises(UserError, match="knows no hyperparameter `ppo.lr`"):
+    with pytest.raises(UserError, match=r"knows no hyperparameter `ppo\.lr`"):
         check_value("ppo", "lr", 1e-3)
     with pytest.raises(UserError, match="A group must be one of"):
         check_key("nothing", "lr")

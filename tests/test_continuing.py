@@ -84,7 +84,9 @@ def _objective(directory: Path) -> float:
 
 
 @pytest.fixture(scope="module", params=ENVIRONMENTS, ids=lambda name: name.rpartition(":")[2])
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """A configuration file, and the directory in which it ran through."""
     root = tmp_path_factory.mktemp("continuing")
     config = root / "config.yaml"

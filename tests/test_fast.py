@@ -21,7 +21,14 @@ B, D, A = 96, 5, 3
 
 def network(*, continuous: bool, width: int = 32, depth: int = 2, activation: str = "tanh") -> MLPActorCritic:
     module = MLPActorCritic(
-        D, A, continuous=continuous, width=width, depth=depth, activation=activation, seed=3, log_std_init=-0.3
+        D,
+        A,
+        continuous=continuous,
+        width=width,
+        depth=depth,
+        activation=activation,
+        seed=3,
+        log_std_init=-0.3,
     )
     # Initial weights are nearly symmetric and biases zero: move all of them, so that nothing cancels.
     generator = torch.Generator().manual_seed(1)
@@ -36,9 +43,7 @@ def samples(module: MLPActorCritic, *, continuous: bool) -> Samples:
     real = lambda *shape: stream.standard_normal(shape, np.float32)  # noqa: E731
     obs = real(B, D)
     action = real(B, A) if continuous else stream.integers(0, A, B)
-    learner = Learner(
-        module, OptimizerConfig(), PPOConfig(), CPU, continuous=continuous, engine="autograd"
-    )
+    learner = Learner(module, OptimizerConfig(), PPOConfig(), CPU, continuous=continuous, engine="autograd")
     old = learner.log_probs(obs, action) + 0.3 * real(B)  # ratios on both sides of the clip range
     return Samples(obs, action, old, real(B), real(B), real(B))
 

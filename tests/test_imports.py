@@ -24,12 +24,12 @@ TINY = {
 }
 
 # Every module of the package, lowest layer first; each may import those of its own layer and below.
-LAYERS: dict[str, list[str]] = {
+LAYERS = {
     "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "components"],
     "numbers": ["gae", "normalize", "losses", "networks", "adam"],
     "loop": [
-        "device", "envs", "rollout", "autograd", "fast", "learner", "evaluate", "train", "events", "checkpoint",
-        "belonging", "guard", "task",
+        "device", "envs", "rollout", "autograd", "fast", "learner", "evaluate", "train", "events",
+        "checkpoint", "belonging", "guard", "task",
     ],
     "trial": ["trial"],
     "Orion edge": ["client", "report"],
@@ -46,8 +46,8 @@ MAY: dict[str, set[str]] = {
     "command line": set(),
 }
 WATCHED = {
-    "numpy", "yaml", "torch", "gymnasium", "safetensors", "filelock", "threadpoolctl",
-    "pandas", "plotly", "matplotlib", "tensorboard", "sklearn", "scipy", "sympy", "pygame", "stable_baselines3",
+    "numpy", "yaml", "torch", "gymnasium", "safetensors", "filelock", "threadpoolctl", "pandas", "plotly",
+    "matplotlib", "tensorboard", "sklearn", "scipy", "sympy", "pygame", "stable_baselines3",
 }  # fmt: skip
 
 
@@ -146,7 +146,16 @@ assert main(["run", "--config", sys.argv[1], "--dir", sys.argv[2], "--device", "
     assert (tmp_path / "trial" / "results.json").is_file()
     assert {"torch", "gymnasium", "safetensors"} <= roots(modules)
     assert not {name for name in modules if name.startswith("orion")}
-    forbidden = {"pandas", "plotly", "matplotlib", "tensorboard", "sklearn", "scipy", "pygame", "stable_baselines3"}
+    forbidden = {
+        "pandas",
+        "plotly",
+        "matplotlib",
+        "tensorboard",
+        "sklearn",
+        "scipy",
+        "pygame",
+        "stable_baselines3",
+    }
     assert not roots(modules) & forbidden
     # Half a second each, in every trial; torch imports them for what a trial does not do.
     assert not {"sympy", "torch._dynamo", "torch._inductor"} & modules

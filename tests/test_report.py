@@ -21,7 +21,12 @@ from ppo_hpo.space import get_space
 REPOSITORY = Path(__file__).parent.parent
 SPACE = {
     "env": {"id": "CartPole-v1", "n_envs": 2, "max_episode_steps": 25},
-    "task": {"epochs": "orion~fidelity(1, 4, base=2)", "max_epochs": 4, "steps_per_epoch": 256, "eval_episodes": 2},
+    "task": {
+        "epochs": "orion~fidelity(1, 4, base=2)",
+        "max_epochs": 4,
+        "steps_per_epoch": 256,
+        "eval_episodes": 2,
+    },
     "model": {"width": 8, "depth": 1},
     "optimizer": {"lr": "orion~loguniform(1e-4, 1e-2, precision=3)"},
     "ppo": {"n_steps": 64, "batch_size": 32, "n_epochs": 2},
@@ -75,13 +80,18 @@ def test_report_of_a_hunt(hunted: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "saved" not in text
     assert "after 2 of 2 epochs, 512 steps" in text
     best = next(line.split()[-1] for line in text.splitlines() if line.startswith("best trial"))
-    (directory,) = (Path(line[len("lies in") :].strip()) for line in text.splitlines() if line.startswith("lies in"))
+    (directory,) = (
+        Path(line[len("lies in") :].strip()) for line in text.splitlines() if line.startswith("lies in")
+    )
     assert directory.parent == hunted / "trials"
     assert directory.name.endswith(best)
     lr = yamlio.load(directory / "config.yaml")["optimizer"]["lr"]
     assert any(line.split() == ["optimizer.lr", str(lr)] for line in text.splitlines())
     # It is the best one: no other ends higher.
-    ends = {path.parent: read_curve(path.parent)[-1]["return_mean"] for path in hunted.glob("trials/*/curve.jsonl")}
+    ends = {
+        path.parent: read_curve(path.parent)[-1]["return_mean"]
+        for path in hunted.glob("trials/*/curve.jsonl")
+    }
     assert len(ends) == 3
     assert ends[directory] == max(ends.values())
     assert f"return {ends[directory]:.1f} +- " in text
@@ -91,7 +101,17 @@ def test_report_of_a_hunt(hunted: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_page_of_a_hunt(hunted: Path, tmp_path: Path) -> None:
     # As a person would ask for it, in a process of its own.
     page = tmp_path / "page.html"
-    command = [sys.executable, "-m", "ppo_hpo", "report", NAME, "-c", str(hunted / "orion.yaml"), "--html", str(page)]
+    command = [
+        sys.executable,
+        "-m",
+        "ppo_hpo",
+        "report",
+        NAME,
+        "-c",
+        str(hunted / "orion.yaml"),
+        "--html",
+        str(page),
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -110,7 +130,9 @@ def test_page_of_a_hunt(hunted: Path, tmp_path: Path) -> None:
     assert f"best: {best[:8]}" in html
 
 
-def test_page_that_cannot_be_written(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_that_cannot_be_written(
+    hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "nowhere" / "page.html"
     assert cli.main(["report", NAME, "-c", str(hunted / "orion.yaml"), "--html", str(page)]) == 2
     captured = capsys.readouterr()
@@ -134,7 +156,9 @@ def test_unknown_experiment_where_no_database_was_named(tmp_path: Path) -> None:
         command, cwd=REPOSITORY, env=own, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("ppo-hpo: error: There is no experiment 'other' in the database. Name its database")
+    assert done.stderr.startswith(
+        "ppo-hpo: error: There is no experiment 'other' in the database. Name its database"
+    )
     assert done.stderr.count("\n") == 1
 
 

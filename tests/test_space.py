@@ -328,7 +328,9 @@ def write(path: Path, key: str, prior: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("key", "prior", "part"), BAD, ids=[f"{index}-{key}-{prior[:40]}" for index, (key, prior, _) in enumerate(BAD)]
+    ("key", "prior", "part"),
+    BAD,
+    ids=[f"{index}-{key}-{prior[:40]}" for index, (key, prior, _) in enumerate(BAD)],
 )
 def test_bad_priors_are_refused(tmp_path: Path, key: str, prior: str, part: str) -> None:
     path = write(tmp_path / "mine.yaml", key, prior)
@@ -366,7 +368,10 @@ def test_priors_run_nothing(tmp_path: Path) -> None:
         ("optimizer:", "Group `optimizer` must map hyperparameters to values"),
         ("[1, 2]", "must map groups (env, task"),
         ("", "must map groups (env, task"),
-        ("task: {epochs: 'orion~fidelity(1, 16, base=4)', max_epochs: 4}", "must equal the highest fidelity, 16"),
+        (
+            "task: {epochs: 'orion~fidelity(1, 16, base=4)', max_epochs: 4}",
+            "must equal the highest fidelity, 16",
+        ),
         ("task: {epochs: 'orion~fidelity(1, 16, base=4)'}", "highest fidelity, 16, but got None"),
         ("ppo: {gamma: 0.9, gamma: 0.8}", "key `gamma` is given twice"),
     ],
@@ -481,8 +486,12 @@ def test_show_what_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_spaces_that_are_not_there_are_missed(tmp_path: Path) -> None:
     # A package without its data, as a broken build would give.
-    shutil.copytree(REPOSITORY / "ppo_hpo", tmp_path / "ppo_hpo", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "import sys; sys.path.insert(0, '.'); from ppo_hpo.cli import main; sys.exit(main(['space', 'list']))"
+    shutil.copytree(
+        REPOSITORY / "ppo_hpo", tmp_path / "ppo_hpo", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    code = (
+        "import sys; sys.path.insert(0, '.'); from ppo_hpo.cli import main; sys.exit(main(['space', 'list']))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )

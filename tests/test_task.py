@@ -160,7 +160,7 @@ def test_fixed_component_hyperparameters_leave_the_space() -> None:
 
 def test_what_is_fixed_cannot_be_supplied_again() -> None:
     task = open_task()
-    with pytest.raises(UserError, match="`ppo.clip_range` was fixed to 10"):
+    with pytest.raises(UserError, match=r"`ppo\.clip_range` was fixed to 10"):
         task.init(ppo={"clip_range": 0.2})
 
 
@@ -418,7 +418,7 @@ def test_state_dict_is_a_snapshot_unless_told_otherwise() -> None:
 def test_strict_demands_the_same_and_lenient_says_what_it_left_out() -> None:
     task, wider = small(), small(model={"width": 16})
     task.fit(1)
-    with pytest.raises(CheckpointError, match="model.width is 8 there and 16 here"):
+    with pytest.raises(CheckpointError, match=r"model\.width is 8 there and 16 here"):
         wider.load_state_dict(task.state_dict())
     wider = small(model={"width": 16})
     before = wider.state_dict()
@@ -460,8 +460,8 @@ def test_a_fork_goes_on_from_its_parent_with_other_hyperparameters(tmp_path: Pat
     again = PPO.from_config(other, "cpu", storage=tmp_path / "child", uid="child")
     assert again.epoch == 3
     assert again.lineage == child.lineage
-    with pytest.raises(CheckpointError, match=r"cannot change model.width in mid-life"):
-        wider = config.replace(model={"width": 9})
+    wider = config.replace(model={"width": 9})
+    with pytest.raises(CheckpointError, match=r"cannot change model\.width in mid-life"):
         PPO.from_config(wider, "cpu", storage=tmp_path / "parent", uid="other")
 
 
