@@ -109,8 +109,8 @@ class FlatAdam:
         return norm
 
     def finite(self) -> bool:
-        """Whether every parameter is a finite number."""
-        return bool(torch.isfinite(self.flat).all())
+        """Whether every parameter and every moment is a finite number."""
+        return all(bool(torch.isfinite(b).all()) for b in (self.flat, self._exp_avg, self._exp_avg_sq))
 
     def moments(self) -> dict[str, list[Tensor]]:
         """``exp_avg`` and ``exp_avg_sq``, each a live view for each parameter."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from ppo_hpo.errors import CheckpointError, UserError
 
 VERSION = 1
 _ZERO_DIGEST = b"0" * 64
+# Begins the names of temporary files, so that tidying up after a kill takes nobody else's.
+_TEMPORARY = ".ppo-hpo-"
 _NAME = re.compile(r"checkpoint-(\d{6})\.safetensors")
 # Far above any network that this package builds, far below what would hurt a machine.
 _MAX_BYTES = 4 << 30
@@ -46,7 +48,11 @@ class Checkpoint:
 
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """Serialise a checkpoint, digest included."""
+    """Serialise a checkpoint, digest included.
+
+    Raises:
+        CheckpointError: it holds a number that is not finite, which no reader would accept.
+    """
     from safetensors.numpy import save
 
     meta = {"version": VERSION, "epoch": checkpoint.epoch, **checkpoint.meta}
@@ -55,6 +61,9 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         "sha256": _ZERO_DIGEST.decode(),
     }
     arrays = {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"What is not finite is not saved: {name} holds NaN or infinity.")
     content = save(arrays, metadata=header)
     digest = hashlib.sha256(content).hexdigest().encode()
     return _set_digest(content, digest)
@@ -184,14 +193,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         UserError: the file cannot be written; what was there before still is.
     """
     with writing(path):
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}.tmp"
+        # Not mkstemp, whose files only their owner reads: these are as open as the umask has others.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes files that only their owner reads; a trial's files are as open as others.
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -205,7 +214,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove temporary files of writers that were killed. Call it while holding the lock."""
-    for path in directory.glob(".*.tmp"):
+    for path in directory.glob(f"{_TEMPORARY}*.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -219,12 +228,6 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror}. What was saved before is whole; make room "
             f"or change the permissions, and run the trial again: it goes on from there."
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _header(content: bytes, name: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from ppo_hpo import __version__
 from ppo_hpo.errors import Interrupted, UserError
 
 # Numerical libraries read these when they are first imported.
+# The signal that asked this process to stop, once one has.
+_PENDING: list[int] = []
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -42,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe went away, as `head` does. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Interrupted as stop:
+    except BaseException as error:
+        # Python turns what is raised while a class is being made, as during imports, into RuntimeError.
+        if not _PENDING:
+            raise
+        stop = error if isinstance(error, Interrupted) else Interrupted(_PENDING[0])
         code = _interrupt_code(stop.signum)
         print(f"ppo-hpo: stopped by {signal.Signals(stop.signum).name}; what was saved is whole, and the "
               f"same command goes on from there (exit code {code})", file=sys.stderr)  # fmt: skip
@@ -107,13 +113,15 @@ def _run(arguments: argparse.Namespace) -> int:
     # Before the next line imports numpy: what is never started does not have to be limited.
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(config.task.threads)
-    from ppo_hpo import results, trial
+    from ppo_hpo import trial
 
     orion = trial.OrionContext.from_environ(os.environ)
     # `python -m` would find modules beside the user; a console script has to be told.
     if "" not in sys.path:
         sys.path.insert(0, "")
     if arguments.dir is not None:
+        if not arguments.dir:
+            raise UserError("`--dir` must name a directory, but got ''. Write . for the current one.")
         directory = Path(arguments.dir)
     else:
         directory = orion.working_dir if orion else trial.default_directory(config)
@@ -124,10 +132,10 @@ def _run(arguments: argparse.Namespace) -> int:
         uid=orion.trial_id if orion else None,
         experiment=orion.experiment if orion else None,
         siblings=orion.working_dir.parent if orion and arguments.dir is None else None,
+        results_path=orion.results_path if orion else None,
+        tick=_stop_if_asked,
     )
-    if orion:
-        results.write(orion.results_path, outcome.entries)
-    else:
+    if not orion:
         print(_outcome_text(outcome))
     return 0
 
@@ -159,6 +167,8 @@ def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[
                 raise UserError(f"`env.kwargs` must map argument names to values, but got {target!r}.")
         target[key] = yamlio.parse(text, f"--set {name}")
     task = mapping.setdefault("task", {})
+    if task.get("max_epochs") in (None, "none"):
+        task.pop("max_epochs", None)
     if under_orion and "max_epochs" not in task:
         raise UserError(
             f"{path} has no `task.max_epochs`. Under Orion it must say where schedules end: write the "
@@ -191,12 +201,18 @@ def _raise_on_signals() -> None:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         # One stop is enough: a second signal must not disturb the tidying up of the first.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        raise Interrupted(signum)
+        if not _PENDING:
+            _PENDING.append(signum)
+            raise Interrupted(signum)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+
+
+def _stop_if_asked() -> None:
+    """Stop again where somebody's `except:` took the first one for an error of its own."""
+    if _PENDING:
+        raise Interrupted(_PENDING[0])
 
 
 def _interrupt_code(signum: int) -> int:

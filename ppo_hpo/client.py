@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppo_hpo.components import merge
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.space import Space, fill, read_space, with_fidelities
 
@@ -102,8 +103,9 @@ def objective(
     if isinstance(space_or_config, str):
         space = read_space(space_or_config)
     else:
-        TrialConfig.from_mapping(space_or_config)
-        space = Space("configuration", Path(), dict(space_or_config), {})
+        horizon = TrialConfig.from_mapping(space_or_config).max_epochs
+        fixed = merge(space_or_config, {"task": {"max_epochs": horizon}})
+        space = Space("configuration", Path(), fixed, {})
     space = with_fidelities(space, fidelities)
     chosen = {group: dict(values) for group, values in (overrides or {}).items()}
     if env is not None:

@@ -117,7 +117,7 @@ def _environment_id(name: str, value: Any) -> str:
         raise UserError(
             f"`{name}` must be the id of a gymnasium environment, such as CartPole-v1, but got {value!r}."
         )
-    if value.count(":") > 1:
+    if value.count(":") > 1 or not all(value.split(":")):
         raise UserError(f"`{name}` must be EnvId or module:EnvId, but got {value!r}.")
     return value
 
@@ -185,7 +185,7 @@ class OptimizerConfig(_Checked):
     """Adam (Kingma & Ba 2015)."""
 
     lr: float = _real(3e-4, 0.0, 10.0, "learning rate", open_low=True)
-    eps: float = _real(1e-5, 0.0, 1.0, "term that keeps Adam's quotient finite", open_low=True)
+    eps: float = _real(1e-5, 1e-30, 1.0, "term that keeps Adam's quotient finite")
 
 
 @dataclass(frozen=True)
@@ -381,6 +381,8 @@ class TrialConfig:
                     )
                 groups[group][key] = check_value(group, key, value)
         _respell(groups)
+        if groups["task"].get("max_epochs") is not None:
+            groups["task"].setdefault("epochs", groups["task"]["max_epochs"])
         return cls(**{group: record(**groups[group]) for group, record in GROUPS.items()})
 
     def to_mapping(self) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -40,12 +42,40 @@ def limited_threads(n: int) -> Iterator[None]:
     Trials run side by side. Two threads each on two cores made Stable-Baselines3's PPO up to 24 times slower
     than one, and a network of two layers of 128 here 40 times.
     """
+    before = torch.get_num_threads()
+    with _shared_limit(n):
+        torch.set_num_threads(n)  # holds for the calling thread only
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+_lock = threading.Lock()
+_limit: tuple[int, Any] | None = None
+_users = 0
+
+
+@contextlib.contextmanager
+def _shared_limit(n: int) -> Iterator[None]:
+    """A BLAS's limit is the process's: the first trial in it sets the limit and the last one lifts it."""
+    global _limit, _users
     from threadpoolctl import threadpool_limits
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
+    with _lock:
+        if _limit is None:
+            _limit = n, threadpool_limits(n)
+        elif _limit[0] != n:
+            raise UserError(
+                f"Trials that train in threads of one process share a BLAS: `task.threads` must be "
+                f"{_limit[0]} while another trial trains with it, but got {n}."
+            )
+        _users += 1
     try:
-        with threadpool_limits(n):
-            yield
+        yield
     finally:
-        torch.set_num_threads(before)
+        with _lock:
+            _users -= 1
+            if not _users:
+                _limit[1].restore_original_limits()
+                _limit = None

@@ -21,8 +21,9 @@ class Evaluation:
 
     @property
     def finite(self) -> bool:
-        """Whether every return is a finite number."""
-        return bool(np.isfinite(self.returns).all())
+        """Whether every return is a finite number, and their mean and deviation too."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return bool(np.isfinite(self.returns).all() and np.isfinite(np.var(self.returns)))
 
     @property
     def steps(self) -> int:

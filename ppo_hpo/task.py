@@ -40,6 +40,7 @@ from ppo_hpo.rollout import Rollout, Samples
 from ppo_hpo.train import Agent, Diverged, scheduled, train_epoch
 
 State = dict[str, Any]
+_GAMMA = 0.99
 
 
 class PPO:
@@ -142,6 +143,8 @@ class PPO:
             for key, value in values.items():
                 check_value(group, key, value)
         self._fixed = merge(*parts, groups)
+        if engine not in ("auto", "autograd"):
+            raise UserError(f"`engine` must be auto or autograd, but got {engine!r}.")
         self.device = resolve_device(device)
         self.events = Events()
         self.metrics = Metrics()
@@ -225,7 +228,7 @@ class PPO:
 
     def init(
         self,
-        gamma: float = 0.99,
+        gamma: float = _GAMMA,
         optimizer: Mapping[str, Any] | None = None,
         lr_schedule: Mapping[str, Any] | None = None,
         model: Mapping[str, Any] | None = None,
@@ -269,6 +272,8 @@ class PPO:
             own = groups.setdefault("ppo", {})
             if "gamma" not in own and "one_minus_gamma" not in own:
                 own["gamma"] = gamma
+            elif gamma not in (_GAMMA, own.get("gamma")):
+                raise UserError(f"`ppo.gamma` is given twice: init got gamma={gamma!r} beside {own!r}.")
             self._build(TrialConfig.from_mapping(groups), uid)
             self._resume()
 
@@ -380,7 +385,9 @@ class PPO:
                 f"`epochs <= task.max_epochs` must hold, since schedules end there, but got {epochs} "
                 f"and {config.max_epochs}. Make the task with task={{'max_epochs': {epochs}}}."
             )
-        with BadResumeGuard(self), limited_threads(config.task.threads):
+        # Overflows are looked for after each rollout, where they end the trial.
+        quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+        with BadResumeGuard(self), limited_threads(config.task.threads), quiet:
             self.events.emit("start_fit", self, epochs=epochs, context=context)
             self._open()
             if not self.metrics.curve:
@@ -572,33 +579,43 @@ class PPO:
             CheckpointError: the state does not belong to this task.
         """
         with BadResumeGuard(self):
-            agent = self.agent
-            progress = state.get("progress")
-            if not isinstance(progress, Mapping):
-                raise CheckpointError("The state has no `progress`: it is not a task's state dict.")
-            tensors = {k: torch.as_tensor(v) for k, v in state.items() if k != "progress"}
-            left_out: list[str] = []
-            if strict:
-                other = belonging.difference(progress["hyperparameters"], self.config.own_mapping())
-                if other:
-                    raise CheckpointError(f"The state belongs to other hyperparameters: {other}.")
-            else:
-                tensors, left_out = self._fitting(tensors)
             try:
-                agent.learner.load(tensors)
-                for part, moments in self._moments():
-                    moments.load(
-                        {name: tensors[f"{part}.{name}"].numpy() for name in ("mean", "var", "count")}
-                    )
-            except (KeyError, ValueError) as error:
-                raise CheckpointError(f"The state does not fit this task: {error}.") from None
+                return self._load(state, strict)
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                reason = " ".join(str(error).split())
+                raise CheckpointError(
+                    f"The state does not fit this task ({type(error).__name__}: {reason})."
+                ) from None
+
+    def _load(self, state: State, strict: bool) -> list[str]:
+        progress = state.get("progress") if isinstance(state, Mapping) else None
+        if not isinstance(progress, Mapping):
+            raise CheckpointError("The state has no `progress`: it is not a task's state dict.")
+        tensors = {k: torch.as_tensor(v) for k, v in state.items() if k != "progress"}
+        epoch, curve = int(progress["epoch"]), [dict(row) for row in progress["curve"]]
+        lineage, seconds = [dict(item) for item in progress["lineage"]], float(progress["seconds"])
+        if [row["epoch"] for row in curve] not in ([], list(range(epoch + 1))) or (epoch and not curve):
+            raise CheckpointError(f"The state's learning curve does not lead to its epoch, {epoch}.")
+        bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+        if bad:
+            raise CheckpointError(f"The state is not finite: {', '.join(bad)}.")
+        left_out: list[str] = []
+        if strict:
+            other = belonging.difference(progress["hyperparameters"], self.config.own_mapping())
+            if other:
+                raise CheckpointError(f"The state belongs to other hyperparameters: {other}.")
             if unknown := set(tensors) - set(self.state_dict(keep_vars=True)):
                 raise CheckpointError(f"The state has unknown entries: {', '.join(sorted(unknown))}.")
-            self.epoch = int(progress["epoch"])
-            self.metrics.curve = [dict(row) for row in progress["curve"]]
-            self.lineage = [dict(item) for item in progress["lineage"]]
-            self._seconds_before = float(progress["seconds"])
-            return left_out
+        else:
+            tensors, left_out = self._fitting(tensors)
+        self.agent.learner.load(tensors)
+        for part, moments in self._moments():
+            moments.load({name: tensors[f"{part}.{name}"].numpy() for name in ("mean", "var", "count")})
+        self.epoch, self.metrics.curve, self.lineage = epoch, curve, lineage
+        self._seconds_before = seconds
+        return left_out
 
     def resumed(self) -> bool:
         """Whether `init` went on from a checkpoint."""

@@ -26,6 +26,13 @@ class Agent:
     normalizer: ObservationNormalizer
     scaler: RewardScaler
 
+    def finite(self) -> bool:
+        """Whether every parameter and every running statistic is a finite number."""
+        moments = (self.normalizer.moments, self.scaler.moments)
+        return self.learner.finite() and all(
+            bool(np.isfinite(part.mean).all() and np.isfinite(part.var).all()) for part in moments
+        )
+
 
 class Diverged(Exception):
     """A loss or a parameter is not a finite number any more.
@@ -105,7 +112,7 @@ def train_epoch(
 
         row = asdict(stats) | {"lr": lr, "clip_range": clip_range}
         losses = (stats.policy_loss, stats.value_loss, stats.entropy)
-        if not (np.isfinite(losses).all() and agent.learner.finite()):
+        if not (np.isfinite(losses).all() and agent.finite()):
             spent = (index + 1) * config.rollout_steps
             raise Diverged(f"rollout {index + 1} of epoch {epoch + 1}", spent)
         row["explained_variance"] = explained_variance(rollout.value, returns)

@@ -132,6 +132,7 @@ def run(
     experiment: str | None = None,
     siblings: Path | None = None,
     console: bool = True,
+    results_path: Path | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Run one trial to its epochs, going on from whatever is there.
@@ -144,6 +145,7 @@ def run(
         experiment: Orion's name of the experiment.
         siblings: the directory in which the directories of the experiment's other trials lie.
         console: whether to log to standard error, beside the trial's own ``log.txt``.
+        results_path: where Orion wants its result file.
         tick: called before each environment step; what it raises stops the trial there.
 
     Raises:
@@ -154,7 +156,7 @@ def run(
         remove_leftovers(directory)
         _warn_of_short_epochs(config, info, log)
         storage = Storage(directory)
-        if siblings is not None and not storage.paths():
+        if siblings is not None and not _has_usable(storage):
             _copy_from_sibling(config, storage, siblings, log)
 
         # This imports torch: everything that could be wrong was looked at before.
@@ -176,7 +178,10 @@ def run(
             task.finish()
         _write_curve(directory, task)
         outcome = _outcome(task, config, directory, start, time.perf_counter() - started)
-        results.write(directory / "results.json", outcome.entries)
+        # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
+        for path in (directory / "results.json", results_path):
+            if path is not None:
+                results.write(path, outcome.entries)
         log.info(
             "done: return %.1f +- %.1f after epoch %d; %s",
             -outcome.objective if task.diverged else outcome.statistics["return_mean"],
@@ -264,6 +269,14 @@ def _register(config: TrialConfig, directory: Path, siblings: Path) -> None:
         (index / directory.name).touch()
     except OSError as error:
         raise UserError(f"{index} cannot be written: {error.strerror}.") from None
+
+
+def _has_usable(storage: Storage) -> bool:
+    """Whether a trial has a whole checkpoint of its own; whose it is, the task looks at."""
+    try:
+        return storage.load() is not None
+    except CheckpointError:
+        return False
 
 
 def _copy_from_sibling(config: TrialConfig, storage: Storage, siblings: Path, log: logging.Logger) -> None:

@@ -51,6 +51,20 @@ for _class in (_Loader, _Dumper):
     )
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    digits = text.lstrip("+-")
+    if not digits.isdigit() or (digits.startswith("0") and digits != "0"):
+        raise UserError(
+            f"Line {node.start_mark.line + 1}: write whole numbers in decimal digits, without leading "
+            f"zeros, underscores or colons, but got {text!r}."
+        )
+    return int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
 def parse(text: str, source: str) -> Any:
     """Parse YAML text.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
 import gymnasium
@@ -142,6 +144,15 @@ class FromFive(EndlessReward):
         return np.ones(1, np.float32), float(action), False, False, {}
 
 
+class Swallows(EndlessReward):
+    """Takes whatever is raised while it steps for an error of its own, as careless code does."""
+
+    def step(self, action: int) -> StepResult:
+        with contextlib.suppress(BaseException):
+            time.sleep(0.01)
+        return super().step(action)
+
+
 class Image(EndlessReward):
     """An observation space that is not supported: two dimensions."""
 
@@ -160,5 +171,6 @@ gymnasium.register("RandomWalk-v0", RandomWalk, max_episode_steps=10)
 gymnasium.register("Counter-v0", Counter)
 gymnasium.register("BecomesNaN-v0", BecomesNaN, max_episode_steps=10)
 gymnasium.register("FromFive-v0", FromFive, max_episode_steps=5)
+gymnasium.register("Swallows-v0", Swallows, max_episode_steps=5)
 gymnasium.register("Image-v0", Image)
 gymnasium.register("Switches-v0", Switches)

@@ -20,6 +20,7 @@ import ppo_hpo
 from ppo_hpo import cli, yamlio
 from ppo_hpo.checkpoint import Storage
 from ppo_hpo.config import TrialConfig
+from ppo_hpo.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 # 5 episodes of 25 steps in each of 2 environments fit into 256 steps: no warning, whatever runs.
@@ -493,3 +494,34 @@ def test_main_can_be_called() -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0
+
+
+def test_a_signal_that_the_environment_swallows_stops_all_the_same(config: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "trial"
+    options = ["--set", "env.id=tests.envs:Swallows-v0", "--set", "env.n_envs=1", "--set", "ppo.n_steps=256"]
+    process = start("run", "--config", config, *options, "--dir", str(directory), cwd=REPOSITORY)
+    log = directory / "log.txt"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "starts" in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.5)  # into the steps, nearly all of whose time is spent where exceptions are swallowed
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("nothing", ["null", "none"])
+def test_no_max_epochs_is_the_files_epochs_and_not_the_rungs(
+    config: Path, tmp_path: Path, nothing: str
+) -> None:
+    from ppo_hpo.cli import _build_parser, _configuration
+
+    text = config.read_text().replace("max_epochs: 2", f"max_epochs: {nothing}")
+    (tmp_path / "none.yaml").write_text(text)
+    arguments = _build_parser().parse_args(["run", "--config", str(tmp_path / "none.yaml"), "--epochs", "1"])
+    assert _configuration(arguments, under_orion=False)["task"]["max_epochs"] == 2
+    with pytest.raises(UserError, match="must say where schedules end"):
+        _configuration(arguments, under_orion=True)

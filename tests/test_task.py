@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -519,6 +520,80 @@ def test_a_trial_that_diverges_scores_as_its_worst_evaluation(tmp_path: Path) ->
     assert np.isfinite(report["objective"])
     assert task.env_steps == 256 + 128  # it stopped at once
     assert small(tmp_path).epoch == 1  # no NaN was ever saved
+
+
+@pytest.mark.parametrize("part", ["observation", "reward"])
+def test_statistics_that_overflow_are_divergence(part: str, tmp_path: Path) -> None:
+    """One huge but finite number makes a running variance infinite, while every loss stays finite."""
+    task = small(tmp_path)
+
+    def disturb(task: PPO, epoch: int, **details: Any) -> None:
+        moments = task.agent.normalizer.moments if part == "observation" else task.agent.scaler.moments
+        if epoch == 1:
+            moments.update(np.full((1, *moments.mean.shape), 1e160))
+
+    task.events.subscribe("start_epoch", disturb)
+    task.fit(3)
+    assert task.diverged
+    assert small(tmp_path).epoch == 1  # what was saved before can be read
+
+
+def test_returns_whose_deviation_overflows_are_not_finite() -> None:
+    from ppo_hpo.evaluate import Evaluation
+
+    assert not Evaluation((1e160, -1e160), (1, 1)).finite
+    assert Evaluation((1e30, -1e30), (1, 1)).finite
+
+
+def test_trials_in_threads_are_those_that_run_alone() -> None:
+    """The one that ends first must not give the others more threads: BLAS's limit is the process's."""
+
+    def run(width: int, epochs: int) -> list[dict[str, Any]]:
+        task = small(model={"width": width}, ppo={"batch_size": 128})
+        task.fit(epochs)
+        return task.metrics.curve
+
+    shapes = [(256, 3), (8, 1), (256, 3)]
+    alone = [run(*shape) for shape in shapes]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda shape: run(*shape), shapes))
+    assert together == alone
+
+
+def test_what_is_given_twice_or_unknown_is_refused() -> None:
+    task = open_task(ppo={"gamma": 0.9})
+    with pytest.raises(UserError, match="given twice"):
+        task.init(gamma=0.98)
+    with pytest.raises(UserError, match="`engine` must be auto or autograd"):
+        open_task(engine="numpi")
+    task = open_task(task={"max_epochs": 4})
+    task.init()
+    assert (task.config.task.epochs, task.config.max_epochs) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: None,
+        lambda state: {},
+        lambda state: {**state, "progress": {}},
+        lambda state: {**state, "progress": {**state["progress"], "epoch": 99}},
+        lambda state: {**state, "progress": {**state["progress"], "curve": [1, 2]}},
+        lambda state: {**state, "model.actor.0.bias": torch.full((8,), float("nan"))},
+        lambda state: {**state, "model.actor.0.bias": torch.zeros(9)},
+        lambda state: {**state, "model.actor.0.bias": "text"},
+        lambda state: {name: value for name, value in state.items() if name != "model.actor.0.bias"},
+    ],
+)
+def test_a_state_that_is_none_is_refused_and_nothing_is_taken_over(spoil: Any) -> None:
+    task = small()
+    task.fit(1)
+    before = copy.deepcopy(task.state_dict())
+    with pytest.raises(CheckpointError):
+        task.load_state_dict(spoil(task.state_dict()))
+    task.bad_state = False  # only to look at it
+    after = task.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k != "progress")
 
 
 def test_all_names_are_exported() -> None:

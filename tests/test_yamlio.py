@@ -151,3 +151,10 @@ def test_pipe_is_read(tmp_path: Path) -> None:
         assert yamlio.load(Path(f"/dev/fd/{read}")) == {"a": 1e-4}
     finally:
         os.close(read)
+
+
+@pytest.mark.parametrize("text", ["010", "0x10", "1_000", "1:30", "0b11", "-07"])
+def test_whole_numbers_that_mean_another_one_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="write whole numbers in decimal digits"):
+        yamlio.parse(text, "it")
+    assert [yamlio.parse(good, "it") for good in ("0", "10", "-7", "+3")] == [0, 10, -7, 3]
