@@ -31,6 +31,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning.py
 
 clean:

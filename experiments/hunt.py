@@ -57,7 +57,7 @@ def main() -> int:
         "--working-dir", str(output / "trials"),
         "ppo-hpo", "run", "--config", str(folder / "space.yaml"), "--device", "cpu",
     ]  # fmt: skip
-    print(f"\n2. {shlex.join(hunt)}\n", flush=True)
+    print(f"\n2. {_short(shlex.join(hunt), '$PWD/')}\n", flush=True)
     code = _follow(hunt, output / "hunt.log")
     if code:
         print(f"orion hunt ended with code {code}; {output / 'hunt.log'} says why. Run this again to go on.")
@@ -69,9 +69,9 @@ def main() -> int:
         ["ppo-hpo", "report", arguments.experiment, "--html", page],
         check=True, stdout=subprocess.PIPE, text=True,
     ).stdout  # fmt: skip
-    print(text.rstrip())
+    print(_short(text.rstrip()))
     print(f"untuned     {_untuned(untuned)}")
-    print(f"all of it   {output}")
+    print(_short(f"all of it   {output}"))
     _say_next(arguments.experiment, text)
     return 0
 
@@ -116,12 +116,23 @@ def _untuned(directory: Path) -> str:
     )
 
 
+def _short(text: str, here: str = "") -> str:
+    """Paths as they can be typed from where we are."""
+    return text.replace(f"{Path.cwd()}/", here)
+
+
 def _say_next(name: str, text: str) -> None:
-    best = text.partition("lies in")[2].split("\n")[0].strip()
+    best = _short(text.partition("lies in")[2].split("\n")[0].strip())
+    bin_path = shlex.quote(str(BIN))
     address = shlex.quote(os.environ["ORION_DB_ADDRESS"])
     print("\nNext:")
     for command, what in (
-        (f"export PATH={shlex.quote(str(BIN))}:$PATH ORION_DB_TYPE=pickleddb ORION_DB_ADDRESS={address}", ""),
+        (
+            _short(
+                f"export PATH={bin_path}:$PATH ORION_DB_TYPE=pickleddb ORION_DB_ADDRESS={address}", "$PWD/"
+            ),
+            "",
+        ),
         (f"ppo-hpo run --config {shlex.quote(best)}/config.yaml --seed 1", "the winner on another seed"),
         (f"orion status -n {name} --all", "every trial"),
         ("ppo-hpo space copy classic-control my-space.yaml", "tune your own environment: the README goes on"),
