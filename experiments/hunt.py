@@ -48,7 +48,16 @@ def main() -> int:
     print(f"1. PPO with nobody's tuning, for comparison ({arguments.experiment}/untuned.yaml)", flush=True)
     untuned = output / "untuned"
     subprocess.run(
-        ["ppo-hpo", "run", "--config", folder / "untuned.yaml", "--dir", untuned, "--device", "cpu"],
+        [
+            "ppo-hpo",
+            "run",
+            "--config",
+            folder / "untuned.yaml",
+            "--dir",
+            _short(str(untuned)),
+            "--device",
+            "cpu",
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
     )
