@@ -129,6 +129,8 @@ class Storage:
             UserError: it cannot be written, as on a full disk; the checkpoints before it are whole.
         """
         path = self.directory / f"checkpoint-{checkpoint.epoch:06d}.safetensors"
+        with writing(path):
+            self.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, to_bytes(checkpoint))
         older = [other for other in self.paths() if other.name < path.name]
         for other in older[1:]:

@@ -374,11 +374,17 @@ def test_files_are_as_open_as_others(tmp_path: Path, mask: int, mode: int) -> No
 def test_directory_that_is_none(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(UserError, match=r"cannot be written: Not a directory\. What was saved before"):
+    with pytest.raises(UserError, match=r"cannot be written: File exists\. What was saved before"):
         Storage(file).save(some(1))
-    with pytest.raises(UserError, match="cannot be written: No such file or directory"):
-        Storage(tmp_path / "nowhere").save(some(1))
+    with pytest.raises(UserError, match=r"cannot be written: Not a directory\. What was saved before"):
+        Storage(file / "below").save(some(1))
     assert file.read_text() == "mine"
+
+
+def test_directory_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "runs" / "mine")
+    assert storage.load() is None
+    assert storage.save(some(1)).is_file()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
