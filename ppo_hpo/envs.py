@@ -109,11 +109,20 @@ def probe(config: EnvConfig) -> EnvInfo:
     """Make an environment once, look at its spaces and close it.
 
     Raises:
-        UserError: it cannot be made, or its spaces are not supported.
+        UserError: it cannot be made, its spaces are not supported, or its first observation does not
+            have the shape that its space promises.
     """
     env = make(config)
     try:
-        return _describe(config.id, env)
+        info = _describe(config.id, env)
+        # A shorter observation would be spread over the whole row without a word.
+        shape = np.shape(env.reset(seed=0)[0])
+        if shape != (info.obs_dim,):
+            raise UserError(
+                f"`env.id: {config.id}` promises observations of shape ({info.obs_dim},), but its reset "
+                f"gave {shape}. Mend the environment or its observation space."
+            )
+        return info
     finally:
         env.close()
 

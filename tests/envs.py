@@ -153,6 +153,12 @@ class Swallows(EndlessReward):
         return super().step(action)
 
 
+class Short(EndlessReward):
+    """Gives one number where its space promises three."""
+
+    observation_space = _box(3)
+
+
 class Image(EndlessReward):
     """An observation space that is not supported: two dimensions."""
 
@@ -172,5 +178,6 @@ gymnasium.register("Counter-v0", Counter)
 gymnasium.register("BecomesNaN-v0", BecomesNaN, max_episode_steps=10)
 gymnasium.register("FromFive-v0", FromFive, max_episode_steps=5)
 gymnasium.register("Swallows-v0", Swallows, max_episode_steps=5)
+gymnasium.register("Short-v0", Short, max_episode_steps=5)
 gymnasium.register("Image-v0", Image)
 gymnasium.register("Switches-v0", Switches)

@@ -175,3 +175,8 @@ def test_environments_of_ones_own_keep_their_time_limit_and_arguments() -> None:
     assert env.spec is not None
     assert env.spec.max_episode_steps == 9
     assert make(config("Target")).unwrapped.__class__ is Target
+
+
+def test_observations_shorter_than_their_space_are_refused() -> None:
+    with pytest.raises(UserError, match=r"promises observations of shape \(3,\), but its reset gave \(1,\)"):
+        probe(EnvConfig(id="tests.envs:Short-v0"))
