@@ -72,7 +72,7 @@ def _build_parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     run.add_argument("--seed", type=int, metavar="N", help="the same as --set task.seed=N")
     run.add_argument("--epochs", type=int, metavar="N",
-                     help="epochs to train in all, at most the file's task.max_epochs, where schedules end")  # fmt: skip
+                     help="epochs to train in all, at most the file's task.max_epochs")  # fmt: skip
     run.add_argument("--dir", metavar="DIR", help="the trial's directory (default: from Orion, else "
                      "ppo-hpo-runs/ENV-HASH)")  # fmt: skip
     run.set_defaults(command=_run)
