@@ -32,6 +32,7 @@ class Summary:
         steps_in_full: had every configuration been trained to the highest fidelity.
         steps_restarted: had every promotion started again.
         max_epochs: the highest fidelity, or the epochs of every trial.
+        reached: the most epochs that a completed trial has.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Summary:
     steps_in_full: int
     steps_restarted: int
     max_epochs: int
+    reached: int
 
 
 def report(name: str, config: str | None = None, html: str | None = None) -> str:
@@ -134,6 +136,7 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
         steps_in_full=int(len(rungs) * max_epochs * per_epoch),
         steps_restarted=sum(sum(group) for group in steps_of),
         max_epochs=max_epochs,
+        reached=int(max(statistics_of(trial)["epochs"] for trial in completed)),
     )
 
 
@@ -167,8 +170,10 @@ def to_text(summary: Summary) -> str:
     lines.append(f"steps       {summary.steps:,} trained for {summary.configurations} configurations")
     if summary.steps_in_full > summary.steps:
         saved = summary.steps_in_full - summary.steps
+        # Before the first trial is at the top, the hunt has only just begun.
+        how = "saved by early stopping" if summary.reached == summary.max_epochs else "not trained so far"
         lines.append(
-            f"            {saved:,} ({saved / summary.steps_in_full:.0%}) saved by early stopping: all of "
+            f"            {saved:,} ({saved / summary.steps_in_full:.0%}) {how}: all of "
             f"them in full are {summary.steps_in_full:,}"
         )
     again = summary.steps_restarted - summary.steps
