@@ -196,9 +196,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with writing(path):
         temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}.tmp"
-        # Not mkstemp, whose files only their owner reads: these are as open as the umask has others.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        # The file is made inside the `try`: a signal that comes while it is being made raises as soon as it is there.
         try:
+            # Not mkstemp, whose files only their owner reads: these are as open as the umask has others.
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
