@@ -132,7 +132,8 @@ def environment_floor(preset: Preset) -> float:
     import numpy as np
 
     from ppo_hpo.config import EnvConfig
-    from ppo_hpo.envs import SyncEnvs, probe
+    from ppo_hpo.envs import probe
+    from ppo_hpo.vector import SyncEnvs
 
     config = EnvConfig(id=preset.env, n_envs=preset.n_envs)
     info = probe(config)

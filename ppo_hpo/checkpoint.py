@@ -196,7 +196,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with writing(path):
         temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}.tmp"
-        # The file is made inside the `try`: a signal that comes while it is being made raises as soon as it is there.
+        # Made inside the `try`: a signal that comes in between raises as soon as the file is there.
         try:
             # Not mkstemp, whose files only their owner reads: these are as open as the umask has others.
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ppo_hpo.envs import EnvInfo, SyncEnvs
+from ppo_hpo.envs import EnvInfo
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
+from ppo_hpo.vector import SyncEnvs
 
 Float32 = NDArray[np.float32]
 

@@ -27,7 +27,7 @@ from ppo_hpo.components import (
 )
 from ppo_hpo.config import OTHER_SPELLINGS, TrialConfig, check_value, field_names
 from ppo_hpo.device import limited_threads, resolve_device
-from ppo_hpo.envs import EnvInfo, SyncEnvs, probe
+from ppo_hpo.envs import EnvInfo, probe
 from ppo_hpo.errors import BadResume, CheckpointError, UserError
 from ppo_hpo.evaluate import Evaluation, Evaluator
 from ppo_hpo.events import Events, Metrics
@@ -38,6 +38,7 @@ from ppo_hpo.networks import MLPActorCritic
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.rollout import Rollout, Samples
 from ppo_hpo.train import Agent, Diverged, scheduled, train_epoch
+from ppo_hpo.vector import SyncEnvs
 
 State = dict[str, Any]
 _GAMMA = 0.99

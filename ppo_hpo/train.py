@@ -11,11 +11,12 @@ import numpy as np
 
 from ppo_hpo import seeding
 from ppo_hpo.config import TrialConfig
-from ppo_hpo.envs import EnvInfo, SyncEnvs
+from ppo_hpo.envs import EnvInfo
 from ppo_hpo.gae import explained_variance, gae
 from ppo_hpo.learner import Learner
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.rollout import Episodes, Rollout, collect
+from ppo_hpo.vector import SyncEnvs
 
 
 @dataclass

@@ -10,7 +10,8 @@ import pytest
 
 from ppo_hpo import UserError
 from ppo_hpo.config import EnvConfig
-from ppo_hpo.envs import EnvInfo, SyncEnvs, make, probe
+from ppo_hpo.envs import EnvInfo, make, probe
+from ppo_hpo.vector import SyncEnvs
 from tests.envs import Target
 
 

@@ -28,7 +28,7 @@ LAYERS = {
     "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "components"],
     "numbers": ["gae", "normalize", "losses", "networks", "adam"],
     "loop": [
-        "device", "envs", "rollout", "autograd", "fast", "learner", "evaluate", "train", "events",
+        "device", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train", "events",
         "checkpoint", "belonging", "guard", "task",
     ],
     "trial": ["trial"],

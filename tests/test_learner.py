@@ -14,13 +14,14 @@ from ppo_hpo import PPO, TrialConfig, seeding
 from ppo_hpo.adam import FlatAdam
 from ppo_hpo.autograd import AutogradEngine
 from ppo_hpo.config import OptimizerConfig, PPOConfig
-from ppo_hpo.envs import SyncEnvs, probe
+from ppo_hpo.envs import probe
 from ppo_hpo.gae import gae
 from ppo_hpo.learner import Learner
 from ppo_hpo.networks import MLPActorCritic
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.rollout import Episodes, Rollout, Samples, collect
 from ppo_hpo.train import Agent, Diverged, scheduled, train_epoch
+from ppo_hpo.vector import SyncEnvs
 from tests.envs import Target
 
 CPU = torch.device("cpu")

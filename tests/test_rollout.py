@@ -9,10 +9,11 @@ import pytest
 
 from ppo_hpo import seeding
 from ppo_hpo.config import EnvConfig
-from ppo_hpo.envs import EnvInfo, SyncEnvs, probe
+from ppo_hpo.envs import EnvInfo, probe
 from ppo_hpo.gae import gae
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler, RunningMoments
 from ppo_hpo.rollout import Episodes, Rollout, collect
+from ppo_hpo.vector import SyncEnvs
 
 
 class Known:

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from ppo_hpo import seeding
 from ppo_hpo.autograd import AutogradEngine, Batch
 from ppo_hpo.config import EnvConfig, OptimizerConfig, PPOConfig
-from ppo_hpo.envs import SyncEnvs, probe
+from ppo_hpo.envs import probe
 from ppo_hpo.gae import explained_variance, gae
 from ppo_hpo.learner import Learner
 from ppo_hpo.networks import MLPActorCritic
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.rollout import Episodes, Rollout, Samples, collect
+from ppo_hpo.vector import SyncEnvs
 
 CPU = torch.device("cpu")
 WIDTH, CLIP = 16, 0.2

@@ -311,8 +311,8 @@ def test_a_network_of_ones_own_is_trained_and_its_hyperparameters_are_not_search
 def rollout_of(task: PPO) -> tuple[Rollout, np.ndarray]:
     """The first rollout of an epoch, and the observations after it."""
     from ppo_hpo import seeding
-    from ppo_hpo.envs import SyncEnvs
     from ppo_hpo.rollout import Episodes, collect
+    from ppo_hpo.vector import SyncEnvs
 
     envs = SyncEnvs(task.config.env, task.info)
     agent, episodes = task.agent, Episodes()
