@@ -66,10 +66,10 @@ class AutogradEngine:
         """All samples on the device, which they reach once for all passes."""
         return Batch(*(self._tensor(array) for array in samples))
 
-    def shuffled(self, batch: Batch, order: NDArray[np.int64], size: int) -> list[Batch]:
-        """The samples in ``order``, ``size`` at a time: gathered once, then sliced."""
+    def shuffled(self, batch: Batch, order: NDArray[np.int64], ppo: PPOConfig) -> list[Batch]:
+        """The samples in ``order``, a minibatch at a time: gathered once, then sliced."""
         index = self._tensor(order)
-        parts = [torch.split(tensor[index], size) for tensor in batch]
+        parts = [torch.split(tensor[index], ppo.batch_size) for tensor in batch]
         return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
 
     def loss(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> losses.LossParts:

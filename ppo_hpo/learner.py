@@ -109,7 +109,7 @@ class Learner:
         loaded = self._engine.load(samples)
         for _ in range(self._ppo.n_epochs):
             order = stream.permutation(len(samples.obs))
-            yield from self._engine.shuffled(loaded, order, self._ppo.batch_size)
+            yield from self._engine.shuffled(loaded, order, self._ppo)
 
     def update(
         self, samples: Samples, stream: np.random.Generator, lr: float, clip_range: float

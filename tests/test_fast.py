@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,12 +50,21 @@ def samples(module: MLPActorCritic, *, continuous: bool) -> Samples:
     return Samples(obs, action, old, real(B), real(B), real(B))
 
 
+def whole(learner: Learner, batch: Samples, ppo: PPOConfig) -> Any:
+    """All samples as one minibatch of the learner's engine."""
+    engine, size = learner._engine, len(batch.obs)
+    (minibatch,) = engine.shuffled(
+        engine.load(batch), np.arange(size), dataclasses.replace(ppo, batch_size=size)
+    )
+    return minibatch
+
+
 def gradients(module: MLPActorCritic, engine: str, batch: Samples, ppo: PPOConfig) -> tuple[dict, np.ndarray]:
     continuous = module.log_std is not None
     learner = Learner(module, OptimizerConfig(), ppo, CPU, continuous=continuous, engine=engine)
     learner.optimizer.grad.zero_()
     assert learner.engine == ("autograd" if engine == "autograd" else "numpy")
-    row = learner._engine.backward(learner._engine.load(batch), ppo, 0.2)
+    row = learner._engine.backward(whole(learner, batch, ppo), ppo, 0.2)
     grads = {name: p.grad.numpy().copy() for name, p in module.named_parameters() if p.grad is not None}
     assert set(grads) == {name for name, _ in module.named_parameters()}
     return grads, np.array([float(part) for part in row])

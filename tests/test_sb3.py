@@ -7,6 +7,7 @@ authors' code does (see `ppo_hpo.losses.value_loss`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -330,7 +331,10 @@ def test_loss_and_gradient_in_single_precision(kind: str, coefficients: dict[str
     samples = random_samples(kind)
     learner = learner_of(kind, ppo, engine)
     assert learner.engine == {"auto": "numpy"}.get(engine, engine)
-    row = learner._engine.backward(learner._engine.load(samples), ppo, CLIP)
+    everything = dataclasses.replace(ppo, batch_size=len(samples.obs))
+    order = np.arange(len(samples.obs))
+    (batch,) = learner._engine.shuffled(learner._engine.load(samples), order, everything)
+    row = learner._engine.backward(batch, ppo, CLIP)
     gradient = {name: p.grad.numpy() for name, p in learner.module.named_parameters()}
     reference = their_loss_and_gradient(kind, samples, ppo, double=False)
     compare(np.array([float(part) for part in row]), gradient, reference, 5e-6)
