@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def sentence(machine: dict[str, str | int]) -> str:
     """What `describe` gave, in one line of prose."""
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
     return f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; {versions}"
+
+
+def commit() -> str:
+    """The commit of this source tree, ``-dirty`` where it has changes, or ``unknown``."""
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:

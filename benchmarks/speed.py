@@ -1,293 +1,264 @@
-"""How fast is training beside Stable-Baselines3, and beside what the environment and the products allow?
+"""How fast is training beside its peers, and beside what the environments and the products allow?
 
-    python benchmarks/speed.py                         # every preset that can be made here, 5 pairs each
-    python benchmarks/speed.py --preset cartpole-4 --pairs 3
+    python benchmarks/speed.py                                   # every preset, 5 rounds each, as committed
+    python benchmarks/speed.py --preset pendulum acrobot         # renews these two rows of the results
+    python benchmarks/speed.py --preset cartpole-4 --rounds 2    # a quick look; writes nothing
 
-Ours and Stable-Baselines3 run in turn (A B A B ...), each in a process of its own with one thread, with the
-same hyperparameters on the same environment and no evaluation; the medians of the pairs are quoted. Seconds
-are those of training, after a first rollout with its update that is not counted. Two floors are measured in
-the same run: stepping the environments with random actions (in our own loop, `SyncEnvs`), and the matrix
-products of the updates and of acting alone, in numpy. "Share" is (environment floor + product floor) / our
-time.
+Ours and the peers (Stable-Baselines3, SBX, CleanRL) run in turn, A B C A B C ..., each in a process of its
+own on one and the same core with one thread, with the same hyperparameters on the same environment and no
+evaluation. Two rollouts with their updates come before the clock starts, so that nobody's compilation is
+counted. Ratios are medians over the rounds of the ratio within a round; the rest are medians over the rounds.
 
-Stable-Baselines3 comes from the environment that runs this (`pip install -e '.[test]'`); LunarLander-v3 needs
-`.[box2d]` and HalfCheetah-v5 `.[mujoco]`: what cannot be made is left out and named.
+Two floors are measured in the same rounds: stepping the environments with actions drawn before, in the same
+vector environment as ours, and the matrix products of the updates and of acting alone, in numpy. "Floor" in
+the table is the share reached, (environment floor + product floor) / our time.
+
+The peers have virtual environments of their own in `.peers/`, made when first needed from the pins in
+`peers/`. Ours runs where this is started: LunarLander-v3 needs `.[box2d]` there, HalfCheetah-v5 `.[mujoco]`,
+the columns of EnvPool `envpool`, Pong `ale-py`. What cannot run is left out and named with its reason.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import statistics
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-for variable in THREADS:  # before numpy is imported
-    os.environ[variable] = "1"
+import machine
+import peers
+from presets import PRESETS, Preset
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import resource  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import machine  # noqa: E402
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One training task; `rollouts` is how many are timed."""
-
-    env: str
-    n_envs: int
-    n_steps: int
-    batch_size: int
-    n_epochs: int
-    rollouts: int
-    width: int = 64
-
-    @property
-    def rollout_steps(self) -> int:
-        return self.n_envs * self.n_steps
-
-
-PRESETS = {
-    "cartpole-20": Preset("CartPole-v1", 8, 32, 256, 20, 60),
-    "cartpole-4": Preset("CartPole-v1", 8, 128, 256, 4, 40),
-    "acrobot": Preset("Acrobot-v1", 16, 256, 64, 4, 6),
-    "pendulum": Preset("Pendulum-v1", 4, 1024, 64, 10, 5),
-    "lunarlander": Preset("LunarLander-v3", 16, 1024, 64, 4, 2),
-    "halfcheetah": Preset("HalfCheetah-v5", 1, 512, 64, 20, 10, width=256),
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+ROUNDS = 5
+PEERS = ("sb3", "sbx", "cleanrl")
+OURS = ("ours", "ours_envpool", "ours_autograd")
+FLOORS = ("environment", "environment_envpool", "products", "torch")
+LABELS = {
+    "sb3": "Stable-Baselines3",
+    "sbx": "SBX",
+    "cleanrl": "CleanRL",
+    "ours": "ours",
+    "ours_envpool": "ours, EnvPool",
+    "ours_autograd": "ours by autograd",
+    "environment": "environments alone",
+    "environment_envpool": "environments alone, EnvPool",
 }
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "PYTHONWARNINGS": "ignore",
+}
+Row = dict[str, Any]
 
 
-# ------------------------------------------------------------- one measurement, in its own process
+class LeftOut(Exception):
+    """A measurement cannot be had here; the message says why."""
 
 
-def ours(preset: Preset, engine: str) -> float:
-    import torch
-
-    torch.set_num_threads(1)
-    from ppo_hpo import PPO, TrialConfig
-
-    config = TrialConfig.from_mapping(
-        {
-            "env": {"id": preset.env, "n_envs": preset.n_envs},
-            "task": {
-                "epochs": 1,
-                "steps_per_epoch": preset.rollout_steps * (preset.rollouts + 1),
-                "eval_episodes": 1,
-            },
-            "model": {"width": preset.width, "activation": "relu" if preset.width > 64 else "tanh"},
-            "ppo": {
-                "n_steps": preset.n_steps,
-                "batch_size": preset.batch_size,
-                "n_epochs": preset.n_epochs,
-            },
-        }
-    )
-    times: list[float] = []
-    task = PPO.from_config(config, "cpu", engine=engine)  # type: ignore[arg-type]
-    task.events.subscribe("end_rollout", lambda task, **details: times.append(time.perf_counter()))
-    task.fit(1)
-    return times[-1] - times[0]
+def interpreters() -> tuple[dict[str, Path], dict[str, str]]:
+    """The peers' interpreters, and why there is none where there is none."""
+    found, missing = {}, {}
+    for name in PEERS:
+        try:
+            found[name] = peers.python_of(name)
+        except peers.PeerError as error:
+            missing[name] = f"does not install: {error}"
+    return found, missing
 
 
-def stable_baselines3(preset: Preset) -> float:
-    import torch
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
+def measure(what: str, preset: Preset, pythons: dict[str, Path]) -> dict[str, Any]:
+    """Run one measurement in a fresh process.
 
-    torch.set_num_threads(1)
-    times: list[float] = []
-
-    class Clock(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            times.append(time.perf_counter())
-
-        def _on_step(self) -> bool:
-            return True
-
-    activation = torch.nn.ReLU if preset.width > 64 else torch.nn.Tanh
-    model = PPO(
-        "MlpPolicy",
-        make_vec_env(preset.env, preset.n_envs, seed=0),
-        n_steps=preset.n_steps,
-        batch_size=preset.batch_size,
-        n_epochs=preset.n_epochs,
-        policy_kwargs={"net_arch": [preset.width, preset.width], "activation_fn": activation},
-        device="cpu",
-        seed=0,
-    )
-    model.learn(preset.rollout_steps * (preset.rollouts + 1), Clock())
-    return time.perf_counter() - times[1]
-
-
-def environment_floor(preset: Preset) -> float:
-    import numpy as np
-
-    from ppo_hpo.config import EnvConfig
-    from ppo_hpo.envs import probe
-    from ppo_hpo.vector import SyncEnvs
-
-    config = EnvConfig(id=preset.env, n_envs=preset.n_envs)
-    info = probe(config)
-    envs = SyncEnvs(config, info)
-    envs.reset(list(range(preset.n_envs)))
-    stream = np.random.default_rng(0)
-    steps = min(preset.n_steps * preset.rollouts, 4096)
-    if info.continuous:
-        actions: Any = stream.standard_normal((steps, preset.n_envs, info.action_dim)).astype(np.float32)
+    Raises:
+        LeftOut: the process failed; the message is the last line that it wrote.
+    """
+    task = json.dumps(preset.mapping())
+    if what in PEERS:
+        command = [str(pythons[what]), str(HERE / "peers" / "train.py"), what, task]
     else:
-        actions = stream.integers(0, info.action_dim, (steps, preset.n_envs))
-    started = time.perf_counter()
-    for action in actions:
-        envs.step(action)
-    return (time.perf_counter() - started) / (steps * preset.n_envs) * preset.rollout_steps * preset.rollouts
-
-
-def product_floor(preset: Preset) -> float:
-    """Every matrix product of the timed rollouts: acting, rating and valuing, and each update's three."""
-    import numpy as np
-
-    from ppo_hpo.config import EnvConfig
-    from ppo_hpo.envs import probe
-
-    info = probe(EnvConfig(id=preset.env))
-    shapes = [(info.obs_dim, preset.width), (preset.width, preset.width)]
-    heads = (info.action_dim, 1)
-
-    def seconds(batch: int, *, backward: bool, networks: int) -> float:
-        real = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
-        jobs = []
-        layers = [shape for shape in shapes for _ in range(networks)]
-        layers += [(preset.width, outputs) for outputs in heads[:networks]]
-        for inputs, outputs in layers:
-            x, w, d = real(batch, inputs), real(outputs, inputs), real(batch, outputs)
-            jobs.append((x, w.T))
-            if backward:
-                jobs.append((d.T, x))
-                if inputs != info.obs_dim:
-                    jobs.append((d, w))
-        repeats = 30
-        best = float("inf")
-        for _ in range(5):
-            started = time.perf_counter()
-            for _ in range(repeats):
-                for a, b in jobs:
-                    a @ b
-            best = min(best, (time.perf_counter() - started) / repeats)
-        return best
-
-    updates = preset.rollout_steps // preset.batch_size * preset.n_epochs * preset.rollouts
-    acting = preset.n_steps * preset.rollouts
-    return (
-        updates * seconds(preset.batch_size, backward=True, networks=2)
-        + acting * seconds(preset.n_envs, backward=False, networks=1)
-        + preset.rollouts * seconds(preset.rollout_steps, backward=False, networks=2)
-    )
-
-
-MEASURES = {
-    "ours": lambda preset: ours(preset, "auto"),
-    "autograd": lambda preset: ours(preset, "autograd"),
-    "sb3": stable_baselines3,
-    "environment": environment_floor,
-    "products": product_floor,
-}
-
-
-# ----------------------------------------------------------------------------- all of them
-
-
-def measure(what: str, preset: str) -> dict[str, float]:
-    """Run one measurement in a fresh process."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", what, "--preset", preset]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, str(HERE / "measures.py"), what, task]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise LeftOut(lines[-1].removeprefix("ppo_hpo.errors.UserError: "))
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(name: str, pairs: int) -> dict[str, Any]:
+def compare(name: str, rounds: int, pythons: dict[str, Path], missing: dict[str, str]) -> Row:
+    """Measure everything on one preset, in turn."""
     preset = PRESETS[name]
-    steps = preset.rollout_steps * preset.rollouts
-    rates: dict[str, list[float]] = {"ours": [], "sb3": [], "autograd": []}
-    memory: dict[str, list[float]] = {"ours": [], "sb3": [], "autograd": []}
-    ratios, shares = [], []
-    for pair in range(pairs):
-        found = {what: measure(what, name) for what in MEASURES}
-        for what in rates:
-            rates[what].append(steps / found[what]["seconds"])
-            memory[what].append(found[what]["peak_mib"])
-        ratios.append(found["sb3"]["seconds"] / found["ours"]["seconds"])
-        floor = found["environment"]["seconds"] + found["products"]["seconds"]
-        shares.append(floor / found["ours"]["seconds"])
-        print(f"  {name} {pair + 1}/{pairs}: {ratios[-1]:.1f}x, {shares[-1]:.0%} of the floor", flush=True)
+    left_out = dict(missing)
+    seconds: dict[str, list[float]] = {}
+    peak: dict[str, list[float]] = {}
+    versions: dict[str, str] = {}
+    for index in range(rounds):
+        for what in (*OURS, *PEERS, *FLOORS):
+            if what in left_out:
+                continue
+            try:
+                found = measure(what, preset, pythons)
+            except LeftOut as reason:
+                left_out[what] = str(reason)
+                seconds.pop(what, None)
+                if what == "ours":  # there is nothing to compare with
+                    return {"preset": preset.words(), "left_out": {what: str(reason)}}
+                continue
+            seconds.setdefault(what, []).append(found["seconds"])
+            peak.setdefault(what, []).append(found["peak_mib"])
+            if "version" in found:
+                versions[what] = found["version"]
+        done = [what for what in (*OURS, *PEERS) if what in seconds]
+        rates = [f"{what} {preset.steps / seconds[what][-1]:,.0f}" for what in done]
+        print(f"  {name} {index + 1}/{rounds}, steps/s: {', '.join(rates)}", flush=True)
     return {
-        "preset": vars(preset),
-        "steps": steps,
-        **{f"{what}_steps_per_second": statistics.median(values) for what, values in rates.items()},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "share_of_floor": statistics.median(shares),
-        **{f"{what}_peak_mib": statistics.median(values) for what, values in memory.items()},
+        "preset": preset.words(),
+        "timed_steps": preset.steps,
+        "rounds": rounds,
+        "figures": figures(preset.steps, seconds),
+        "peak_mib": {what: statistics.median(values) for what, values in peak.items()},
+        "seconds": seconds,
+        "versions": versions,
+        "left_out": left_out,
     }
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| preset | ours, steps/s | ours by autograd | Stable-Baselines3 | ratio | share of the floor "
-        "| peak MiB, ours / SB3 |",
-        "|---|---|---|---|---|---|---|",
+def figures(steps: int, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians: steps per second of everything, and of ours the ratios and the share of the floor."""
+    rates = {what: statistics.median(steps / s for s in values) for what, values in seconds.items()}
+    rates.pop("torch", None)
+    others = [what for what in PEERS if what != "sb3" and what in rates]
+    fastest = max(others, key=rates.__getitem__, default=None)
+    found: dict[str, dict[str, float]] = {"steps_per_second": rates}
+    found |= {"to_sb3": {}, "to_fastest_other": {}, "floor": {}}
+
+    def ratio(what: str, other: str) -> float:
+        return statistics.median(b / a for a, b in zip(seconds[what], seconds[other], strict=True))
+
+    for what in OURS:
+        if what not in seconds:
+            continue
+        if "sb3" in seconds:
+            found["to_sb3"][what] = ratio(what, "sb3")
+        if fastest is not None:
+            found["to_fastest_other"][what] = ratio(what, fastest)
+        floor = "environment_envpool" if what == "ours_envpool" else "environment"
+        if floor in seconds and "products" in seconds:
+            both = zip(seconds[what], seconds[floor], seconds["products"], strict=True)
+            found["floor"][what] = statistics.median((a + b) / own for own, a, b in both)
+    return found
+
+
+# ------------------------------------------------------------------------------------ the page
+
+
+def table(rows: dict[str, Row]) -> str:
+    """The page's tables: speed, then floors and memory, then what is left out."""
+    speed = [
+        "| steps per second | Stable-Baselines3 | SBX | CleanRL | ours by autograd | **ours** | to SB3 "
+        "| to the fastest other | floor | **ours, EnvPool** | to SB3 | to the fastest other | floor |",
+        "|---|" + "---|" * 12,
     ]
+    more = [
+        "| | environments alone, steps/s | with EnvPool | products alone, steps/s "
+        "| peak MiB: importing torch | ours | ours, EnvPool | Stable-Baselines3 | SBX | CleanRL |",
+        "|---|" + "---|" * 9,
+    ]
+    notes = []
     for name, row in rows.items():
-        preset = PRESETS[name]
-        lines.append(
-            f"| {preset.env}, {preset.n_envs} x {preset.n_steps}, batch {preset.batch_size}, "
-            f"{preset.n_epochs} passes | {row['ours_steps_per_second']:,.0f} "
-            f"| {row['autograd_steps_per_second']:,.0f} | {row['sb3_steps_per_second']:,.0f} "
-            f"| {row['ratio']:.1f}x | {row['share_of_floor']:.0%} "
-            f"| {row['ours_peak_mib']:.0f} / {row['sb3_peak_mib']:.0f} |"
-        )
-    return "\n".join(lines)
+        for what, why in row["left_out"].items():
+            notes.append(f"- {name}: {LABELS.get(what, what)} is left out: {why}")
+        if "figures" not in row:
+            continue
+        found = row["figures"]
+        rate, peak = found["steps_per_second"], row["peak_mib"]
+
+        def ratios(what: str, found: dict[str, dict[str, float]] = found) -> list[str]:
+            return [
+                cell(found["to_sb3"].get(what), "{:.1f}x"),
+                cell(found["to_fastest_other"].get(what), "{:.1f}x"),
+                cell(found["floor"].get(what), "{:.0%}"),
+            ]
+
+        rates = [cell(rate.get(what)) for what in (*PEERS, "ours_autograd", "ours")]
+        pooled = [cell(rate.get("ours_envpool")), *ratios("ours_envpool")]
+        cells = [row["preset"], *rates, *ratios("ours"), *pooled]
+        speed.append("| " + " | ".join(cells) + " |")
+        floors = [cell(rate.get(what)) for what in ("environment", "environment_envpool", "products")]
+        peaks = [cell(peak.get(what)) for what in ("torch", "ours", "ours_envpool", *PEERS)]
+        more.append("| " + " | ".join([row["preset"], *floors, *peaks]) + " |")
+    return "\n".join([*speed, "", *more, "", *notes])
+
+
+def cell(value: float | None, form: str = "{:,.0f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def page(rows: dict[str, Row]) -> str:
+    """The markdown page."""
+    made: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        versions = ", ".join(f"{LABELS[what]} {version}" for what, version in row.get("versions", {}).items())
+        rounds = f", {row['rounds']} rounds" if "rounds" in row else ""
+        text = f"{row['date']}, commit {row['commit']}{rounds}: {machine.sentence(row['machine'])}"
+        made.setdefault(text + (f"; {versions}" if versions else ""), []).append(name)
+    when = "\n".join(f"- {', '.join(names)}: {text}." for text, names in made.items())
+    return f"""# Speed: steps per second beside the peers
+
+Written by `python benchmarks/speed.py`; its first lines say what is measured and how. One thread on one core
+each, taking turns; medians. "Floor" is the share reached of what the environments and the matrix products
+alone would take.
+
+{table(rows)}
+
+Measured:
+
+{when}
+"""
+
+
+def write(out: Path, rows: dict[str, Row]) -> None:
+    """Renew these rows of the results; the others stay as they are."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "speed.json"
+    stored = json.loads(path.read_text())["rows"] if path.exists() else {}
+    merged = stored | rows
+    merged = {name: merged[name] for name in PRESETS if name in merged}
+    path.write_text(json.dumps({"rows": merged}, indent=1, allow_nan=False) + "\n")
+    (out / "speed.md").write_text(page(merged))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, nargs="+", default=list(PRESETS))
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, nargs="+", default=list(PRESETS), metavar="NAME",
+                        help=f"rows to measure (default: all of {', '.join(PRESETS)})")  # fmt: skip
+    parser.add_argument("--rounds", "--pairs", type=int, default=ROUNDS, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the files go (default: benchmarks/results for at "
+                        f"least {ROUNDS} rounds, else nowhere)")  # fmt: skip
     arguments = parser.parse_args()
-    if arguments.measure:
-        seconds = MEASURES[arguments.measure](PRESETS[arguments.preset[0]])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "peak_mib": peak}))
-        return 0
-    rows: dict[str, dict[str, Any]] = {}
-    left_out: dict[str, str] = {}
+    out = arguments.out or (RESULTS if arguments.rounds >= ROUNDS else None)
+    pythons, missing = interpreters()
+    date = datetime.now(UTC).date().isoformat()
+    about = {"date": date, "commit": machine.commit(), "machine": machine.describe()}
+    if hasattr(os, "sched_setaffinity"):  # what is started from here inherits it
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    rows: dict[str, Row] = {}
     for name in arguments.preset:
-        try:
-            rows[name] = compare(name, arguments.pairs)
-        except RuntimeError as error:
-            left_out[name] = str(error)
-            print(f"  {name} is left out: {error}", flush=True)
-    print(table(rows))
-    if arguments.preset == list(PRESETS):
-        RESULTS.mkdir(exist_ok=True)
-        content = {
-            "machine": machine.describe(),
-            "pairs": arguments.pairs,
-            "presets": rows,
-            "left_out": left_out,
-        }
-        (RESULTS / "speed.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / "speed.md").write_text(table(rows) + "\n")
+        rows[name] = about | compare(name, arguments.rounds, pythons, missing)
+        if out is not None:
+            write(out, {name: rows[name]})
+    print("\n" + table(rows))
     return 0
 
 
