@@ -1,33 +1,34 @@
 """Does PPO learn? Every preset on several seeds, judged on episodes that nothing else has seen.
 
     python benchmarks/learning.py                                  # all presets, seeds 0 to 4, as committed
+    python benchmarks/learning.py --keep-peer                      # trains only ours anew
     python benchmarks/learning.py --env cartpole --seeds 2         # a quick look; writes nothing
     python benchmarks/learning.py --env cartpole --out DIR         # the same, with files in DIR
 
 Each run trains a preset of `spaces/` to its last epoch and then plays 100 episodes with the final policy,
 most probable actions, on seeds that belong neither to training nor to the evaluations that tuning sees; their
-mean is the run's final return. Targets are for the mean over the seeds. Prints a line for each run and a
-table, writes `learning.json`, `learning.md` and `learning.png` (the last where matplotlib is installed), and
-exits with 1 if a target is missed.
+mean is the run's final return. Targets are for the mean over the seeds. Stable-Baselines3 does the same with
+the same hyperparameters, seeds and episodes, in an environment of its own (`peers/`); what it reaches is told
+side by side. Prints a line for each run and two tables, writes `learning.json`, `learning.md` and
+`learning.png` (the last where matplotlib is installed), and exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
+import learning_page
+import learning_peer
 import numpy as np
+import peers
+from learning_peer import PeerRun
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -41,8 +42,9 @@ TARGETS: dict[str, float | None] = {
 SEEDS = 5
 EPISODES = 100
 # Training's seeds lie below 2**30 and those of tuning's evaluations below 2**31 (ppo_hpo/seeding.py).
-FIRST_EPISODE_SEED = 2**31
+EPISODE_SEEDS = list(range(2**31, 2**31 + EPISODES))
 RESAMPLES = 10_000
+PEER = "sb3"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,25 @@ class Run:
     env_steps: int
     seconds: float
     curve: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One preset, ours and Stable-Baselines3 side by side; intervals are at 95 %.
+
+    Attributes:
+        difference: of the means, ours minus theirs, with its interval.
+    """
+
+    env: str
+    ours: list[float]
+    ours_interval: tuple[float, float]
+    theirs: list[float]
+    theirs_interval: tuple[float, float]
+    difference: float
+    difference_interval: tuple[float, float]
+    ours_seconds: float
+    theirs_seconds: float
 
 
 @dataclass(frozen=True)
@@ -95,6 +116,8 @@ def main() -> int:
     parser.add_argument("--env", nargs="+", choices=list(TARGETS), default=list(TARGETS), metavar="NAME",
                         help=f"presets (default: all of {', '.join(TARGETS)})")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default: %(default)s)")
+    parser.add_argument("--keep-peer", action="store_true", help="take Stable-Baselines3's runs from the "
+                        "stored results wherever it would be given the same")  # fmt: skip
     parser.add_argument("--out", type=Path, help="where the files go (default: benchmarks/results for all "
                         "presets and at least 5 seeds, else nowhere)")  # fmt: skip
     arguments = parser.parse_args()
@@ -105,35 +128,59 @@ def main() -> int:
     if out is None and presets == list(TARGETS) and arguments.seeds >= SEEDS:
         out = RESULTS
 
-    runs = run_all(presets, arguments.seeds, arguments.jobs)
+    runs, peer_runs = run_all(presets, arguments.seeds, arguments.jobs, keep_peer=arguments.keep_peer)
     summaries = [summarise([run for run in runs if run.preset == name]) for name in presets]
-    lines = table(summaries)
+    both = [
+        beside([a for a in runs if a.preset == name], theirs)
+        for name in presets
+        if (theirs := [b for b in peer_runs if b.preset == name])
+    ]
+    lines = [*learning_page.table(summaries), "", *learning_page.beside_table(both)]
     print("\n" + "\n".join(lines))
     if out is not None:
-        write(out, runs, summaries, lines, arguments.jobs)
+        found = learning_page.Found(runs, peer_runs, summaries, both, lines)
+        learning_page.write(out, found, jobs=arguments.jobs, episodes=EPISODES, resamples=RESAMPLES)
     missed = [summary.preset for summary in summaries if summary.reached is False]
     if missed:
         print(f"\nmissed: {', '.join(missed)}")
     return 1 if missed else 0
 
 
-def run_all(presets: list[str], seeds: int, jobs: int) -> list[Run]:
-    """Train every preset on every seed, a line for each as it ends; sorted by preset and seed."""
+def run_all(presets: list[str], seeds: int, jobs: int, *, keep_peer: bool) -> tuple[list[Run], list[PeerRun]]:
+    """Ours and the peer on every preset and seed, a line for each as it ends; sorted by preset and seed."""
     started = time.perf_counter()
-    runs = []
+    runs: list[Run] = []
+    stored = learning_peer.stored_runs(RESULTS) if keep_peer else []
+    peer_runs: list[PeerRun] = []
+    try:
+        python = peers.python_of(PEER)
+    except peers.PeerError as error:
+        python = None
+        print(f"Stable-Baselines3 is left out, it does not install: {error}")
     # Spawned: a fork would inherit the thread pools of what the parent has imported.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(run_one, name, seed) for name in presets for seed in range(seeds)]
-        for future in as_completed(waiting):
+        for name in presets if python is not None else []:
+            for seed in range(seeds):
+                task = learning_peer.task_of(name, seed, EPISODE_SEEDS)
+                kept = [run for run in stored if run.task == task]
+                if kept:
+                    peer_runs.append(kept[0])
+                else:
+                    waiting.append(pool.submit(learning_peer.run_one, str(python), name, task))
+        for count, future in enumerate(as_completed(waiting), start=1):
             run = future.result()
-            runs.append(run)
+            ours = isinstance(run, Run)
+            (runs if ours else peer_runs).append(run)
+            diverged = "  diverged" if ours and run.diverged else ""
             print(
-                f"{time.perf_counter() - started:5.0f} s  {len(runs):2}/{len(waiting)}  {run.env:24}  "
-                f"seed {run.seed}  return {run.final:7.1f}  {run.env_steps:,} steps in {run.seconds:.0f} s"
-                + ("  diverged" if run.diverged else ""),
+                f"{time.perf_counter() - started:5.0f} s  {count:2}/{len(waiting)}  "
+                f"{'ours' if ours else PEER:4}  {run.preset:23}  seed {run.seed}  return {run.final:7.1f}  "
+                f"{run.env_steps:,} steps in {run.seconds:.0f} s{diverged}",
                 flush=True,
             )
-    return sorted(runs, key=lambda run: (presets.index(run.preset), run.seed))
+    order = lambda run: (presets.index(run.preset), run.seed)  # noqa: E731
+    return sorted(runs, key=order), sorted(peer_runs, key=order)
 
 
 def run_one(preset: str, seed: int) -> Run:
@@ -165,12 +212,11 @@ def run_one(preset: str, seed: int) -> Run:
 
 
 def fresh_returns(task: Any) -> tuple[float, ...]:
-    """Returns of a fitted task's policy, one for each of `EPISODES` seeds that nothing else uses."""
+    """Returns of a fitted task's policy, one for each of `EPISODE_SEEDS`."""
     from ppo_hpo.device import limited_threads
     from ppo_hpo.evaluate import Evaluator
 
-    seeds = list(range(FIRST_EPISODE_SEED, FIRST_EPISODE_SEED + EPISODES))
-    evaluator = Evaluator(task.config.env, task.info, seeds, task.info.time_limit)
+    evaluator = Evaluator(task.config.env, task.info, EPISODE_SEEDS, task.info.time_limit)
     with limited_threads(task.config.task.threads):
         evaluation = evaluator(task.agent.learner, task.agent.normalizer, None)
     evaluator.close()
@@ -180,9 +226,6 @@ def fresh_returns(task: Any) -> tuple[float, ...]:
 def summarise(runs: list[Run]) -> Summary:
     """What the runs of one preset come to."""
     final = np.array([run.final for run in runs])
-    # Percentiles of the means of resampled seeds, from a fixed stream: the same runs give the same interval.
-    picks = np.random.default_rng(0).integers(len(final), size=(RESAMPLES, len(final)))
-    low, high = np.percentile(final[picks].mean(axis=1), (2.5, 97.5))
     steps, seconds = sum(run.env_steps for run in runs), sum(run.seconds for run in runs)
     mean, target = float(final.mean()), TARGETS[runs[0].preset]
     return Summary(
@@ -191,7 +234,7 @@ def summarise(runs: list[Run]) -> Summary:
         env_steps=max(run.env_steps for run in runs),
         mean=mean,
         std=float(final.std(ddof=1)) if len(final) > 1 else None,
-        interval=(float(low), float(high)),
+        interval=interval(resampled_means(final, 0)),
         final=final.tolist(),
         own_mean=float(np.mean([run.own_final for run in runs])),
         seconds=seconds / len(runs),
@@ -201,133 +244,33 @@ def summarise(runs: list[Run]) -> Summary:
     )
 
 
-def table(summaries: list[Summary]) -> list[str]:
-    """Lines of a markdown table, a row for each preset."""
-    head = (
-        "environment", "steps", "final return", "std", "95% interval", "each seed",
-        "trial's own", "target", "reached", "s", "steps/s",
-    )  # fmt: skip
-    rows = [head, tuple("---" for _ in head)]
-    for item in summaries:
-        rows.append(
-            (
-                item.env,
-                f"{item.env_steps:,}",
-                f"{item.mean:.1f}",
-                "-" if item.std is None else f"{item.std:.1f}",
-                f"{item.interval[0]:.1f} to {item.interval[1]:.1f}",
-                ", ".join(f"{value:.1f}" for value in item.final),
-                f"{item.own_mean:.1f}",
-                "none" if item.target is None else f">= {item.target:g}",
-                {True: "yes", False: "NO", None: "-"}[item.reached],
-                f"{item.seconds:.0f}",
-                f"{item.steps_per_second:,.0f}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-
-
-def write(out: Path, runs: list[Run], summaries: list[Summary], lines: list[str], jobs: int) -> None:
-    """Write the numbers, the table and the picture into a directory."""
-    out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "machine": machine.describe(),
-        "jobs": jobs,
-        "fresh_episodes": EPISODES,
-    }
-    content = about | {"presets": [asdict(s) for s in summaries], "runs": [asdict(run) for run in runs]}
-    (out / "learning.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    picture = plot(out / "learning.png", runs, summaries)
-    (out / "learning.md").write_text(page(about, lines, [run.seed for run in runs], picture))
-    print(f"\nwritten: learning.json, learning.md{', learning.png' if picture else ''}")
-
-
-def page(about: dict[str, Any], lines: list[str], run_seeds: list[int], picture: bool) -> str:
-    """The markdown page: the table, the picture, and how they came about."""
-    seeds = ", ".join(str(seed) for seed in sorted(set(run_seeds)))
-    image = "![Learning curves: every seed and their mean](learning.png)\n\n" if picture else ""
-    return f"""# Learning: what the presets reach
-
-Written by `python benchmarks/learning.py` on {about["date"]}, commit {about["commit"]}.
-
-{chr(10).join(lines)}
-
-{image}- **final return**: mean over seeds {seeds} of the final policy's mean return in {EPISODES} episodes,
-  most probable actions, on episode seeds that neither training nor tuning's evaluations use.
-- **std**: sample standard deviation over the seeds. **95% interval**: percentile bootstrap of the mean over
-  the seeds, {RESAMPLES:,} resamples; of so few seeds it is rather too narrow.
-- **trial's own**: mean over the seeds of the trial's own last evaluation (`task.eval_episodes` episodes, the
-  same for every trial), which is what Orion is told. The curves show these evaluations.
-- **s**: wall seconds of one run, evaluations included. **steps/s**: environment steps of training for each of
-  them. {about["jobs"]} runs at a time, one thread each, on a machine that was not kept free: no measure of
-  speed.
-- Presets: `spaces/`. Every number and curve: `learning.json`.
-
-Machine: {machine.sentence(about["machine"])}.
-"""
-
-
-def plot(path: Path, runs: list[Run], summaries: list[Summary]) -> bool:
-    """Draw every seed's learning curve and their mean; False where matplotlib is missing."""
-    if find_spec("matplotlib") is None:
-        print("\nno picture: matplotlib is not installed")
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(2, len(summaries))
-    rows = -(-len(summaries) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, layout="constrained"
+def beside(runs: list[Run], peer_runs: list[PeerRun]) -> Beside:
+    """Ours and the peer's runs of one preset, side by side."""
+    ours, theirs = (np.array([run.final for run in of]) for of in (runs, peer_runs))
+    means = resampled_means(ours, 0), resampled_means(theirs, 1)
+    return Beside(
+        env=runs[0].env,
+        ours=ours.tolist(),
+        ours_interval=interval(means[0]),
+        theirs=theirs.tolist(),
+        theirs_interval=interval(means[1]),
+        difference=float(ours.mean() - theirs.mean()),
+        difference_interval=interval(means[0] - means[1]),
+        ours_seconds=float(np.mean([run.seconds for run in runs])),
+        theirs_seconds=float(np.mean([run.seconds for run in peer_runs])),
     )
-    for axis in axes.flat[len(summaries) :]:
-        axis.set_visible(False)
-    for axis, item in zip(axes.flat, summaries, strict=False):
-        curves = [run.curve for run in runs if run.preset == item.preset and not run.diverged]
-        for index, curve in enumerate(curves):
-            axis.plot(
-                [row["env_steps"] / 1000 for row in curve],
-                [row["return_mean"] for row in curve],
-                color="#8fb3d9",
-                linewidth=1,
-                label="each seed" if index == 0 else None,
-            )
-        if curves:
-            mean = np.mean([[row["return_mean"] for row in curve] for curve in curves], axis=0)
-            steps = [row["env_steps"] / 1000 for row in curves[0]]
-            axis.plot(steps, mean, color="#1f4e8c", linewidth=2, marker="o", markersize=3, label="mean")
-        if item.target is not None:
-            axis.axhline(item.target, color="#555555", linewidth=1, linestyle="--", label="target")
-        axis.set_title(item.env, fontsize=10)
-        axis.grid(color="#e6e6e6", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("evaluation return", fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("thousand environment steps", fontsize=8)
-    axes[0, 0].legend(fontsize=8, loc="lower right", frameon=False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
-    return True
 
 
-def commit() -> str:
-    """The commit of this source tree, ``-dirty`` where it has changes, or ``unknown``."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+def resampled_means(values: Any, stream: int) -> Any:
+    """Means of `RESAMPLES` resamples, from a fixed stream: the same runs give the same interval."""
+    picks = np.random.default_rng(stream).integers(len(values), size=(RESAMPLES, len(values)))
+    return values[picks].mean(axis=1)
+
+
+def interval(means: Any) -> tuple[float, float]:
+    """The middle 95 %."""
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
 
 
 if __name__ == "__main__":
