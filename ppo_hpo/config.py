@@ -152,6 +152,12 @@ class EnvConfig(_Checked):
     max_episode_steps: int | None = _integer(
         None, 1, "time limit in steps that replaces the environment's own", optional=True
     )
+    vectorization: Literal["auto", "sync", "async", "native", "envpool"] = _word(
+        "auto",
+        ("auto", "sync", "async", "native", "envpool"),
+        "what steps them: auto (the faster of sync and async), sync (in turn), async (in processes of "
+        "their own), native (the environment's own vector version), envpool (in C++)",
+    )
 
 
 @dataclass(frozen=True)
@@ -398,9 +404,11 @@ class TrialConfig:
         """What makes a trial the trial it is: everything but how far it is to go.
 
         `task.epochs` is left out, because a promoted trial is the same trial, and `task.threads`,
-        because it is the machine's affair.
+        because it is the machine's affair. So is `env.vectorization` where it changes no result.
         """
         mapping = self.to_mapping()
+        if mapping["env"]["vectorization"] in ("auto", "sync", "async"):
+            del mapping["env"]["vectorization"]
         mapping["task"]["max_epochs"] = self.max_epochs
         del mapping["task"]["epochs"], mapping["task"]["threads"]
         return mapping

@@ -24,6 +24,7 @@ class EnvInfo:
     Attributes:
         id: as asked for.
         obs_dim: D, entries of an observation.
+        obs_dtype: of its observation space.
         kind: of the actions.
         action_dim: number of discrete actions, or dimensions of a continuous one.
         action_shape: what the environment's ``step`` takes; ``()`` where actions are discrete.
@@ -36,6 +37,7 @@ class EnvInfo:
 
     id: str
     obs_dim: int
+    obs_dtype: Any
     kind: Literal["discrete", "continuous"]
     action_dim: int
     action_shape: tuple[int, ...]
@@ -50,14 +52,19 @@ class EnvInfo:
         """Whether actions are continuous."""
         return self.kind == "continuous"
 
-    def to_env(self, action: NDArray[Any]) -> Any:
-        """One policy action in the environment's own terms, clipped to its bounds (detail 27).
+    def to_env(self, actions: NDArray[Any]) -> list[Any]:
+        """Policy actions ``[N]`` or ``[N, A]`` in the environment's own terms, one for each environment."""
+        if self.kind == "discrete":
+            return list(actions + self.first_action)
+        return list(self.clipped(actions))
+
+    def clipped(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Continuous actions ``[N, A]``, clipped to the environment's bounds (detail 27), in its shape.
 
         Only the environment sees the clipped action: the update uses the one that was sampled.
         """
-        if self.kind == "discrete":
-            return int(action) + self.first_action
-        return np.clip(action, self.low, self.high).astype(self.action_dtype).reshape(self.action_shape)
+        bounded: NDArray[Any] = np.clip(actions, self.low, self.high).astype(self.action_dtype)
+        return bounded.reshape(len(actions), *self.action_shape)
 
 
 def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
@@ -149,6 +156,7 @@ def _describe(name: str, env: gymnasium.Env[Any, Any]) -> EnvInfo:
     return EnvInfo(
         id=name,
         obs_dim=int(observations.shape[0]),
+        obs_dtype=observations.dtype,
         kind=kind,
         action_dim=dim,
         action_shape=shape,

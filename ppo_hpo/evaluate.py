@@ -62,7 +62,7 @@ class Evaluator:
             stream: of the actions' noise; None takes the most probable action.
         """
         n = len(self._envs)
-        obs = np.zeros((n, self._info.obs_dim))
+        obs = np.zeros((n, self._info.obs_dim), self._info.obs_dtype)
         for index, (env, seed) in enumerate(zip(self._envs, self._seeds, strict=True)):
             obs[index], _ = env.reset(seed=seed)
         returns, lengths = np.zeros(n), np.zeros(n, np.int64)
@@ -74,10 +74,8 @@ class Evaluator:
                 noise = sampling_noise(stream, shape, continuous=self._info.continuous)[running]
             actions = policy.act(normalizer(obs[running]), noise)
             still = []
-            for index, action in zip(running.tolist(), actions, strict=True):
-                obs[index], reward, terminated, truncated, _ = self._envs[index].step(
-                    self._info.to_env(action)
-                )
+            for index, action in zip(running.tolist(), self._info.to_env(actions), strict=True):
+                obs[index], reward, terminated, truncated, _ = self._envs[index].step(action)
                 returns[index] += float(reward)
                 lengths[index] += 1
                 if not (terminated or truncated or lengths[index] >= self._max_steps):

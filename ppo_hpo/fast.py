@@ -119,7 +119,13 @@ class NumpyEngine:
             grad: their gradients likewise.
             continuous: whether actions are continuous.
         """
-        self._parameters = _views(flat.numpy(), module)
+        self._parameters = p = _views(flat.numpy(), module)
+        # The weights and biases of the actor's and of the critic's hidden layers, as `_hidden` wants them.
+        self._hidden_layers = [
+            [(w[which].T, b[which, :, 0]) for w, b in zip(p.weights, p.biases, strict=True)]
+            for which in (0, 1)
+        ]
+        self._policy_layer = p.policy_weight.T, p.policy_bias[:, 0]
         self._grad = _views(grad.numpy(), module)
         self._continuous = continuous
         self._tanh = any(isinstance(layer, nn.Tanh) for layer in module.actor)
@@ -131,10 +137,11 @@ class NumpyEngine:
 
     def act(self, obs: Float32, noise: Float32 | None) -> NDArray[Any]:
         """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode."""
-        p = self._parameters
-        output = self._hidden(obs, 0) @ p.policy_weight.T + p.policy_bias[:, 0]
+        weight, bias = self._policy_layer
+        output: Float32 = self._hidden(obs, 0) @ weight
+        output += bias
         if noise is not None:
-            output += noise * np.exp(p.log_std[:, 0]) if self._continuous else noise
+            output += noise * np.exp(self._parameters.log_std[:, 0]) if self._continuous else noise
         return output if self._continuous else output.argmax(1)
 
     def values(self, obs: Float32) -> Float32:
@@ -158,9 +165,9 @@ class NumpyEngine:
     def _hidden(self, obs: Float32, which: int) -> Float32:
         """The last hidden layer of the actor (0) or the critic (1), ``[B, width]``."""
         h = obs
-        for weight, bias in zip(self._parameters.weights, self._parameters.biases, strict=True):
-            h = h @ weight[which].T
-            h += bias[which, :, 0]
+        for weight, bias in self._hidden_layers[which]:
+            h = h @ weight
+            h += bias
             self._activate(h)
         return h
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ppo_hpo.envs import EnvInfo
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
-from ppo_hpo.vector import SyncEnvs
+from ppo_hpo.vector import VectorEnv
 
 Float32 = NDArray[np.float32]
 
@@ -101,19 +101,20 @@ class Episodes:
         self._length = np.zeros(n_envs, np.int64)
 
     def add(self, reward: NDArray[Any], done: NDArray[np.bool_]) -> None:
-        """Take in one step."""
-        self._return += reward
-        self._length += 1
-        if done.any():
-            self.returns += self._return[done].tolist()
-            self.lengths += self._length[done].tolist()
-            self._return[done] = 0.0
-            self._length[done] = 0
+        """Take in a rollout's rewards ``[T, N]`` and where episodes ended ``[T, N]``."""
+        begins = np.zeros(reward.shape[1], np.int64)
+        for t, n in np.argwhere(done).tolist():
+            self.returns.append(float(self._return[n] + reward[begins[n] : t + 1, n].sum()))
+            self.lengths.append(int(self._length[n]) + t + 1 - int(begins[n]))
+            self._return[n], self._length[n], begins[n] = 0.0, 0, t + 1
+        for n, begin in enumerate(begins.tolist()):
+            self._return[n] += reward[begin:, n].sum()
+            self._length[n] += len(reward) - begin
 
 
 def collect(
     policy: Policy,
-    envs: SyncEnvs,
+    envs: VectorEnv,
     info: EnvInfo,
     obs: Float32,
     n_steps: int,
@@ -148,27 +149,30 @@ def collect(
     all_obs = np.empty((*shape, info.obs_dim), np.float32)
     noise = sampling_noise(stream, (*shape, info.action_dim), continuous=info.continuous)
     action = np.empty((*shape, info.action_dim) if info.continuous else shape, _dtype(info))
-    reward = np.empty(shape, np.float64)
-    terminated = np.empty(shape, np.bool_)
-    truncated = np.empty(shape, np.bool_)
+    raw_reward, reward = np.empty(shape), np.empty(shape)
+    terminated, truncated = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+    done = np.zeros(shape, np.bool_)
     cut_at: list[tuple[int, int]] = []
     cut_obs: list[Float32] = []
     for t in range(n_steps):
         tick()
         all_obs[t] = obs
-        action[t] = policy.act(obs, noise[t])
-        step = envs.step(action[t])
-        done = step.terminated | step.truncated
-        terminated[t] = step.terminated
-        # Both flags at once means that the task ended in its last allowed step: nothing follows.
-        truncated[t] = step.truncated & ~step.terminated
-        episodes.add(step.reward, done)
-        reward[t] = scaler(step.reward, done)
+        action[t] = chosen = policy.act(obs, noise[t])
+        step = envs.step(chosen)
+        if step.ended:
+            terminated[t] = step.terminated
+            # Both flags at once means that the task ended in its last allowed step: nothing follows.
+            truncated[t] = step.truncated & ~step.terminated
+            done[t] = terminated[t] | truncated[t]
+        raw_reward[t] = step.reward
+        reward[t] = scaler(step.reward, done[t])
         normalizer.update(step.obs)
         obs = normalizer(step.obs)
-        for index in np.flatnonzero(truncated[t]):
-            cut_at.append((t, int(index)))
-            cut_obs.append(normalizer(step.final_obs[index]))
+        if step.ended:
+            for index in np.flatnonzero(truncated[t]):
+                cut_at.append((t, int(index)))
+                cut_obs.append(np.array(normalizer(step.final_obs[index])))  # the next step reuses it
+    episodes.add(raw_reward, done)
     flat_obs = all_obs.reshape(-1, info.obs_dim)
     flat_action = action.reshape(len(flat_obs), *action.shape[2:])
     final_value = np.zeros(shape, np.float32)
@@ -184,7 +188,7 @@ def collect(
         truncated=truncated,
         final_value=final_value,
     )
-    return rollout, obs
+    return rollout, np.array(obs)
 
 
 def sampling_noise(stream: np.random.Generator, shape: tuple[int, ...], *, continuous: bool) -> Float32:

@@ -38,7 +38,7 @@ from ppo_hpo.networks import MLPActorCritic
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.rollout import Rollout, Samples
 from ppo_hpo.train import Agent, Diverged, scheduled, train_epoch
-from ppo_hpo.vector import SyncEnvs
+from ppo_hpo.vector import VectorEnv, vectorize
 
 State = dict[str, Any]
 _GAMMA = 0.99
@@ -160,7 +160,7 @@ class PPO:
         self._fidelity: str | None = None
         self._uid: str | None = None
         self._agent: Agent | None = None
-        self._envs: SyncEnvs | None = None
+        self._envs: VectorEnv | None = None
         self._evaluator: Evaluator | None = None
         self._resumed = False
         self._seconds_before = 0.0
@@ -420,10 +420,17 @@ class PPO:
         _ = self.agent
         return self.config
 
+    @property
+    def vectorization(self) -> str:
+        """What steps the training environments, where `env.vectorization` is ``auto`` as well."""
+        self._open()
+        assert self._envs is not None
+        return self._envs.name
+
     def _open(self) -> None:
         if self._envs is None:
             config = self.config
-            self._envs = SyncEnvs(config.env, self.info)
+            self._envs = vectorize(config.env, self.info, config.task.threads)
             seeds = seeding.evaluation_seeds(config.task.eval_episodes)
             limit = self.info.time_limit or config.task.steps_per_epoch
             self._evaluator = Evaluator(config.env, self.info, seeds, limit)

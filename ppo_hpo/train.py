@@ -16,7 +16,7 @@ from ppo_hpo.gae import explained_variance, gae
 from ppo_hpo.learner import Learner
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.rollout import Episodes, Rollout, collect
-from ppo_hpo.vector import SyncEnvs
+from ppo_hpo.vector import VectorEnv
 
 
 @dataclass
@@ -54,7 +54,7 @@ def scheduled(name: str, start: float, end: float, progress: float) -> float:
 
 def train_epoch(
     agent: Agent,
-    envs: SyncEnvs,
+    envs: VectorEnv,
     info: EnvInfo,
     config: TrialConfig,
     epoch: int,

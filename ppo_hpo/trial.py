@@ -224,6 +224,8 @@ def _announce(
     of = f" of {experiment}" if experiment else ""
     threads = f"{config.task.threads} thread{'s' if config.task.threads > 1 else ''}"
     where = f"on {task.device}, {threads}, gradients by {task.agent.learner.engine}"
+    if start is None or start < config.task.epochs:
+        where += f", environments by {task.vectorization}"
     if start is None:
         log.info("starts%s: epoch 0 -> %d, %s", of, config.task.epochs, where)
     elif start < config.task.epochs:

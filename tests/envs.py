@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -171,6 +171,45 @@ class Switches(EndlessReward):
     action_space = spaces.MultiBinary(3)
 
 
+class Sleeps(EndlessReward):
+    """`EndlessReward`, whose step takes a hundredth of a second."""
+
+    def step(self, action: int) -> StepResult:
+        time.sleep(0.01)
+        return super().step(action)
+
+
+class Walks(gymnasium.vector.VectorEnv[Obs, Obs, Obs]):
+    """`RandomWalk`, all at once: episodes end outside of (-2, 2), and begin again in the same step."""
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+
+    def __init__(self, num_envs: int = 1) -> None:
+        self.num_envs = num_envs
+        self.single_observation_space, self.single_action_space = _box(2), spaces.Discrete(3)
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Obs, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._state = np.zeros((self.num_envs, 2), np.float32)
+        return self._state.copy(), {}
+
+    def step(self, actions: Obs) -> tuple[Obs, Obs, Obs, Obs, dict[str, Any]]:
+        self._state += np.stack([self.np_random.normal(size=self.num_envs), np.ones(self.num_envs)], 1)
+        terminated = np.abs(self._state[:, 0]) >= 2.0
+        infos = {"final_obs": self._state.copy()} if terminated.any() else {}
+        self._state[terminated] = 0.0
+        reward = (actions == 2).astype(np.float64)
+        return self._state.copy(), reward, terminated, np.zeros(self.num_envs, np.bool_), infos
+
+
+class Late(Walks):
+    """`Walks` that say to begin again in the step after."""
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
+
+
 gymnasium.register("EndlessReward-v0", EndlessReward, max_episode_steps=5)
 gymnasium.register("Target-v0", Target, max_episode_steps=10)
 gymnasium.register("RandomWalk-v0", RandomWalk, max_episode_steps=10)
@@ -181,3 +220,6 @@ gymnasium.register("Swallows-v0", Swallows, max_episode_steps=5)
 gymnasium.register("Short-v0", Short, max_episode_steps=5)
 gymnasium.register("Image-v0", Image)
 gymnasium.register("Switches-v0", Switches)
+gymnasium.register("Sleeps-v0", Sleeps, max_episode_steps=5)
+gymnasium.register("Walks-v0", RandomWalk, vector_entry_point=Walks)
+gymnasium.register("Late-v0", RandomWalk, vector_entry_point=Late)

@@ -223,6 +223,7 @@ def _other_value(group: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "ppo.clip_range_vf": 0.3,
         "ppo.target_kl": 0.05,
         "ppo.gamma": 0.5,
+        "env.vectorization": "sync",
     }
     if (name := f"{group}.{item.name}") in special:
         return special[name]
@@ -239,6 +240,7 @@ BASE = TrialConfig.from_mapping(
         "ppo": {"n_steps": 64, "batch_size": 16, "gae_lambda": 0.4},
     }
 )
+VECTORIZATIONS = ("auto", "sync", "async", "native", "envpool")
 FIELDS = [(group, item) for group, record in GROUPS.items() for item in dataclasses.fields(record)]
 
 
@@ -247,7 +249,8 @@ def test_identity_is_everything_but_how_far_and_how_fast(group: str, item: datac
     value = getattr(getattr(BASE, group), item.name)
     other = BASE.replace(**{group: {item.name: _other_value(group, item, value)}})
     assert getattr(getattr(other, group), item.name) != value
-    same = f"{group}.{item.name}" in ("task.epochs", "task.threads")
+    # The other vectorization is sync, which changes no result.
+    same = f"{group}.{item.name}" in ("task.epochs", "task.threads", "env.vectorization")
     assert (other.identity() == BASE.identity()) is same
     assert (other.own_mapping() == BASE.own_mapping()) is same
 
@@ -259,6 +262,12 @@ def test_every_field_survives_the_way_to_a_mapping_and_back(group: str, item: da
     mapping = config.to_mapping()
     assert mapping[group][item.name] == other
     assert TrialConfig.from_mapping(mapping) == config
+
+
+def test_what_steps_the_environments_is_part_of_a_trial_where_it_changes_results() -> None:
+    identities = {kind: BASE.replace(env={"vectorization": kind}).identity() for kind in VECTORIZATIONS}
+    assert identities["auto"] == identities["sync"] == identities["async"]
+    assert len(set(identities.values())) == 3
 
 
 def test_identity_does_not_depend_on_how_a_value_is_written() -> None:

@@ -19,21 +19,27 @@ import pytest
 from ppo_hpo import yamlio
 from ppo_hpo.checkpoint import read
 
-ENVIRONMENTS = {
-    "CartPole-v1": {},
-    "Acrobot-v1": {},
-    "Pendulum-v1": {},
-    "tests.envs:RandomWalk-v0": {},
-    "tests.envs:Target-v0": {},
-}
+ENVIRONMENTS = (
+    "CartPole-v1",
+    "Acrobot-v1",
+    "Pendulum-v1",
+    "tests.envs:RandomWalk-v0",
+    "tests.envs:Target-v0",
+    "tests.envs:RandomWalk-v0 async",
+    "CartPole-v1 native",
+    "CartPole-v1 envpool",
+    "Pendulum-v1 envpool",
+)
 KILLS = 20
+KILLS_OF_ASYNC = 2  # it starts processes each time: half a second for each environment
 REPOSITORY = Path(__file__).parent.parent
 
 
-def _config(env: str) -> dict[str, dict[str, object]]:
+def _config(case: str) -> dict[str, dict[str, object]]:
+    env, _, vectorization = case.partition(" ")
     # Everything that has a state of its own is on: normalisers, schedules, value clipping, target_kl.
     return {
-        "env": {"id": env, "n_envs": 2},
+        "env": {"id": env, "n_envs": 2, "vectorization": vectorization or "auto"},
         "task": {"epochs": 4, "steps_per_epoch": 512, "eval_episodes": 3, "seed": 7},
         "model": {"width": 16, "depth": 1},
         "optimizer": {"lr": 1e-3},
@@ -88,6 +94,8 @@ def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A configuration file, and the directory in which it ran through."""
+    if request.param.endswith("envpool"):
+        pytest.importorskip("envpool")
     root = tmp_path_factory.mktemp("continuing")
     config = root / "config.yaml"
     config.write_text(yamlio.dump(_config(request.param)))
@@ -131,11 +139,12 @@ def test_one_epoch_a_kill_and_three_more(undisturbed: tuple[Path, Path], tmp_pat
 
 def test_killed_at_twenty_random_moments(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     config, through = undisturbed
+    kills = KILLS_OF_ASYNC if "async" in config.read_text() else KILLS
     directory = tmp_path / "trial"
     _run(config, directory, "--epochs", "1")
-    command = [sys.executable, "-m", "tests.kill_loop", config, directory, str(KILLS), str(config)]
+    command = [sys.executable, "-m", "tests.kill_loop", config, directory, str(kills), str(config)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == KILLS
+    assert int(done.stdout) == kills
     _assert_equal(through, directory)
     assert not list(directory.glob(".*.tmp"))

@@ -87,13 +87,13 @@ def test_continuous_actions_are_clipped_for_the_environment() -> None:
 
 def test_continuous_actions_get_shape_and_type_and_their_own_bounds() -> None:
     info = EnvInfo(
-        "", 1, "continuous", 4, (2, 2), 0,
+        "", 1, np.dtype(np.float32), "continuous", 4, (2, 2), 0,
         np.array([-1.0, -2.0, -np.inf, 0.0]), np.array([1.0, 2.0, np.inf, 0.5]), np.dtype(np.float64), None,
     )  # fmt: skip
-    action = info.to_env(np.array([-3.0, -3.0, -3.0, -3.0], np.float32))
-    assert action.tolist() == [[-1.0, -2.0], [-3.0, 0.0]]
-    assert info.to_env(np.full(4, 3.0, np.float32)).tolist() == [[1.0, 2.0], [3.0, 0.5]]
-    assert action.dtype == np.float64
+    low, high = info.to_env(np.array([[-3.0] * 4, [3.0] * 4], np.float32))
+    assert low.tolist() == [[-1.0, -2.0], [-3.0, 0.0]]
+    assert high.tolist() == [[1.0, 2.0], [3.0, 0.5]]
+    assert low.dtype == np.float64
 
 
 # --------------------------------------------------------------------------- stepping
@@ -130,7 +130,9 @@ def test_every_step_is_a_transition_of_its_own_episode() -> None:
             np.testing.assert_array_equal(obs[n], before)
             assert step.reward[n] == reward
             assert (step.terminated[n], step.truncated[n]) == (terminated, truncated)
-            np.testing.assert_array_equal(step.final_obs[n], final)
+            if terminated or truncated:
+                np.testing.assert_array_equal(step.final_obs[n], final)
+            assert step.ended == bool((step.terminated | step.truncated).any())
             np.testing.assert_array_equal(step.obs[n], following)
         obs = step.obs.copy()
 
@@ -142,10 +144,10 @@ def test_the_final_observation_survives_a_reused_buffer() -> None:
     final, following = [], []
     for _ in range(7):
         step = envs.step(np.zeros(2, np.int64))
-        final.append(step.final_obs[1].tolist())
+        final += [step.final_obs[1].tolist()] if step.ended else []
         following.append(step.obs[1].tolist())
     # (steps of the episode, steps of the whole life)
-    assert final == [[1, 1], [2, 2], [3, 3], [1, 4], [2, 5], [3, 6], [1, 7]]
+    assert final == [[3, 3], [3, 6]]
     assert following == [[1, 1], [2, 2], [0, 3], [1, 4], [2, 5], [0, 6], [1, 7]]
 
 

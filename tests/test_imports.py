@@ -40,7 +40,7 @@ BELOW = {layer: list(LAYERS)[: index + 1] for index, layer in enumerate(LAYERS)}
 MAY: dict[str, set[str]] = {
     "plain": {"numpy", "yaml"},
     "numbers": {"numpy", "torch"},
-    "loop": {"numpy", "torch", "yaml"},
+    "loop": {"gymnasium", "numpy", "torch", "yaml"},
     "trial": {"numpy", "yaml"},
     "Orion edge": {"yaml"},
     "command line": set(),
