@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 # pip 26.3 refuses Orion 0.2.7 (a direct URL in one of its extras).
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup setup-dev demo test lint bench clean
 
+# What using it needs, and what working on it needs too.
 setup: $(VENV)/.done
+setup-dev: $(VENV)/.done-dev
 
 $(VENV)/.done: setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else \
@@ -15,21 +17,25 @@ $(VENV)/.done: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt pip setuptools wheel
 	@echo "Installing what the tests ran with; torch is the large one, this takes a minute or more."
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[classic-control,test,lint]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[classic-control]'
+	@touch $@
+
+$(VENV)/.done-dev: $(VENV)/.done
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	@touch $@
 
 demo: setup
 	$(BIN)/python experiments/hunt.py cartpole-asha
 
-test: setup
+test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
+bench: setup-dev
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning.py
