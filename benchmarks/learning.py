@@ -42,7 +42,7 @@ TARGETS: dict[str, float | None] = {
 SEEDS = 5
 EPISODES = 100
 # Training's seeds lie below 2**30 and those of tuning's evaluations below 2**31 (ppo_hpo/seeding.py).
-EPISODE_SEEDS = list(range(2**31, 2**31 + EPISODES))
+FIRST_EPISODE_SEED = 2**31
 RESAMPLES = 10_000
 PEER = "sb3"
 
@@ -162,7 +162,7 @@ def run_all(presets: list[str], seeds: int, jobs: int, *, keep_peer: bool) -> tu
         waiting = [pool.submit(run_one, name, seed) for name in presets for seed in range(seeds)]
         for name in presets if python is not None else []:
             for seed in range(seeds):
-                task = learning_peer.task_of(name, seed, EPISODE_SEEDS)
+                task = learning_peer.task_of(name, seed, FIRST_EPISODE_SEED, EPISODES)
                 kept = [run for run in stored if run.task == task]
                 if kept:
                     peer_runs.append(kept[0])
@@ -212,11 +212,12 @@ def run_one(preset: str, seed: int) -> Run:
 
 
 def fresh_returns(task: Any) -> tuple[float, ...]:
-    """Returns of a fitted task's policy, one for each of `EPISODE_SEEDS`."""
+    """Returns of a fitted task's policy, one for each of `EPISODES` seeds that nothing else uses."""
     from ppo_hpo.device import limited_threads
     from ppo_hpo.evaluate import Evaluator
 
-    evaluator = Evaluator(task.config.env, task.info, EPISODE_SEEDS, task.info.time_limit)
+    seeds = list(range(FIRST_EPISODE_SEED, FIRST_EPISODE_SEED + EPISODES))
+    evaluator = Evaluator(task.config.env, task.info, seeds, task.info.time_limit)
     with limited_threads(task.config.task.threads):
         evaluation = evaluator(task.agent.learner, task.agent.normalizer, None)
     evaluator.close()

@@ -33,7 +33,7 @@ class PeerRun:
     version: str
 
 
-def task_of(preset: str, seed: int, episode_seeds: list[int]) -> dict[str, Any]:
+def task_of(preset: str, seed: int, first_episode_seed: int, episodes: int) -> dict[str, Any]:
     """A preset in the peer's words."""
     from ppo_hpo import TrialConfig
     from ppo_hpo.space import fill, read_space
@@ -55,7 +55,8 @@ def task_of(preset: str, seed: int, episode_seeds: list[int]) -> dict[str, Any]:
         "total_steps": config.max_epochs * config.task.steps_per_epoch,
         "lr_schedule": config.lr_schedule.name,
         "lr_final": config.optimizer.lr * config.lr_schedule.final,
-        "episode_seeds": episode_seeds,
+        "first_episode_seed": first_episode_seed,
+        "episodes": episodes,
         **{name: groups[group][name] for group, wanted in names.items() for name in wanted},
     }
 

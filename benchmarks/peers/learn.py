@@ -82,7 +82,9 @@ def main() -> int:
     started = time.perf_counter()
     model, normalizer = train(task)
     seconds = time.perf_counter() - started
-    returns = play(model, normalizer, task["env"], task["episode_seeds"])
+    first = task["first_episode_seed"]
+    seeds = list(range(first, first + task["episodes"]))
+    returns = play(model, normalizer, task["env"], seeds)
     steps, version = model.num_timesteps, metadata.version("stable_baselines3")
     print(json.dumps({"returns": returns, "seconds": seconds, "env_steps": steps, "version": version}))
     return 0
