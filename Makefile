@@ -35,11 +35,13 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The peers' environments are made by the scripts themselves, in benchmarks/.peers.
 bench: setup-dev
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[box2d,mujoco,envpool]' ale-py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning.py
 
 clean:
-	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) benchmarks/.peers build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -55,11 +55,11 @@ def environment(preset: Preset, vectorization: str | None = None) -> float:
     import numpy as np
 
     from ppo_hpo.envs import probe
-    from ppo_hpo.vector import SyncEnvs
+    from ppo_hpo.vector import vectorize
 
     config = trial(preset, vectorization).env
     info = probe(config)
-    envs = SyncEnvs(config, info)
+    envs = vectorize(config, info)
     envs.reset(list(range(preset["n_envs"])))
     stream = np.random.default_rng(0)
     timed = preset["n_steps"] * preset["rollouts"]
@@ -140,9 +140,11 @@ def torch_alone(preset: Preset) -> float:
 MEASURES = {
     "ours": ours,
     "ours_envpool": lambda preset: ours(preset, vectorization="envpool"),
+    "ours_native": lambda preset: ours(preset, vectorization="native"),
     "ours_autograd": lambda preset: ours(preset, engine="autograd"),
     "environment": environment,
     "environment_envpool": lambda preset: environment(preset, "envpool"),
+    "environment_native": lambda preset: environment(preset, "native"),
     "products": products,
     "torch": torch_alone,
 }

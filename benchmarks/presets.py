@@ -17,6 +17,7 @@ class Preset:
     Attributes:
         rollouts: how many are timed, each with its update.
         width: units in each of two hidden layers, of the actor and of the critic.
+        native: whether gymnasium has a vector environment of its own for it.
         images: an Atari game through the usual wrappers, and the usual convolutions in place of an MLP.
     """
 
@@ -28,6 +29,7 @@ class Preset:
     rollouts: int
     width: int = 64
     activation: str = "tanh"
+    native: bool = False
     images: bool = False
     lr: float = 3e-4
     gamma: float = 0.99
@@ -66,8 +68,8 @@ class Preset:
 
 
 PRESETS = {
-    "cartpole-20": Preset("CartPole-v1", 8, 32, 256, 20, 100),
-    "cartpole-4": Preset("CartPole-v1", 8, 128, 256, 4, 60),
+    "cartpole-20": Preset("CartPole-v1", 8, 32, 256, 20, 100, native=True),
+    "cartpole-4": Preset("CartPole-v1", 8, 128, 256, 4, 60, native=True),
     "acrobot": Preset("Acrobot-v1", 16, 256, 64, 4, 6),
     "pendulum": Preset("Pendulum-v1", 4, 1024, 64, 10, 5),
     "lunarlander": Preset("LunarLander-v3", 16, 1024, 64, 4, 2),

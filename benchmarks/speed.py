@@ -26,6 +26,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,19 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 ROUNDS = 5
 PEERS = ("sb3", "sbx", "cleanrl")
-OURS = ("ours", "ours_envpool", "ours_autograd")
-FLOORS = ("environment", "environment_envpool", "products", "torch")
+OURS = ("ours", "ours_envpool", "ours_native", "ours_autograd")
+FLOORS = ("environment", "environment_envpool", "environment_native", "products", "torch")
 LABELS = {
     "sb3": "Stable-Baselines3",
     "sbx": "SBX",
     "cleanrl": "CleanRL",
     "ours": "ours",
     "ours_envpool": "ours, EnvPool",
+    "ours_native": "ours, gymnasium's vector environment",
     "ours_autograd": "ours by autograd",
     "environment": "environments alone",
     "environment_envpool": "environments alone, EnvPool",
+    "environment_native": "environments alone, gymnasium's vector environment",
 }
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -87,7 +90,10 @@ def measure(what: str, preset: Preset, pythons: dict[str, Path]) -> dict[str, An
         command = [str(pythons[what]), str(HERE / "peers" / "train.py"), what, task]
     else:
         command = [sys.executable, str(HERE / "measures.py"), what, task]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    with tempfile.TemporaryDirectory() as folder:  # CleanRL and MuJoCo write logs where they are run
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=folder
+        )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise LeftOut(lines[-1].removeprefix("ppo_hpo.errors.UserError: "))
@@ -103,7 +109,7 @@ def compare(name: str, rounds: int, pythons: dict[str, Path], missing: dict[str,
     versions: dict[str, str] = {}
     for index in range(rounds):
         for what in (*OURS, *PEERS, *FLOORS):
-            if what in left_out:
+            if what in left_out or (what.endswith("_native") and not preset.native):
                 continue
             try:
                 found = measure(what, preset, pythons)
@@ -151,7 +157,7 @@ def figures(steps: int, seconds: dict[str, list[float]]) -> dict[str, dict[str, 
             found["to_sb3"][what] = ratio(what, "sb3")
         if fastest is not None:
             found["to_fastest_other"][what] = ratio(what, fastest)
-        floor = "environment_envpool" if what == "ours_envpool" else "environment"
+        floor = what.replace("ours", "environment").removesuffix("_autograd")
         if floor in seconds and "products" in seconds:
             both = zip(seconds[what], seconds[floor], seconds["products"], strict=True)
             found["floor"][what] = statistics.median((a + b) / own for own, a, b in both)
@@ -162,13 +168,14 @@ def figures(steps: int, seconds: dict[str, list[float]]) -> dict[str, dict[str, 
 
 
 def table(rows: dict[str, Row]) -> str:
-    """The page's tables: speed, then floors and memory, then what is left out."""
+    """The page's tables: speed, other ways of ours, floors and memory; then what is left out."""
     speed = [
-        "| steps per second | Stable-Baselines3 | SBX | CleanRL | ours by autograd | **ours** | to SB3 "
-        "| to the fastest other | floor | **ours, EnvPool** | to SB3 | to the fastest other | floor |",
-        "|---|" + "---|" * 12,
+        "| steps per second | Stable-Baselines3 | SBX | CleanRL | **ours** | to SB3 | to the fastest other "
+        "| floor | **ours, EnvPool** | to SB3 | to the fastest other | floor |",
+        "|---|" + "---|" * 11,
     ]
-    more = [
+    ways = ["| | ours by | steps/s | to SB3 | to the fastest other | floor |", "|---|" + "---|" * 5]
+    floors = [
         "| | environments alone, steps/s | with EnvPool | products alone, steps/s "
         "| peak MiB: importing torch | ours | ours, EnvPool | Stable-Baselines3 | SBX | CleanRL |",
         "|---|" + "---|" * 9,
@@ -179,24 +186,28 @@ def table(rows: dict[str, Row]) -> str:
             notes.append(f"- {name}: {LABELS.get(what, what)} is left out: {why}")
         if "figures" not in row:
             continue
-        found = row["figures"]
-        rate, peak = found["steps_per_second"], row["peak_mib"]
-
-        def ratios(what: str, found: dict[str, dict[str, float]] = found) -> list[str]:
-            return [
-                cell(found["to_sb3"].get(what), "{:.1f}x"),
-                cell(found["to_fastest_other"].get(what), "{:.1f}x"),
-                cell(found["floor"].get(what), "{:.0%}"),
-            ]
-
-        rates = [cell(rate.get(what)) for what in (*PEERS, "ours_autograd", "ours")]
-        pooled = [cell(rate.get("ours_envpool")), *ratios("ours_envpool")]
-        cells = [row["preset"], *rates, *ratios("ours"), *pooled]
+        rate, peak = row["figures"]["steps_per_second"], row["peak_mib"]
+        peer_rates = [cell(rate.get(what)) for what in PEERS]
+        cells = [row["preset"], *peer_rates, *ratios(row, "ours"), *ratios(row, "ours_envpool")]
         speed.append("| " + " | ".join(cells) + " |")
-        floors = [cell(rate.get(what)) for what in ("environment", "environment_envpool", "products")]
+        for what, way in (("ours_autograd", "autograd"), ("ours_native", "gymnasium's vector environment")):
+            if what in rate:
+                ways.append("| " + " | ".join([row["preset"], way, *ratios(row, what)]) + " |")
+        alone = [cell(rate.get(what)) for what in ("environment", "environment_envpool", "products")]
         peaks = [cell(peak.get(what)) for what in ("torch", "ours", "ours_envpool", *PEERS)]
-        more.append("| " + " | ".join([row["preset"], *floors, *peaks]) + " |")
-    return "\n".join([*speed, "", *more, "", *notes])
+        floors.append("| " + " | ".join([row["preset"], *alone, *peaks]) + " |")
+    return "\n".join([*speed, "", *ways, "", *floors, "", *notes])
+
+
+def ratios(row: Row, what: str) -> list[str]:
+    """One of ours in four cells."""
+    found = row["figures"]
+    return [
+        cell(found["steps_per_second"].get(what)),
+        cell(found["to_sb3"].get(what), "{:.1f}x"),
+        cell(found["to_fastest_other"].get(what), "{:.1f}x"),
+        cell(found["floor"].get(what), "{:.0%}"),
+    ]
 
 
 def cell(value: float | None, form: str = "{:,.0f}") -> str:

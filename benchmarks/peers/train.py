@@ -9,12 +9,12 @@ rollout of all, so that it sees as many updates as rollouts and no compilation.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import runpy
 import sys
-import tempfile
 import time
 import types
 from importlib import metadata
@@ -115,14 +115,8 @@ def cleanrl(preset: Preset) -> float:
         "cuda": False,
     }
     sys.argv = [script, *(f"--{key}={value}" for key, value in options.items())]
-    with tempfile.TemporaryDirectory() as folder:  # it writes its logs where it is run
-        os.chdir(folder)
-        shown, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115
-        try:
-            runpy.run_module(script, run_name="__main__")
-        finally:
-            sys.stdout = shown
-            os.chdir("/")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        runpy.run_module(script, run_name="__main__")
     return times[-1] - times[preset["warm_up"] - 1]
 
 
