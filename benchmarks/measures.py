@@ -2,7 +2,7 @@
 
     python benchmarks/measures.py ours '{"env": "CartPole-v1", ...}'
 
-Prints a line of JSON: seconds and the process's peak memory in MiB.
+Prints a line of JSON: seconds by the clock and of CPU, and the process's peak memory in MiB.
 """
 
 from __future__ import annotations
@@ -14,20 +14,31 @@ import time
 from typing import Any
 
 Preset = dict[str, Any]
+Time = tuple[float, float]
+Seconds = dict[str, float]
 
 
-def ours(preset: Preset, engine: str = "auto", vectorization: str | None = None) -> float:
+def now() -> Time:
+    """Wall and CPU seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def between(started: Time, ended: Time) -> Seconds:
+    return {"seconds": ended[0] - started[0], "cpu_seconds": ended[1] - started[1]}
+
+
+def ours(preset: Preset, engine: str = "auto", vectorization: str | None = None) -> Seconds:
     """Training: from the end of the last rollout of the warm-up to the end of the last of all."""
     import torch
 
     torch.set_num_threads(1)
     from ppo_hpo import PPO
 
-    times: list[float] = []
+    times: list[Time] = []
     task = PPO.from_config(trial(preset, vectorization), "cpu", engine=engine)  # type: ignore[arg-type]
-    task.events.subscribe("end_rollout", lambda task, **details: times.append(time.perf_counter()))
+    task.events.subscribe("end_rollout", lambda task, **details: times.append(now()))
     task.fit(1)
-    return times[-1] - times[preset["warm_up"] - 1]
+    return between(times[preset["warm_up"] - 1], times[-1])
 
 
 def trial(preset: Preset, vectorization: str | None) -> Any:
@@ -50,7 +61,7 @@ def trial(preset: Preset, vectorization: str | None) -> Any:
     )
 
 
-def environment(preset: Preset, vectorization: str | None = None) -> float:
+def environment(preset: Preset, vectorization: str | None = None) -> Seconds:
     """The floor of the environments: stepped as ours steps them, with random actions drawn before."""
     import numpy as np
 
@@ -68,13 +79,13 @@ def environment(preset: Preset, vectorization: str | None = None) -> float:
         actions: Any = stream.standard_normal((steps, preset["n_envs"], info.action_dim)).astype(np.float32)
     else:
         actions = stream.integers(0, info.action_dim, (steps, preset["n_envs"]))
-    started = time.perf_counter()
+    started = now()
     for action in actions:
         envs.step(action)
-    return (time.perf_counter() - started) / steps * timed
+    return {name: value / steps * timed for name, value in between(started, now()).items()}
 
 
-def products(preset: Preset) -> float:
+def products(preset: Preset) -> Seconds:
     """The floor of the arithmetic: every matrix product of the timed rollouts, in numpy, and nothing else."""
     import numpy as np
 
@@ -106,11 +117,12 @@ def products(preset: Preset) -> float:
     rollouts, names = preset["rollouts"], tuple(networks)
     updates = preset["n_envs"] * preset["n_steps"] // preset["batch_size"] * preset["n_epochs"] * rollouts
     total = updates * seconds(preset["batch_size"], names, backward=True)
-    acting = preset["n_steps"] * rollouts
-    if preset["images"]:  # values come with the actions: the network is shared
-        return total + acting * seconds(preset["n_envs"], names, backward=False)
-    rating = seconds(preset["n_envs"] * preset["n_steps"], names, backward=False)
-    return total + acting * seconds(preset["n_envs"], ("actor",), backward=False) + rollouts * rating
+    # Of a shared network, values come with the actions; else all of a rollout is valued at its end.
+    acts = names if preset["images"] else ("actor",)
+    total += preset["n_steps"] * rollouts * seconds(preset["n_envs"], acts, backward=False)
+    if not preset["images"]:
+        total += rollouts * seconds(preset["n_envs"] * preset["n_steps"], names, backward=False)
+    return {"seconds": total, "cpu_seconds": total}  # of the fastest repeats, which nothing disturbed
 
 
 def mlps(preset: Preset) -> dict[str, list[tuple[int, int, int]]]:
@@ -129,12 +141,12 @@ def images(preset: Preset) -> dict[str, list[tuple[int, int, int]]]:
     return {"trunk": trunk, "heads": [(1, 512, 6), (1, 512, 1)]}
 
 
-def torch_alone(preset: Preset) -> float:
+def torch_alone(preset: Preset) -> Seconds:
     """Importing torch, for its memory."""
-    started = time.perf_counter()
+    started = now()
     import torch  # noqa: F401
 
-    return time.perf_counter() - started
+    return between(started, now())
 
 
 MEASURES = {
@@ -151,9 +163,9 @@ MEASURES = {
 
 
 def main() -> int:
-    seconds = MEASURES[sys.argv[1]](json.loads(sys.argv[2]))
+    found = MEASURES[sys.argv[1]](json.loads(sys.argv[2]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": peak}))
+    print(json.dumps({**found, "peak_mib": peak}))
     return 0
 
 

@@ -7,7 +7,8 @@
 Ours and the peers (Stable-Baselines3, SBX, CleanRL) run in turn, A B C A B C ..., each in a process of its
 own on one and the same core with one thread, with the same hyperparameters on the same environment and no
 evaluation. Two rollouts with their updates come before the clock starts, so that nobody's compilation is
-counted. Ratios are medians over the rounds of the ratio within a round; the rest are medians over the rounds.
+counted. A measurement whose process got less than 95 % of its core is taken again, at most three times.
+Ratios are medians over the rounds of the ratio within a round; the rest are medians over the rounds.
 
 Two floors are measured in the same rounds: stepping the environments with actions drawn before, in the same
 vector environment as ours, and the matrix products of the updates and of acting alone, in numpy. "Floor" in
@@ -38,6 +39,9 @@ from presets import PRESETS, Preset
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 ROUNDS = 5
+# A process that got less than this share of its core was disturbed.
+UNDISTURBED = 0.95
+TRIES = 4
 PEERS = ("sb3", "sbx", "cleanrl")
 OURS = ("ours", "ours_envpool", "ours_native", "ours_autograd")
 FLOORS = ("environment", "environment_envpool", "environment_native", "products", "torch")
@@ -80,6 +84,23 @@ def interpreters() -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def measure(what: str, preset: Preset, pythons: dict[str, Path]) -> dict[str, Any]:
+    """The measurement that something else on the machine disturbed least, of at most `TRIES`.
+
+    Raises:
+        LeftOut: as `measure_once`.
+    """
+    best: dict[str, Any] = {}
+    for _ in range(TRIES):
+        found = measure_once(what, preset, pythons)
+        found["share_of_core"] = found["cpu_seconds"] / found["seconds"]
+        if not best or found["share_of_core"] > best["share_of_core"]:
+            best = found
+        if what == "torch" or found["share_of_core"] >= UNDISTURBED:
+            break
+    return best
+
+
+def measure_once(what: str, preset: Preset, pythons: dict[str, Path]) -> dict[str, Any]:
     """Run one measurement in a fresh process.
 
     Raises:
@@ -106,6 +127,7 @@ def compare(name: str, rounds: int, pythons: dict[str, Path], missing: dict[str,
     left_out = dict(missing)
     seconds: dict[str, list[float]] = {}
     peak: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
     versions: dict[str, str] = {}
     for index in range(rounds):
         for what in (*OURS, *PEERS, *FLOORS):
@@ -121,6 +143,7 @@ def compare(name: str, rounds: int, pythons: dict[str, Path], missing: dict[str,
                 continue
             seconds.setdefault(what, []).append(found["seconds"])
             peak.setdefault(what, []).append(found["peak_mib"])
+            shares.setdefault(what, []).append(round(found["share_of_core"], 3))
             if "version" in found:
                 versions[what] = found["version"]
         done = [what for what in (*OURS, *PEERS) if what in seconds]
@@ -133,6 +156,7 @@ def compare(name: str, rounds: int, pythons: dict[str, Path], missing: dict[str,
         "figures": figures(preset.steps, seconds),
         "peak_mib": {what: statistics.median(values) for what, values in peak.items()},
         "seconds": seconds,
+        "share_of_core": shares,
         "versions": versions,
         "left_out": left_out,
     }

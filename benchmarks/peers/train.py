@@ -2,9 +2,10 @@
 
     .peers/sbx/bin/python peers/train.py sbx '{"env": "CartPole-v1", ...}'
 
-Prints a line of JSON: seconds of the timed rollouts with their updates, the process's peak memory in MiB and
-the version of the peer. The clock runs from the end of the last rollout of the warm-up to the end of the last
-rollout of all, so that it sees as many updates as rollouts and no compilation.
+Prints a line of JSON: seconds of the timed rollouts with their updates, by the clock and of CPU, the
+process's peak memory in MiB and the version of the peer. The clock runs from the end of the last rollout of
+the warm-up to the end of the last rollout of all, so that it sees as many updates as rollouts and no
+compilation.
 """
 
 from __future__ import annotations
@@ -21,10 +22,21 @@ from importlib import metadata
 from typing import Any
 
 Preset = dict[str, Any]
+Time = tuple[float, float]
+Seconds = dict[str, float]
 PACKAGES = {"sb3": "stable_baselines3", "sbx": "sbx-rl", "cleanrl": "cleanrl"}
 
 
-def baselines(preset: Preset, *, jax: bool) -> float:
+def now() -> Time:
+    """Wall and CPU seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def between(started: Time, ended: Time) -> Seconds:
+    return {"seconds": ended[0] - started[0], "cpu_seconds": ended[1] - started[1]}
+
+
+def baselines(preset: Preset, *, jax: bool) -> Seconds:
     """Stable-Baselines3 or SBX, which have one interface."""
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
@@ -41,11 +53,11 @@ def baselines(preset: Preset, *, jax: bool) -> float:
         from stable_baselines3 import PPO
 
         activations = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
-    times: list[float] = []
+    times: list[Time] = []
 
     class Clock(BaseCallback):
         def _on_rollout_end(self) -> None:
-            times.append(time.perf_counter())
+            times.append(now())
 
         def _on_step(self) -> bool:
             return True
@@ -70,7 +82,7 @@ def baselines(preset: Preset, *, jax: bool) -> float:
         seed=0,
     )
     model.learn(preset["total_steps"], Clock())
-    return times[-1] - times[preset["warm_up"] - 1]
+    return between(times[preset["warm_up"] - 1], times[-1])
 
 
 # ------------------------------------------------------------------------------------- CleanRL
@@ -79,7 +91,7 @@ def baselines(preset: Preset, *, jax: bool) -> float:
 # 0.28, whose environments differ from everyone else's here. What changed since is put in their way below.
 
 
-def cleanrl(preset: Preset) -> float:
+def cleanrl(preset: Preset) -> Seconds:
     """The package's script for this kind of task."""
     import gymnasium
     import torch
@@ -87,7 +99,7 @@ def cleanrl(preset: Preset) -> float:
     if not preset["images"] and (preset["width"], preset["activation"]) != (64, "tanh"):
         raise SystemExit("its scripts have networks of 64-64 tanh and no option for others")
     torch.set_num_threads(1)
-    times: list[float] = []
+    times: list[Time] = []
     if preset["images"]:
         register_atari()
     if isinstance(gymnasium.make(preset["env"]).action_space, gymnasium.spaces.Box):
@@ -117,10 +129,10 @@ def cleanrl(preset: Preset) -> float:
     sys.argv = [script, *(f"--{key}={value}" for key, value in options.items())]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         runpy.run_module(script, run_name="__main__")
-    return times[-1] - times[preset["warm_up"] - 1]
+    return between(times[preset["warm_up"] - 1], times[-1])
 
 
-def clocked_envs(gymnasium: Any, times: list[float], n_steps: int) -> Any:
+def clocked_envs(gymnasium: Any, times: list[Time], n_steps: int) -> Any:
     """A class of vector environments that notes the time when a rollout's last step is done.
 
     It hands out no infos: with them, the scripts print and log every episode.
@@ -136,13 +148,13 @@ def clocked_envs(gymnasium: Any, times: list[float], n_steps: int) -> Any:
             *found, _ = super().step(actions)
             self.steps += 1
             if self.steps % n_steps == 0:
-                times.append(time.perf_counter())
+                times.append(now())
             return *found, {}
 
     return Envs
 
 
-def clocked_gymnasium(gymnasium: Any, times: list[float], n_steps: int) -> None:
+def clocked_gymnasium(gymnasium: Any, times: list[Time], n_steps: int) -> None:
     """Give the script for continuous actions its vector environments, and nothing to normalise.
 
     It normalises observations and rewards and has no option to leave that out; no other contender does it
@@ -153,7 +165,7 @@ def clocked_gymnasium(gymnasium: Any, times: list[float], n_steps: int) -> None:
         setattr(gymnasium.wrappers, name, lambda env, *options, **more: env)
 
 
-def old_gym(gymnasium: Any, times: list[float], n_steps: int) -> types.ModuleType:
+def old_gym(gymnasium: Any, times: list[Time], n_steps: int) -> types.ModuleType:
     """A module `gym` with as much of gym 0.23's interface as the scripts for discrete actions use."""
 
     class Envs(clocked_envs(gymnasium, times, n_steps)):
@@ -191,9 +203,9 @@ def register_atari() -> None:
 
 def main() -> int:
     name, preset = sys.argv[1], json.loads(sys.argv[2])
-    seconds = cleanrl(preset) if name == "cleanrl" else baselines(preset, jax=name == "sbx")
+    found = cleanrl(preset) if name == "cleanrl" else baselines(preset, jax=name == "sbx")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": peak, "version": metadata.version(PACKAGES[name])}))
+    print(json.dumps({**found, "peak_mib": peak, "version": metadata.version(PACKAGES[name])}))
     return 0
 
 
