@@ -50,6 +50,8 @@ def trial(preset: Preset, vectorization: str | None) -> Any:
     env: dict[str, Any] = {"id": preset["env"], "n_envs": preset["n_envs"]}
     if vectorization is not None:
         env["vectorization"] = vectorization
+    if preset["images"]:
+        env["wrapper"] = "atari"
     return TrialConfig.from_mapping(
         {
             "env": env,
