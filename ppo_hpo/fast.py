@@ -56,7 +56,7 @@ class Minibatch(NamedTuple):
     """Some samples, as `backward` takes them.
 
     Attributes:
-        obs: ``[B, D]``.
+        obs: ``[D, B]``.
         action: ``[A, B]`` reals, or ones where the action was taken and zeros elsewhere.
         old_log_prob: ``[B]``.
         old_value: ``[B]``.
@@ -182,34 +182,36 @@ class NumpyEngine:
 
     # ---------------------------------------------------------------- learning
 
-    def load(self, samples: Samples) -> Samples:
-        """The samples: they are where they are needed already."""
-        return samples
-
-    def shuffled(self, samples: Samples, order: NDArray[np.int64], ppo: PPOConfig) -> list[Minibatch]:
-        """The samples in ``order``, a minibatch at a time: gathered once, then sliced."""
-        size = ppo.batch_size
-        gathered = [np.take(array, order, axis=0) for array in samples]
-        _, action, _, _, advantage, _ = gathered
+    def load(self, samples: Samples) -> Float32:
+        """All samples as the columns of one array, so that one gathering serves all of them."""
         if self._continuous:
-            gathered[1] = action.T
+            action = samples.action.T
         else:
-            n_actions = len(self._parameters.policy_weight)
-            gathered[1] = (action == np.arange(n_actions)[:, None]).astype(np.float32)
+            action = samples.action == np.arange(len(self._parameters.policy_weight))[:, None]
+        return np.concatenate(
+            [samples.obs.T, action, np.stack(samples[2:])], dtype=np.float32, casting="unsafe"
+        )
+
+    def shuffled(self, samples: Float32, order: NDArray[np.int64], ppo: PPOConfig) -> list[Minibatch]:
+        """The samples in ``order``, a minibatch at a time: gathered once, then sliced."""
+        gathered = samples.take(order, axis=1)
+        size, n_actions = ppo.batch_size, len(self._parameters.policy_weight)
+        n_obs = len(gathered) - n_actions - len(Minibatch._fields[2:])
         if ppo.normalize_advantage:
-            gathered[4] = _standardized(advantage.reshape(-1, size)).reshape(-1)
-        starts = range(0, len(order), size)
-        return [Minibatch(*(array[..., i : i + size] if k == 1 else array[i : i + size]
-                            for k, array in enumerate(gathered))) for i in starts]  # fmt: skip
+            _standardize(gathered[-2].reshape(-1, size))
+        minibatches = []
+        for start in range(0, len(order), size):
+            part = gathered[:, start : start + size]
+            minibatches.append(Minibatch(part[:n_obs], part[n_obs:-4], *part[-4:]))
+        return minibatches
 
     def backward(self, batch: Minibatch, ppo: PPOConfig, clip_range: float) -> list[float]:
         """Set the gradient of the loss; return its parts: policy, value, entropy, KL, clip fraction.
 
         The loss is `losses.ppo_loss`; the names of gradients are ``d_`` and what they are with respect to.
         """
-        p, n = self._parameters, len(batch.obs)
-        layers = self._workspace(n)
-        below = batch.obs.T
+        p, layers = self._parameters, self._workspace(batch.obs.shape[1])
+        below = batch.obs
         for weight, bias, (h, _) in zip(p.weights, p.biases, layers, strict=True):
             np.matmul(weight, below, out=h)
             h += bias
@@ -242,8 +244,8 @@ class NumpyEngine:
         Overwrites each layer's output with its slope: the layer above has used it already.
         """
         p, g = self._parameters, self._grad
-        if len(self._ones) != len(obs):
-            self._ones = np.ones((len(obs), 1), np.float32)
+        if len(self._ones) != obs.shape[1]:
+            self._ones = np.ones((obs.shape[1], 1), np.float32)
         for index in range(len(layers) - 1, -1, -1):
             h, d = layers[index]
             if self._tanh:  # d tanh = 1 - tanh^2
@@ -252,7 +254,7 @@ class NumpyEngine:
                 d *= h
             else:
                 d *= h > 0
-            below = layers[index - 1][0].transpose(0, 2, 1) if index else obs
+            below = layers[index - 1][0].transpose(0, 2, 1) if index else obs.T
             np.matmul(d, below, out=g.weights[index])
             np.matmul(d, self._ones, out=g.biases[index])  # the fastest sum over samples
             if index:
@@ -364,9 +366,9 @@ def _bounded(array: Float32, low: float, high: float) -> Float32:
     return np.minimum(result, np.float32(high), out=result)
 
 
-def _standardized(rows: Float32) -> Float32:
-    """Each of ``[M, B]`` rows with mean 0 and standard deviation 1 (the sample's, with B - 1)."""
-    centred: Float32 = rows - rows.mean(axis=1, keepdims=True)
-    deviation = np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / np.float32(rows.shape[1] - 1))
-    centred /= deviation + np.float32(1e-8)
-    return centred
+def _standardize(rows: Float32) -> None:
+    """Give each of ``[M, B]`` rows, in place, mean 0 and standard deviation 1 (the sample's, with B - 1)."""
+    size = np.float32(rows.shape[1])
+    rows -= _sum(rows, axis=1, keepdims=True) / size
+    deviation = np.sqrt(_sum(rows * rows, axis=1, keepdims=True) / (size - _ONE))
+    rows /= deviation + np.float32(1e-8)

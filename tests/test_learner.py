@@ -73,10 +73,10 @@ def test_each_pass_has_every_sample_once_in_a_new_order(continuous: bool, engine
         Samples(*(np.asarray(array) for array in minibatch))
         for minibatch in learner.minibatches(batch, np.random.default_rng(0))
     ]
-    if learner.engine == "numpy":  # which has actions along the first axis, discrete ones as ones and zeros
+    if learner.engine == "numpy":  # which has samples along the last axis, discrete actions as ones and zeros
         minibatches = [
-            minibatch._replace(action=minibatch.action.T if continuous else minibatch.action.argmax(0))
-            for minibatch in minibatches
+            part._replace(obs=part.obs.T, action=part.action.T if continuous else part.action.argmax(0))
+            for part in minibatches
         ]
     assert [len(minibatch.obs) for minibatch in minibatches] == [16] * 12
     row_of = {float(advantage): row for row, advantage in enumerate(batch.advantage)}
