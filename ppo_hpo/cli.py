@@ -98,6 +98,15 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
     report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
     report.set_defaults(command=_report)
+
+    lineage = commands.add_parser(
+        "lineage",
+        help="who came from whom: promotions and forks as a tree",
+        description="Print the trials of an experiment of Orion's, each below the one it came from.",
+    )
+    lineage.add_argument("name", metavar="NAME", help="the experiment's name")
+    lineage.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    lineage.set_defaults(command=_lineage)
     return parser
 
 
@@ -259,4 +268,11 @@ def _report(arguments: argparse.Namespace) -> int:
     from ppo_hpo.report import report
 
     print(report(arguments.name, arguments.config, html=arguments.html))
+    return 0
+
+
+def _lineage(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.lineage import lineage
+
+    print(lineage(arguments.name, arguments.config))
     return 0

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_hpo import yamlio
 from ppo_hpo.errors import UserError
-from ppo_hpo.space import leaves
+from ppo_hpo.experiment import open_experiment, params_of, statistics_of
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -61,7 +60,7 @@ def report(name: str, config: str | None = None, html: str | None = None) -> str
     Raises:
         UserError: there is no such experiment, or nothing is completed yet.
     """
-    client = _open(name, config)
+    client = open_experiment(name, config)
     trials = client.fetch_trials()
     summary = summarise(client, trials)
     text = to_text(summary)
@@ -73,29 +72,6 @@ def report(name: str, config: str | None = None, html: str | None = None) -> str
             raise UserError(f"{path} cannot be written: {error.strerror}.") from None
         text += f"\npictures    {path}"
     return text
-
-
-def _open(name: str, config: str | None) -> Any:
-    storage = None
-    if config is not None:
-        content = yamlio.load(Path(config))
-        storage = content.get("storage") if isinstance(content, Mapping) else None
-        if storage is None and isinstance(content, Mapping) and "database" in content:
-            storage = {"type": "legacy", "database": content["database"]}
-    import warnings
-
-    with warnings.catch_warnings():
-        # pkg_resources announces its end at each import; the pin below setuptools 81 keeps it.
-        warnings.simplefilter("ignore")
-        from orion.client import get_experiment
-        from orion.core.utils.exceptions import NoConfigurationError
-    try:
-        return get_experiment(name, storage=storage)
-    except NoConfigurationError:
-        hint = (
-            "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."
-        )
-        raise UserError(f"There is no experiment {name!r} in the database.{hint}") from None
 
 
 def summarise(client: Any, trials: Sequence[Any]) -> Summary:
@@ -138,16 +114,6 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
         max_epochs=max_epochs,
         reached=int(max(statistics_of(trial)["epochs"] for trial in completed)),
     )
-
-
-def statistics_of(trial: Any) -> dict[str, float]:
-    """A trial's statistics by name."""
-    return {item.name: float(item.value) for item in trial.statistics}
-
-
-def params_of(trial: Any) -> dict[str, Any]:
-    """A trial's hyperparameters by dotted name; Orion's command line writes ``/task/epochs`` for them."""
-    return {f"{group}.{key}": value for group, key, value in leaves(trial.params)}
 
 
 def to_text(summary: Summary) -> str:

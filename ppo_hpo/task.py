@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ppo_hpo import belonging, results, seeding
 from ppo_hpo.autograd import Criterion
-from ppo_hpo.checkpoint import Checkpoint, Storage
+from ppo_hpo.checkpoint import Checkpoint, Storage, arrays_digest
 from ppo_hpo.components import (
     ActorCritic,
     Groups,
@@ -650,11 +651,14 @@ class PPO:
     def _save(self) -> None:
         if self._storage is None:
             return
-        state = self.state_dict(keep_vars=True)
-        progress = state.pop("progress")
+        progress = self._progress()
         epoch = progress.pop("epoch")
-        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
-        self._storage.save(Checkpoint(epoch, arrays, progress))
+        self._storage.save(Checkpoint(epoch, self._arrays(), progress))
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        state = self.state_dict(keep_vars=True)
+        del state["progress"]
+        return {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
         progress = {"epoch": checkpoint.epoch, **checkpoint.meta}
@@ -671,7 +675,8 @@ class PPO:
             progress["hyperparameters"] = own
         self.load_state_dict({**checkpoint.arrays, "progress": progress})
         if born is not None:
-            self.lineage.append(born)
+            # Of what is here now, not of what the file said: it shows that nothing was lost on the way.
+            self.lineage.append(born | {"state_sha256": arrays_digest(self._arrays())})
             self._log.info("forked at epoch %d from %s: %s", self.epoch, born["uid"], changed)
 
     def _check_ours(self, checkpoint: Checkpoint) -> None:

@@ -32,7 +32,7 @@ LAYERS = {
         "checkpoint", "belonging", "guard", "task",
     ],
     "trial": ["trial"],
-    "Orion edge": ["client", "report"],
+    "Orion edge": ["client", "experiment", "lineage", "report"],
     "command line": ["cli"],
 }  # fmt: skip
 BELOW = {layer: list(LAYERS)[: index + 1] for index, layer in enumerate(LAYERS)}

@@ -20,6 +20,7 @@ import pytest
 
 import ppo_hpo
 from ppo_hpo import yamlio
+from ppo_hpo.checkpoint import Checkpoint, Storage, arrays_digest, read
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.space import space_path
 
@@ -218,6 +219,46 @@ def test_forks_go_on_from_their_parents(hunted: Callable[[str], Hunt]) -> None:
         )
         if changed:
             assert "forked at epoch" in (record.directory / "log.txt").read_text(encoding="utf-8")
+            # At its birth the child was its parent's checkpoint, to the bit.
+            (*_, born) = newest(record.directory).meta["lineage"]
+            assert (born["uid"], born["epoch"]) == (parent.trial.id, parent.epochs)
+            assert born["state_sha256"] == arrays_digest(newest(parent.directory).arrays)
+    assert forks
+
+
+def newest(directory: Path) -> Checkpoint:
+    return read(Storage(directory).paths()[0])
+
+
+def test_the_lineage_is_printed(hunted: Callable[[str], Hunt]) -> None:
+    hunt = hunted("pbt")
+    done = subprocess.run(
+        [BIN / "ppo-hpo", "lineage", "pbt", "-c", hunt.directory / "orion.yaml"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    *lines, last = done.stdout.splitlines()
+    trials = {trial.id[:8]: trial for trial in hunt.trials()}
+    assert len(lines) == len(trials)
+    above: list[str] = []  # the ids on the way down to the line
+    forks = 0
+    for line in lines:
+        id, *_ = (words := line.lstrip("│├└─ ").split("  "))
+        depth = (len(line) - len(line.lstrip("│├└─ "))) // 3
+        above = [*above[:depth], id]
+        parent = trials[id].parent
+        assert (parent or "")[:8] == (above[depth - 1] if depth else "")
+        assert f"epochs {trials[id].params['/task/epochs']:g}" in words
+        changed = parent and any(
+            value != trials[parent[:8]].params[name]
+            for name, value in trials[id].params.items()
+            if name != "/task/epochs"
+        )
+        assert any(word.startswith("forked: ") for word in words) == bool(changed)
+        forks += bool(changed)
+    assert last.startswith(f"{len(trials)} trials: ")
+    assert last.endswith(f" {forks} forked")
     assert forks
 
 

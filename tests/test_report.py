@@ -14,7 +14,8 @@ import pytest
 from ppo_hpo import cli, yamlio
 from ppo_hpo.client import objective
 from ppo_hpo.errors import UserError
-from ppo_hpo.report import read_curve, report, sparkline, statistics_of, summarise, to_text
+from ppo_hpo.experiment import statistics_of
+from ppo_hpo.report import read_curve, report, sparkline, summarise, to_text
 from ppo_hpo.results import entries
 from ppo_hpo.space import get_space
 

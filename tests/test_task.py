@@ -455,7 +455,10 @@ def test_a_fork_goes_on_from_its_parent_with_other_hyperparameters(tmp_path: Pat
             assert torch.equal(tensor, born[name]), name
     (line,) = child.lineage
     assert (line["uid"], line["epoch"]) == ("parent", 2)
+    (newest, *_) = Storage(tmp_path / "parent").paths()
+    assert line["state_sha256"] == arrays_digest(read(newest).arrays)
     child.fit(3)
+    assert arrays_digest(child._arrays()) != line["state_sha256"]
     parent.fit(3)
     assert not torch.equal(next(child.parameters()), next(parent.parameters()))
     again = PPO.from_config(other, "cpu", storage=tmp_path / "child", uid="child")

@@ -1,0 +1,54 @@
+"""An experiment of Orion's that is in the database already: its client, and its trials in plain terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ppo_hpo import yamlio
+from ppo_hpo.errors import UserError
+from ppo_hpo.space import leaves
+
+
+def open_experiment(name: str, config: str | None = None) -> Any:
+    """Orion's client of an experiment that is in the database.
+
+    Args:
+        name: the experiment's name.
+        config: Orion's configuration file of the hunt, for its storage; None uses Orion's own
+            configuration, which `ORION_DB_TYPE` and `ORION_DB_ADDRESS` set.
+
+    Raises:
+        UserError: there is no such experiment.
+    """
+    storage = None
+    if config is not None:
+        content = yamlio.load(Path(config))
+        storage = content.get("storage") if isinstance(content, Mapping) else None
+        if storage is None and isinstance(content, Mapping) and "database" in content:
+            storage = {"type": "legacy", "database": content["database"]}
+    import warnings
+
+    with warnings.catch_warnings():
+        # pkg_resources announces its end at each import; the pin below setuptools 81 keeps it.
+        warnings.simplefilter("ignore")
+        from orion.client import get_experiment
+        from orion.core.utils.exceptions import NoConfigurationError
+    try:
+        return get_experiment(name, storage=storage)
+    except NoConfigurationError:
+        hint = (
+            "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."
+        )
+        raise UserError(f"There is no experiment {name!r} in the database.{hint}") from None
+
+
+def statistics_of(trial: Any) -> dict[str, float]:
+    """A trial's statistics by name."""
+    return {item.name: float(item.value) for item in trial.statistics}
+
+
+def params_of(trial: Any) -> dict[str, Any]:
+    """A trial's hyperparameters by dotted name; Orion's command line writes ``/task/epochs`` for them."""
+    return {f"{group}.{key}": value for group, key, value in leaves(trial.params)}
