@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ppo_hpo
 from ppo_hpo import (
+from ppo_hpo.checkpoint import Storage, arrays_digest, read
     PPO,
     ActorCritic,
     BadResume,
