@@ -5,9 +5,10 @@
     python benchmarks/speed.py --preset cartpole-4 --rounds 2    # a quick look; writes nothing
 
 Ours and the peers (Stable-Baselines3, SBX, CleanRL) run in turn, A B C A B C ..., each in a process of its
-own on one and the same core with one thread, with the same hyperparameters on the same environment and no
-evaluation. Two rollouts with their updates come before the clock starts, so that nobody's compilation is
-counted. A measurement whose process got less than 95 % of its core is taken again, at most three times.
+own on one core with one thread, with the same hyperparameters on the same environment and no evaluation. Two
+rollouts with their updates come before the clock starts, so that nobody's compilation is counted. Each waits
+until a core is idle, half a minute at most, and one that got less than 95 % of its core is taken again, twice
+at most; `share_of_core` in the results says what each got.
 Ratios are medians over the rounds of the ratio within a round; the rest are medians over the rounds.
 
 Two floors are measured in the same rounds: stepping the environments with actions drawn before, in the same
@@ -34,6 +35,7 @@ from typing import Any
 
 import machine
 import peers
+import quiet
 from presets import PRESETS, Preset
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +43,8 @@ RESULTS = HERE / "results"
 ROUNDS = 5
 # A process that got less than this share of its core was disturbed.
 UNDISTURBED = 0.95
-TRIES = 4
+TRIES = 3
+CORES = quiet.allowed_cores()
 PEERS = ("sb3", "sbx", "cleanrl")
 OURS = ("ours", "ours_envpool", "ours_native", "ours_autograd")
 FLOORS = ("environment", "environment_envpool", "environment_native", "products", "torch")
@@ -91,6 +94,7 @@ def measure(what: str, preset: Preset, pythons: dict[str, Path]) -> dict[str, An
     """
     best: dict[str, Any] = {}
     for _ in range(TRIES):
+        quiet.take_core(CORES)
         found = measure_once(what, preset, pythons)
         found["share_of_core"] = found["cpu_seconds"] / found["seconds"]
         if not best or found["share_of_core"] > best["share_of_core"]:
@@ -286,8 +290,6 @@ def main() -> int:
     pythons, missing = interpreters()
     date = datetime.now(UTC).date().isoformat()
     about = {"date": date, "commit": machine.commit(), "machine": machine.describe()}
-    if hasattr(os, "sched_setaffinity"):  # what is started from here inherits it
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     rows: dict[str, Row] = {}
     for name in arguments.preset:
         rows[name] = about | compare(name, arguments.rounds, pythons, missing)
