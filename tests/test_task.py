@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import ppo_hpo
 from ppo_hpo import (
-from ppo_hpo.checkpoint import Storage, arrays_digest, read
     PPO,
     ActorCritic,
     BadResume,
@@ -29,6 +28,7 @@ from ppo_hpo.checkpoint import Storage, arrays_digest, read
     TrialConfig,
     UserError,
 )
+from ppo_hpo.checkpoint import Storage, arrays_digest, read
 from ppo_hpo.rollout import Rollout
 
 SMALL = {
