@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 from ppo_hpo import __version__
 from ppo_hpo.errors import Interrupted, UserError
 
-# Numerical libraries read these when they are first imported.
 # The signal that asked this process to stop, once one has.
 _PENDING: list[int] = []
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# Numerical libraries read these when they are first imported.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(arguments, "command"):
         parser.print_help()
         return 2
+    return execute(arguments)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Run the command of parsed arguments; return its exit code."""
     try:
         code = int(arguments.command(arguments))
         sys.stdout.flush()
@@ -75,7 +80,13 @@ def _build_parser() -> argparse.ArgumentParser:
                      help="epochs to train in all, at most the file's task.max_epochs")  # fmt: skip
     run.add_argument("--dir", metavar="DIR", help="the trial's directory (default: from Orion, else "
                      "ppo-hpo-runs/ENV-HASH)")  # fmt: skip
-    run.set_defaults(command=_run)
+    run.add_argument("--warm", action="store_true", help="let a process of yours that has torch imported "
+                     "run it, started where there is none (docs/warm.md)")  # fmt: skip
+    run.set_defaults(command=_run, served=False)
+
+    warm = commands.add_parser("warm", help="list or stop the processes that `run --warm` has started")
+    warm.add_argument("--stop", action="store_true", help="end each when its trials have ended")
+    warm.set_defaults(command=_warm)
 
     space = commands.add_parser("space", help="list, show or copy the shipped search spaces and presets")
     actions = space.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -114,13 +125,29 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.warm or os.environ.get("PPO_HPO_WARM") == "1":
+        _raise_on_signals()
+        from ppo_hpo import warm
+
+        code = warm.run({name: value for name, value in vars(arguments).items() if name != "command"})
+        if code is not None:
+            return code
+    return run_trial(arguments)
+
+
+def run_trial(arguments: argparse.Namespace) -> int:
+    """Run a trial in this process."""
     _raise_on_signals()
     from ppo_hpo.config import TrialConfig
 
     mapping = _configuration(arguments, under_orion="ORION_TRIAL_ID" in os.environ)
     config = TrialConfig.from_mapping(mapping)
+    if arguments.served and config.task.threads != 1:
+        from ppo_hpo.warmserver import Declined
+
+        raise Declined("its libraries were loaded for one thread")
     # Before the next line imports numpy: what is never started does not have to be limited.
-    for variable in _THREAD_VARIABLES:
+    for variable in THREAD_VARIABLES:
         os.environ[variable] = str(config.task.threads)
     from ppo_hpo import trial
 
@@ -228,6 +255,19 @@ def _interrupt_code(signum: int) -> int:
     """What Orion asked for, or what a shell reports of a process that died by the signal."""
     code = os.environ.get("ORION_INTERRUPT_CODE", "")
     return int(code) if code.isdigit() else 128 + signum
+
+
+def _warm(arguments: argparse.Namespace) -> int:
+    from ppo_hpo import warm
+
+    try:
+        for process in warm.servers():
+            if arguments.stop:
+                os.kill(process, signal.SIGTERM)
+            print(f"process {process}{': asked to stop' if arguments.stop else ''}")
+    except OSError as error:
+        raise UserError(f"Warm servers cannot be listed: {error}.") from None
+    return 0
 
 
 # ---------------------------------------------------------------------------- space
