@@ -281,7 +281,8 @@ def code_state() -> list[tuple[str, int, int]]:
 
 
 def _path() -> list[str]:
-    return [os.path.abspath(path) for path in sys.path]
+    # The server runs elsewhere. What is no path is a name that some importer knows.
+    return [os.path.abspath(path) if os.path.exists(path or ".") else path for path in sys.path]
 
 
 def _inherited() -> list[Any]:

@@ -78,25 +78,32 @@ def serve(name: str, descriptors: list[int]) -> None:
         os.set_inheritable(descriptor, False)
     os.chdir("/")
     code = warm.code_state()
-    preload()
+    imported = preload()
     if code != warm.code_state():
         raise SystemExit("the code has changed while it was imported")
-    _Server(name, *descriptors).loop()
+    _Server(name, imported, *descriptors).loop()
 
 
-def preload() -> None:
-    """Import what a trial imports, for one thread; nothing is computed."""
+def preload() -> dict[str, str]:
+    """Import what a trial imports, for one thread; nothing is computed.
+
+    Returns:
+        The environment variables that the imported modules have set.
+    """
     for variable in cli.THREAD_VARIABLES:
         os.environ[variable] = "1"
+    before = dict(os.environ)
     for name in _IMPORTS:
         importlib.import_module(name)
+    return {name: value for name, value in os.environ.items() if before.get(name) != value}
 
 
 class _Server:
     """The loop around `fork`."""
 
-    def __init__(self, name: str, lock: int, listener: int, directory: int) -> None:
+    def __init__(self, name: str, imported: dict[str, str], lock: int, listener: int, directory: int) -> None:
         self.name = name
+        self.imported = imported
         self.lock = lock
         self.directory = directory
         self.listener = socket.socket(fileno=listener)
@@ -235,7 +242,7 @@ class _Server:
             for descriptor in descriptors:
                 os.close(descriptor)
             os.environ.clear()
-            os.environ.update(job["environ"])
+            os.environ.update({**job["environ"], **self.imported})
             sys.argv[:] = job["argv"]
             sys.path[:] = job["path"]
             sys.stdout.reconfigure(line_buffering=sys.stdout.line_buffering or os.isatty(1))  # type: ignore[union-attr]

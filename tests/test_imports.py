@@ -33,7 +33,7 @@ LAYERS = {
     ],
     "trial": ["trial"],
     "Orion edge": ["client", "experiment", "lineage", "report"],
-    "command line": ["cli"],
+    "command line": ["cli", "warm", "warmserver"],
 }  # fmt: skip
 BELOW = {layer: list(LAYERS)[: index + 1] for index, layer in enumerate(LAYERS)}
 # Orion's edge and the command line import the rest of the package when a function needs it.
