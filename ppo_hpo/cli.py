@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import gc
+import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -27,13 +32,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command; return its exit code. Without ``argv`` it is the process's, which ends with it."""
     parser = _build_parser()
     arguments = parser.parse_args(argv)
     if not hasattr(arguments, "command"):
         parser.print_help()
         return 2
-    return execute(arguments)
+    code = execute(arguments)
+    if argv is None:
+        leave(code)
+    return code
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -58,6 +66,21 @@ def execute(arguments: argparse.Namespace) -> int:
         print(f"ppo-hpo: stopped by {signal.Signals(stop.signum).name}; what was saved is whole, and the "
               f"same command goes on from there (exit code {code})", file=sys.stderr)  # fmt: skip
         return code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as Python does, but for taking every module down.
+
+    That costs 0.4 s of CPU once torch is imported, and the kernel frees all of it anyway.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    # What was written to a file that nobody closed still reaches it.
+    for thing in gc.get_objects():
+        if type(thing) in (io.BufferedWriter, io.BufferedRandom, io.TextIOWrapper):
+            with contextlib.suppress(OSError, ValueError):
+                thing.flush()
+    os._exit(code)
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -139,7 +139,7 @@ def directory() -> int:
         Unavailable: it is somebody else's, or open to others.
     """
     bases = [os.environ.get("XDG_RUNTIME_DIR", ""), os.environ.get("TMPDIR", ""), "/tmp"]
-    path = os.path.join(next(filter(os.path.isdir, bases)), f"ppo-hpo-{os.geteuid()}")
+    path = os.path.join(next(filter(os.path.isdir, bases), "/tmp"), f"ppo-hpo-{os.geteuid()}")
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

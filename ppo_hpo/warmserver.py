@@ -7,7 +7,6 @@ for `IDLE` seconds, and on SIGTERM once the trials that run have ended. `ppo_hpo
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import ctypes
 import gc
@@ -19,7 +18,6 @@ import select
 import signal
 import socket
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from types import FrameType
@@ -30,6 +28,7 @@ from ppo_hpo import cli, warm
 IDLE = 60.0  # seconds; PPO_HPO_WARM_IDLE replaces it
 _TICK = 500  # milliseconds between two looks at the clock
 _GRACE = 10.0  # seconds a trial has to stop in when its client is gone
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 # What a trial imports; a test asks a trial's process what it had to import itself.
 _IMPORTS = (
@@ -82,6 +81,7 @@ def serve(name: str, descriptors: list[int]) -> None:
     if code != warm.code_state():
         raise SystemExit("the code has changed while it was imported")
     _Server(name, imported, *descriptors).loop()
+    cli.leave(0)
 
 
 def preload() -> dict[str, str]:
@@ -161,8 +161,9 @@ class _Server:
         self.listener.close()
 
     def _accept(self) -> None:
-        connection, _ = self.listener.accept()
+        connection = None
         try:
+            connection, _ = self.listener.accept()
             if len(os.listdir("/proc/self/task")) != 1:
                 raise RuntimeError("this process has several threads: a fork would not be safe")
             if not warm.is_own(connection):
@@ -172,7 +173,8 @@ class _Server:
         except Exception as error:
             # Whatever a client sends, the others' trials go on.
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            connection.close()
+            if connection:
+                connection.close()
 
     def _begin(self, connection: socket.socket) -> None:
         header, descriptors, _, _ = socket.recv_fds(connection, warm.LENGTH.size, 4, socket.MSG_CMSG_CLOEXEC)
@@ -187,14 +189,27 @@ class _Server:
             job = json.loads(data)
             declined = mmap.mmap(-1, 1)
             server = os.getpid()
-            pid = os.fork()
-            if not pid:
-                connection.close()
-                self._become(job, descriptors, declined, server)
+            # A signal that comes while the new process still has this one's handlers would be lost in it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+            try:
+                pid = os.fork()
+                if not pid:
+                    for number in _STOPS:
+                        signal.signal(number, signal.SIG_DFL)
+                    connection.close()
+                    self._become(job, descriptors, declined, server, mask)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-        trial = _Trial(connection, pid, os.pidfd_open(pid), declined)
+        try:
+            trial = _Trial(connection, pid, os.pidfd_open(pid), declined)
+        except OSError:
+            # The client is about to run the trial itself.
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         self.trials.append(trial)
         try:
             socket.send_fds(connection, [b"+"], [trial.pidfd])
@@ -224,17 +239,21 @@ class _Server:
     # ------------------------------------------------------------- in the trial's process
 
     def _become(
-        self, job: dict[str, Any], descriptors: list[int], declined: mmap.mmap, server: int
+        self,
+        job: dict[str, Any],
+        descriptors: list[int],
+        declined: mmap.mmap,
+        server: int,
+        mask: set[int],
     ) -> NoReturn:
         """Become what the client would have been."""
-        code = 1
         declined[0] = 1  # until it has become so
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             # Without the server nobody would see the client end; the client goes on in the ordinary way.
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != server:
-                os._exit(code)
+                os._exit(1)
             self._leave()
             for number, descriptor in enumerate(descriptors[:3]):
                 os.dup2(descriptor, number)
@@ -251,9 +270,9 @@ class _Server:
 
             numpy.random.seed()
             declined[0] = 0
-            code = _execute(job["arguments"], declined)
+            _execute(job["arguments"], declined)
         finally:
-            os._exit(code)
+            os._exit(1)
 
     def _leave(self) -> None:
         """Close what is the server's."""
@@ -267,13 +286,13 @@ class _Server:
                 trial.connection.close()
 
 
-def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> int:
-    """The command, and what the interpreter does at its end, but for taking every module down."""
+def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> NoReturn:
+    """The command, and what the interpreter does at its end."""
     try:
         code = cli.execute(argparse.Namespace(**{**arguments, "command": cli.run_trial, "served": True}))
     except Declined:
         declined[0] = 1
-        return 0
+        os._exit(0)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):
@@ -281,9 +300,4 @@ def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> int:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    return code
+    cli.leave(code)

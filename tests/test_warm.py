@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -146,6 +147,15 @@ def is_gone(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return True
     return state == "Z"
+
+
+def children_of(pid: int) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if path.read_text().rpartition(")")[2].split()[1] == str(pid):
+                found.append(path.parent.name)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +309,23 @@ def test_it_ends_as_a_plain_run_does(options: list[str], code: int, place: Place
     assert warm.stderr.count("Traceback") == plain.stderr.count("Traceback") == (code == 1)
 
 
+@pytest.mark.parametrize("options", [[], ["--warm"]], ids=["plain", "warm"])
+def test_the_end_of_the_process_loses_nothing(options: list[str], place: Place) -> None:
+    # A file that nobody closes, a function to be called at the end, and a thread that takes a moment.
+    end = (
+        "import atexit, threading; first = 'kept' not in globals(); "
+        "kept = globals().setdefault('kept', open('kept.txt', 'w')) if first else globals()['kept']; "
+        "kept.write('x'); first and atexit.register(print, 'at the end'); "
+        "first and threading.Timer(0.5, print, ['in a thread']).start()"
+    )
+    done = place.run(*options, "--set", f"env.kwargs.end={end}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["in a thread", "at the end"]
+    steps = json.loads((place.folder / "trial" / "results.json").read_text())
+    counted = sum(item["value"] for item in steps if item["name"] in ("env_steps", "eval_steps"))
+    assert len((place.folder / "kept.txt").read_text()) >= counted
+
+
 # ------------------------------------------------------------- it is stopped
 
 
@@ -320,6 +347,24 @@ def test_a_signal_stops_the_trial(signum: signal.Signals, orion_code: str, code:
     assert is_gone(pid)
     saved = max((place.folder / "trial").glob("checkpoint-*.safetensors"))
     assert read(saved).epoch >= 2
+
+
+def test_no_signal_is_lost_at_any_moment(place: Place) -> None:
+    assert place.run("--warm").returncode == 0
+    (server, *others) = place.servers()
+    assert not others
+    codes = set()
+    for milliseconds in range(0, 200, 5):
+        process = place.start("--warm", *LONG, directory="signals")
+        time.sleep(milliseconds / 1000)
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+        # Before it can handle it, the signal kills it, as it kills a plain run.
+        assert process.returncode in (-signal.SIGTERM, 143), err
+        assert "Traceback" not in err
+        codes.add(process.returncode)
+        wait_until(lambda: not children_of(server))
+    assert 143 in codes
 
 
 def test_a_trial_that_was_stopped_goes_on_and_ends_as_one_that_was_not(place: Place) -> None:
