@@ -39,6 +39,7 @@ lint: setup-dev
 bench: setup-dev
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[box2d,mujoco,envpool]' ale-py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/warm.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning.py
 
