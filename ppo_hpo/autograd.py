@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,11 @@ from ppo_hpo import losses
 from ppo_hpo.config import PPOConfig
 from ppo_hpo.rollout import Float32, Samples
 
+# Images that go through a network at once outside of minibatches: 512 of 4 x 84 x 84 fill 100 MB on their
+# way.
+_IMAGES_AT_ONCE = 512
+
+Kept = tuple[Tensor, Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,7 +34,11 @@ class Batch(NamedTuple):
 
 
 class AutogradEngine:
-    """Acts, rates and differentiates through torch."""
+    """Acts, rates and differentiates through torch.
+
+    Attributes:
+        keeps: whether the network has `policy_and_value`: what acting computes then serves the values too.
+    """
 
     name = "autograd"
 
@@ -37,45 +46,79 @@ class AutogradEngine:
         self, module: nn.Module, device: torch.device, *, continuous: bool, criterion: Criterion | None
     ) -> None:
         self._module = module
+        self._both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = getattr(
+            module, "policy_and_value", None
+        )
+        self.keeps = self._both is not None
         self._device = device
         self._continuous = continuous
         self._criterion = criterion
 
     @torch.inference_mode()
-    def act(self, obs: Float32, noise: Float32 | None) -> NDArray[Any]:
+    def act(self, obs: NDArray[Any], noise: Float32 | None) -> NDArray[Any]:
         """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode."""
-        output = self._module.policy(self._tensor(obs))  # type: ignore[operator]
+        return self._choose(self._policy(self._tensor(obs)), noise)
+
+    @torch.inference_mode()
+    def act_and_keep(self, obs: NDArray[Any], noise: Float32) -> tuple[NDArray[Any], Kept]:
+        """Actions for observations ``[N, D]``, and the network's outputs, which stay on the device."""
+        assert self._both is not None
+        kept = self._both(self._tensor(obs))
+        return self._choose(kept[0], noise), kept
+
+    @torch.inference_mode()
+    def rate_kept(self, kept: list[Kept], action: NDArray[Any]) -> tuple[Float32, Float32]:
+        """Log-probabilities and values ``[T * N]`` of what T times `act_and_keep` gave, with its actions."""
+        output, value = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        log_prob, _ = self._rate(output, self._tensor(action))
+        return log_prob.cpu().numpy(), value.cpu().numpy()
+
+    def _choose(self, output: Tensor, noise: Float32 | None) -> NDArray[Any]:
         if noise is not None:
             drawn = self._tensor(noise)
             output = output + drawn * self._log_std.exp() if self._continuous else output + drawn
         action = output if self._continuous else output.argmax(-1)
-        return action.cpu().numpy()  # type: ignore[no-any-return]
+        return action.cpu().numpy()
 
     @torch.inference_mode()
-    def values(self, obs: Float32) -> Float32:
+    def values(self, obs: NDArray[Any]) -> Float32:
         """Values ``[B]`` of observations ``[B, D]``."""
-        return self._value(self._tensor(obs)).cpu().numpy()
+        parts = [self._value(self._tensor(part)) for part in _portions(obs)]
+        return torch.cat(parts).cpu().numpy()
 
     @torch.inference_mode()
-    def log_probs(self, obs: Float32, action: NDArray[Any]) -> Float32:
+    def log_probs(self, obs: NDArray[Any], action: NDArray[Any]) -> Float32:
         """Log-probabilities ``[B]`` of actions ``[B]`` or ``[B, A]``."""
-        log_prob, _ = self._rate(self._tensor(obs), self._tensor(action))
+        output = torch.cat([self._policy(self._tensor(part)) for part in _portions(obs)])
+        log_prob, _ = self._rate(output, self._tensor(action))
         return log_prob.cpu().numpy()
 
     def load(self, samples: Samples) -> Batch:
         """All samples on the device, which they reach once for all passes."""
         return Batch(*(self._tensor(array) for array in samples))
 
-    def shuffled(self, batch: Batch, order: NDArray[np.int64], ppo: PPOConfig) -> list[Batch]:
-        """The samples in ``order``, a minibatch at a time: gathered once, then sliced."""
+    def shuffled(self, batch: Batch, order: NDArray[np.int64], ppo: PPOConfig) -> Iterator[Batch]:
+        """The samples in ``order``, a minibatch at a time: gathered once, then sliced.
+
+        Images are gathered for each minibatch, so that they are not held twice.
+        """
         index = self._tensor(order)
-        parts = [torch.split(tensor[index], ppo.batch_size) for tensor in batch]
-        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+        images = batch.obs.ndim > 2
+        obs = batch.obs if images else batch.obs[index]
+        rest = [torch.split(tensor[index], ppo.batch_size) for tensor in batch[1:]]
+        for number, chosen in enumerate(torch.split(index, ppo.batch_size)):
+            first = number * ppo.batch_size
+            part = obs[chosen] if images else obs[first : first + ppo.batch_size]
+            yield Batch(part, *(tensors[number] for tensors in rest))
 
     def loss(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> losses.LossParts:
         """The loss of one minibatch, and its parts."""
-        log_prob, entropy = self._rate(batch.obs, batch.action)
-        value = self._value(batch.obs)
+        if self._both is None:
+            log_prob, entropy = self._rate(self._policy(batch.obs), batch.action)
+            value = self._value(batch.obs)
+        else:
+            output, value = self._both(batch.obs)
+            log_prob, entropy = self._rate(output, batch.action)
         if self._criterion is None:
             critic = losses.value_loss(value, batch.old_value, batch.returns, ppo.clip_range_vf)
         else:
@@ -109,6 +152,9 @@ class AutogradEngine:
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
+    def _policy(self, obs: Tensor) -> Tensor:
+        return self._module.policy(obs)  # type: ignore[operator, no-any-return]
+
     def _value(self, obs: Tensor) -> Tensor:
         return self._module.value(obs)  # type: ignore[operator, no-any-return]
 
@@ -116,8 +162,14 @@ class AutogradEngine:
     def _log_std(self) -> Tensor:
         return self._module.log_std  # type: ignore[return-value]
 
-    def _rate(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        output = self._module.policy(obs)  # type: ignore[operator]
+    def _rate(self, output: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         if self._continuous:
             return losses.diagonal_gaussian(output, self._log_std, action)
         return losses.categorical(output, action)
+
+
+def _portions(obs: NDArray[Any]) -> list[NDArray[Any]]:
+    """Vectors all at once; images some at a time: what a convolution makes of them is much larger."""
+    if obs.ndim <= 2:
+        return [obs]
+    return [obs[at : at + _IMAGES_AT_ONCE] for at in range(0, len(obs), _IMAGES_AT_ONCE)]

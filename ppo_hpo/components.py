@@ -39,7 +39,7 @@ class _Component:
 
 
 class ActorCritic(_Component):
-    """The networks: ``width``, ``depth``, ``activation``, ``ortho_init``, ``log_std_init``."""
+    """The networks: ``width``, ``depth``, ``activation``, ``ortho_init``, ``log_std_init``; ``features_dim``."""
 
     group = "model"
 
@@ -75,7 +75,7 @@ class RolloutLoader(_Component):
             id: gymnasium id, also ``module:EnvId``.
             n_steps: steps of each environment in one rollout; open where it is None.
             steps_per_epoch: environment steps in one epoch.
-            **env: ``n_envs``, ``kwargs``, ``max_episode_steps``.
+            **env: ``n_envs``, ``kwargs``, ``max_episode_steps``, ``vectorization``, ``wrapper``.
         """
         super().__init__(id=id, **env)
         if n_steps is not None:

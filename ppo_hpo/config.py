@@ -158,6 +158,11 @@ class EnvConfig(_Checked):
         "what steps them: auto (the faster of sync and async), sync (in turn), async (in processes of "
         "their own), native (the environment's own vector version), envpool (in C++)",
     )
+    wrapper: Literal["none", "atari"] = _word(
+        "none",
+        ("none", "atari"),
+        "atari: the usual treatment of games of the Arcade Learning Environment (details 14 to 22)",
+    )
 
 
 @dataclass(frozen=True)
@@ -177,11 +182,20 @@ class TaskConfig(_Checked):
 
 @dataclass(frozen=True)
 class ModelConfig(_Checked):
-    """The actor and the critic: two multilayer perceptrons of the same shape, sharing nothing."""
+    """The actor and the critic.
 
-    width: int = _integer(64, 1, "units in each hidden layer")
-    depth: int = _integer(2, 1, "hidden layers")
-    activation: Literal["tanh", "relu"] = _word("tanh", ("tanh", "relu"), "activation function")
+    For vectors two multilayer perceptrons of the same shape, which share nothing: `width`, `depth` and
+    `activation`. For images one convolutional network with two heads: `features_dim`.
+    """
+
+    width: int = _integer(64, 1, "units in each hidden layer, where observations are vectors")
+    depth: int = _integer(2, 1, "hidden layers, where observations are vectors")
+    activation: Literal["tanh", "relu"] = _word(
+        "tanh", ("tanh", "relu"), "activation function, where observations are vectors"
+    )
+    features_dim: int = _integer(
+        512, 1, "units of the dense layer behind the convolutions, where observations are images"
+    )
     ortho_init: bool = _flag(True, "orthogonal initialisation with gains sqrt(2), 0.01 and 1")
     log_std_init: float = _real(0.0, -10.0, 4.0, "initial log standard deviation of continuous actions")
 
@@ -336,6 +350,11 @@ class TrialConfig:
                 "`ppo.batch_size >= 2` must hold to normalise advantages, but got 1. "
                 "Enlarge it, or set ppo.normalize_advantage to false."
             )
+        if self.env.wrapper == "atari" and self.env.vectorization in ("native", "envpool"):
+            raise UserError(
+                f"`env.wrapper: atari` wraps gymnasium's environments, but `env.vectorization: "
+                f"{self.env.vectorization}` has others. Choose auto, sync or async."
+            )
         if self.task.epochs > self.max_epochs:
             raise UserError(
                 f"`task.epochs <= task.max_epochs` must hold, but got {self.task.epochs} and "
@@ -405,8 +424,13 @@ class TrialConfig:
 
         `task.epochs` is left out, because a promoted trial is the same trial, and `task.threads`,
         because it is the machine's affair. So is `env.vectorization` where it changes no result.
+        What came later, `env.wrapper` and `model.features_dim`, is left out at its default: trials begun
+        before it was there go on.
         """
         mapping = self.to_mapping()
+        for group, key in (("env", "wrapper"), ("model", "features_dim")):
+            if mapping[group][key] == getattr(GROUPS[group](), key):
+                del mapping[group][key]
         if mapping["env"]["vectorization"] in ("auto", "sync", "async"):
             del mapping["env"]["vectorization"]
         mapping["task"]["max_epochs"] = self.max_epochs

@@ -43,7 +43,7 @@ class Evaluator:
             seeds: one for each episode.
             max_steps: cut an episode after so many steps, for environments without a time limit.
         """
-        self._envs = [make(config) for _ in seeds]
+        self._envs = [make(config, judged=True) for _ in seeds]
         self._info = info
         self._seeds = seeds
         self._max_steps = max_steps
@@ -62,7 +62,7 @@ class Evaluator:
             stream: of the actions' noise; None takes the most probable action.
         """
         n = len(self._envs)
-        obs = np.zeros((n, self._info.obs_dim), self._info.obs_dtype)
+        obs = np.zeros((n, *self._info.obs_shape), self._info.obs_dtype)
         for index, (env, seed) in enumerate(zip(self._envs, self._seeds, strict=True)):
             obs[index], _ = env.reset(seed=seed)
         returns, lengths = np.zeros(n), np.zeros(n, np.int64)

@@ -107,6 +107,7 @@ class NumpyEngine:
     """Acts, rates and differentiates an `MLPActorCritic` in numpy, on the CPU."""
 
     name = "numpy"
+    keeps = False
 
     def __init__(
         self, module: MLPActorCritic, flat: torch.Tensor, grad: torch.Tensor, *, continuous: bool

@@ -93,6 +93,9 @@ class Learner:
                 module, self.optimizer.flat, self.optimizer.grad, continuous=continuous
             )
         self.engine: str = self._engine.name
+        self.keeps: bool = self._engine.keeps
+        if self.keeps:
+            self.act_and_keep, self.rate_kept = self._engine.act_and_keep, self._engine.rate_kept
         # The rollout asks for these thousands of times: no step in between.
         self.act: Callable[[Float32, Float32 | None], NDArray[Any]] = self._engine.act
         self.values: Callable[[Float32], Float32] = self._engine.values

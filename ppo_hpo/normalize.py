@@ -59,7 +59,15 @@ class ObservationNormalizer:
     """
 
     def __init__(self, dim: int, *, enabled: bool, clip: float) -> None:
+        """Begin without statistics.
+
+        Args:
+            dim: D, entries of an observation; 0 for images, which pass as they are.
+            enabled: whether to do anything.
+            clip: bound of a standardised entry.
+        """
         self.moments = RunningMoments((dim,))
+        self._images = dim == 0
         self.enabled = enabled
         self._clip = clip
 
@@ -68,10 +76,10 @@ class ObservationNormalizer:
         if self.enabled:
             self.moments.update(obs)
 
-    def __call__(self, obs: NDArray[Any]) -> NDArray[np.float32]:
-        """Observations ``[..., D]`` as the networks see them."""
+    def __call__(self, obs: NDArray[Any]) -> NDArray[Any]:
+        """Observations ``[..., D]`` in single precision, or images, as the networks see them."""
         if not self.enabled:
-            return np.asarray(obs, np.float32)
+            return obs if self._images else np.asarray(obs, np.float32)
         scaled = (obs - self.moments.mean) / np.sqrt(self.moments.var + _EPSILON)
         return np.clip(scaled, -self._clip, self._clip).astype(np.float32)
 

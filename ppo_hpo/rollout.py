@@ -17,25 +17,38 @@ Float32 = NDArray[np.float32]
 
 
 class Policy(Protocol):
-    """What collecting and evaluating need of an agent; all arrays are numpy's."""
+    """What collecting and evaluating need of an agent; all arrays are numpy's.
 
-    def act(self, obs: Float32, noise: Float32 | None) -> NDArray[Any]:
+    For images read ``[N, H, W, C]`` or ``[N, C, H, W]`` of bytes where it says ``[N, D]``.
+    """
+
+    #: Whether `act_and_keep` is to be taken: acting has computed what values and log-probabilities need.
+    keeps: bool
+
+    def act(self, obs: NDArray[Any], noise: Float32 | None) -> NDArray[Any]:
         """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode."""
 
-    def values(self, obs: Float32) -> Float32:
+    def act_and_keep(self, obs: NDArray[Any], noise: Float32) -> tuple[NDArray[Any], Any]:
+        """Actions for observations ``[N, D]``, and what `rate_kept` takes of them."""
+
+    def rate_kept(self, kept: list[Any], action: NDArray[Any]) -> tuple[Float32, Float32]:
+        """Log-probabilities and values ``[T * N]`` of what T times `act_and_keep` gave, with its actions."""
+
+    def values(self, obs: NDArray[Any]) -> Float32:
         """Values ``[B]`` of observations ``[B, D]``."""
 
-    def log_probs(self, obs: Float32, action: NDArray[Any]) -> Float32:
+    def log_probs(self, obs: NDArray[Any], action: NDArray[Any]) -> Float32:
         """Log-probabilities ``[B]`` of actions."""
 
 
 class Samples(NamedTuple):
     """What the update learns from: a rollout with time and environments in one axis, each ``[B, ...]``.
 
-    All are contiguous, actions are integers or single precision, everything else single precision.
+    All are contiguous, actions are integers or single precision, images bytes, everything else single
+    precision.
     """
 
-    obs: Float32
+    obs: NDArray[Any]
     action: NDArray[Any]
     old_log_prob: Float32
     old_value: Float32
@@ -48,7 +61,8 @@ class Rollout:
     """T steps of N environments.
 
     Attributes:
-        obs: ``[T, N, D]`` normalised, as the networks saw them.
+        obs: ``[T, N, D]`` normalised, as the networks saw them; ``[T, N, H, W, C]`` bytes or the like for
+            images.
         action: ``[T, N]`` integers or ``[T, N, A]`` reals, as sampled.
         log_prob: ``[T, N]`` of the actions when they were taken.
         value: ``[T, N]`` of ``obs``.
@@ -58,7 +72,7 @@ class Rollout:
         final_value: ``[T, N]`` value of the last observation of an episode that was cut; else 0.
     """
 
-    obs: Float32
+    obs: NDArray[Any]
     action: NDArray[Any]
     log_prob: Float32
     value: Float32
@@ -116,18 +130,18 @@ def collect(
     policy: Policy,
     envs: VectorEnv,
     info: EnvInfo,
-    obs: Float32,
+    obs: NDArray[Any],
     n_steps: int,
     normalizer: ObservationNormalizer,
     scaler: RewardScaler,
     stream: np.random.Generator,
     episodes: Episodes,
     tick: Callable[[], None] = lambda: None,
-) -> tuple[Rollout, Float32]:
+) -> tuple[Rollout, NDArray[Any]]:
     """Run the policy for ``n_steps`` in each environment.
 
     Values and log-probabilities are computed at the end, for all samples in one batch: the policy
-    does not change during a rollout.
+    does not change during a rollout. A policy whose values come with its actions keeps them instead.
 
     Args:
         policy: acts, values and rates.
@@ -146,18 +160,24 @@ def collect(
     """
     n = len(obs)
     shape = (n_steps, n)
-    all_obs = np.empty((*shape, info.obs_dim), np.float32)
+    all_obs = np.empty((*shape, *info.obs_shape), np.uint8 if info.images else np.float32)
     noise = sampling_noise(stream, (*shape, info.action_dim), continuous=info.continuous)
     action = np.empty((*shape, info.action_dim) if info.continuous else shape, _dtype(info))
     raw_reward, reward = np.empty(shape), np.empty(shape)
     terminated, truncated = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
     done = np.zeros(shape, np.bool_)
     cut_at: list[tuple[int, int]] = []
-    cut_obs: list[Float32] = []
+    cut_obs: list[NDArray[Any]] = []
+    kept: list[Any] = []
     for t in range(n_steps):
         tick()
         all_obs[t] = obs
-        action[t] = chosen = policy.act(obs, noise[t])
+        if policy.keeps:
+            chosen, parts = policy.act_and_keep(obs, noise[t])
+            kept.append(parts)
+        else:
+            chosen = policy.act(obs, noise[t])
+        action[t] = chosen
         step = envs.step(chosen)
         if step.ended:
             terminated[t] = step.terminated
@@ -173,16 +193,20 @@ def collect(
                 cut_at.append((t, int(index)))
                 cut_obs.append(np.array(normalizer(step.final_obs[index])))  # the next step reuses it
     episodes.add(raw_reward, done)
-    flat_obs = all_obs.reshape(-1, info.obs_dim)
+    flat_obs = all_obs.reshape(-1, *info.obs_shape)
     flat_action = action.reshape(len(flat_obs), *action.shape[2:])
+    if policy.keeps:
+        log_prob, value = policy.rate_kept(kept, flat_action)
+    else:
+        log_prob, value = policy.log_probs(flat_obs, flat_action), policy.values(flat_obs)
     final_value = np.zeros(shape, np.float32)
     if cut_at:
         final_value[tuple(np.array(cut_at).T)] = policy.values(np.stack(cut_obs))
     rollout = Rollout(
         obs=all_obs,
         action=action,
-        log_prob=policy.log_probs(flat_obs, flat_action).reshape(shape),
-        value=policy.values(flat_obs).reshape(shape),
+        log_prob=log_prob.reshape(shape),
+        value=value.reshape(shape),
         reward=reward,
         terminated=terminated,
         truncated=truncated,

@@ -28,14 +28,14 @@ from ppo_hpo.components import (
 )
 from ppo_hpo.config import OTHER_SPELLINGS, TrialConfig, check_value, field_names
 from ppo_hpo.device import limited_threads, resolve_device
-from ppo_hpo.envs import EnvInfo, probe
+from ppo_hpo.envs import EnvInfo, probe, refuse_what_does_not_fit
 from ppo_hpo.errors import BadResume, CheckpointError, UserError
 from ppo_hpo.evaluate import Evaluation, Evaluator
 from ppo_hpo.events import Events, Metrics
 from ppo_hpo.gae import gae
 from ppo_hpo.guard import BadResumeGuard
 from ppo_hpo.learner import Learner
-from ppo_hpo.networks import MLPActorCritic
+from ppo_hpo.networks import MLPActorCritic, NatureCNN
 from ppo_hpo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.rollout import Rollout, Samples
 from ppo_hpo.train import Agent, Diverged, scheduled, train_epoch
@@ -249,7 +249,7 @@ class PPO:
             gamma: discount factor, unless ``ppo`` or the constructor has one.
             optimizer: `lr`, `eps`.
             lr_schedule: `name`, `final`.
-            model: `width`, `depth`, `activation`, `ortho_init`, `log_std_init`.
+            model: `width`, `depth`, `activation`, `features_dim`, `ortho_init`, `log_std_init`.
             uid: the trial's id, for the log, and to tell a fork from a mistake.
             ppo: PPO's own hyperparameters.
             normalize: `norm_obs`, `norm_reward`, `clip_obs`, `clip_reward`.
@@ -299,26 +299,15 @@ class PPO:
         self.config = config
         self._uid = uid
         self.info: EnvInfo = probe(config.env)
-        if isinstance(self._model, ActorCritic):
-            shape = config.model
-            module: nn.Module = MLPActorCritic(
-                self.info.obs_dim,
-                self.info.action_dim,
-                continuous=self.info.continuous,
-                width=shape.width,
-                depth=shape.depth,
-                activation=shape.activation,
-                ortho_init=shape.ortho_init,
-                log_std_init=shape.log_std_init,
-                seed=seeding.integer_seed(config.task.seed, "init"),
-            )
-        else:
-            module = self._model
-        learner = self._learner(module)
+        own = None if isinstance(self._model, ActorCritic) else self._model
+        refuse_what_does_not_fit(config, self.info, own_network=own is not None)
+        learner = self._learner(own or _network(config, self.info))
         rules = config.normalize
         self._agent = Agent(
             learner,
-            ObservationNormalizer(self.info.obs_dim, enabled=rules.norm_obs, clip=rules.clip_obs),
+            ObservationNormalizer(
+                0 if self.info.images else self.info.obs_dim, enabled=rules.norm_obs, clip=rules.clip_obs
+            ),
             RewardScaler(
                 config.env.n_envs, config.ppo.gamma, enabled=rules.norm_reward, clip=rules.clip_reward
             ),
@@ -713,9 +702,11 @@ class PPO:
             return f"PPO, not initialised yet: {self._model!r}, {self._components!r}"
         info, config = self.info, self.config
         count = sum(parameter.numel() for parameter in self.parameters())
+        sides = " x ".join(map(str, info.obs_shape))
+        observations = f"images of {sides}" if info.images else f"{info.obs_dim} observations"
         limit = f"at most {info.time_limit} steps" if info.time_limit else "no time limit"
         lines = [
-            f"environment  {info.id}: {info.obs_dim} observations, {info.action_dim} {info.kind} "
+            f"environment  {info.id}: {observations}, {info.action_dim} {info.kind} "
             f"actions, {limit}; {config.env.n_envs} side by side",
             f"network      {type(self.model).__name__}, {count:,} parameters, on {self.device}, "
             f"gradients by {self.agent.learner.engine}",
@@ -747,3 +738,30 @@ class PPO:
         if self._evaluator is not None:
             self._evaluator.close()
             self._evaluator = None
+
+
+def _network(config: TrialConfig, info: EnvInfo) -> nn.Module:
+    """The one place that decides which network is trained: images take the convolutional one."""
+    model = config.model
+    common: dict[str, Any] = {
+        "continuous": info.continuous,
+        "ortho_init": model.ortho_init,
+        "log_std_init": model.log_std_init,
+        "seed": seeding.integer_seed(config.task.seed, "init"),
+    }
+    if info.images:
+        return NatureCNN(
+            info.obs_shape,
+            info.action_dim,
+            channels_last=info.channels_last,
+            features_dim=model.features_dim,
+            **common,
+        )
+    return MLPActorCritic(
+        info.obs_dim,
+        info.action_dim,
+        width=model.width,
+        depth=model.depth,
+        activation=model.activation,
+        **common,
+    )

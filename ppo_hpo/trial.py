@@ -104,7 +104,7 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
         UserError: the environment cannot be made or is not supported, the directory cannot be
             written, or the device's name is none.
     """
-    from ppo_hpo.envs import probe
+    from ppo_hpo.envs import probe, refuse_what_does_not_fit
 
     if not _DEVICE.fullmatch(device):
         raise UserError(f"`device` must be auto, cpu, cuda or cuda:N, but got {device!r}.")
@@ -114,7 +114,9 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
         raise UserError(f"The directory {directory} cannot be made: {error.strerror}.") from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UserError(f"The directory {directory} cannot be written. Choose another one.")
-    return probe(config.env)
+    info = probe(config.env)
+    refuse_what_does_not_fit(config, info)
+    return info
 
 
 def default_directory(config: TrialConfig) -> Path:

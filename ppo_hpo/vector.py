@@ -110,7 +110,7 @@ def _async_pays(config: EnvConfig, info: EnvInfo, threads: int) -> bool:
 
 
 def _buffers(n: int, info: EnvInfo) -> Step:
-    obs = np.zeros((n, info.obs_dim), info.obs_dtype)
+    obs = np.zeros((n, *info.obs_shape), info.obs_dtype)
     no = np.zeros(n, np.bool_)
     return Step(obs, obs.copy(), np.zeros(n), no, no.copy())
 
@@ -203,7 +203,7 @@ class AsyncEnvs:
         )
         self._info = info
         self._n = config.n_envs
-        self._final_obs = np.zeros((config.n_envs, info.obs_dim), info.obs_dtype)
+        self._final_obs = np.zeros((config.n_envs, *info.obs_shape), info.obs_dtype)
 
     def reset(self, seeds: list[int]) -> NDArray[Any]:
         """Begin new episodes everywhere, one seed each; return the observations ``[N, D]``."""
@@ -405,10 +405,10 @@ class EnvPoolEnvs:
         """The same task, as far as spaces tell: gymnasium's version is the one that evaluates."""
         shape, actions = self._spaces[0].shape, self._spaces[1]
         size = int(np.prod(actions.shape)) if self._info.continuous else int(actions.n)
-        if shape != (self._info.obs_dim,) or size != self._info.action_dim:
+        if shape != self._info.obs_shape or size != self._info.action_dim:
             raise UserError(
                 f"EnvPool's `{self._config.id}` has observations of shape {shape} and {size} actions, but "
-                f"gymnasium's has ({self._info.obs_dim},) and {self._info.action_dim}. Choose auto."
+                f"gymnasium's has {self._info.obs_shape} and {self._info.action_dim}. Choose auto."
             )
 
 

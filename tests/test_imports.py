@@ -28,8 +28,8 @@ LAYERS = {
     "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "components"],
     "numbers": ["gae", "normalize", "losses", "networks", "adam"],
     "loop": [
-        "device", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train", "events",
-        "checkpoint", "belonging", "guard", "task",
+        "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
+        "events", "checkpoint", "belonging", "guard", "task",
     ],
     "trial": ["trial"],
     "Orion edge": ["client", "experiment", "lineage", "report"],
