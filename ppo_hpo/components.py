@@ -39,7 +39,10 @@ class _Component:
 
 
 class ActorCritic(_Component):
-    """The networks: ``width``, ``depth``, ``activation``, ``ortho_init``, ``log_std_init``; ``features_dim``."""
+    """The networks: ``width``, ``depth``, ``activation``, ``features_dim``, ``ortho_init``, ``log_std_init``.
+
+    ``features_dim`` is for images, the first three for vectors.
+    """
 
     group = "model"
 

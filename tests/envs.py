@@ -210,6 +210,131 @@ class Late(Walks):
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
 
 
+class Eyes(gymnasium.Env[Obs, int]):
+    """Images ``[36, 40, 2]``: reward 1 for the number of the corner that a bright square is in.
+
+    The square's channel and the noise around it say nothing, and no corner's images are brighter than
+    another's.
+
+    Args:
+        channels_first: show the same images as ``[2, 36, 40]``.
+    """
+
+    action_space = spaces.Discrete(4)
+
+    def __init__(self, channels_first: bool = False) -> None:
+        self._first = channels_first
+        shape = (2, 36, 40) if channels_first else (36, 40, 2)
+        self.observation_space = spaces.Box(0, 255, shape, np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Obs, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._look(), {}
+
+    def step(self, action: int) -> StepResult:
+        reward = float(action == self._corner)
+        return self._look(), reward, bool(self.np_random.random() < 0.1), False, {}
+
+    def _look(self) -> Obs:
+        self._corner = int(self.np_random.integers(4))
+        image = self.np_random.integers(0, 100, (36, 40, 2), dtype=np.uint8)
+        top, left = 24 * (self._corner // 2), 28 * (self._corner % 2)
+        image[top : top + 12, left : left + 12, int(self.np_random.integers(2))] = 250
+        return image.transpose(2, 0, 1) if self._first else image
+
+
+class Gray(EndlessReward):
+    """Images of bytes that are too small for convolutions, or of another range.
+
+    Args:
+        side: height and width.
+        high: what bytes go up to.
+    """
+
+    def __init__(self, side: int = 35, high: int = 255) -> None:
+        self.observation_space = spaces.Box(0, high, (side, side, 1), np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Obs, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(self.observation_space.shape, np.uint8), {}
+
+
+class Console:
+    """What `Atari` asks of an Arcade Learning Environment, with a script that can be followed by hand.
+
+    The screen is 84 x 84, so that it is not resized. Pixel (0, 0) shows the number of the game's frame; a
+    sprite of brightness 200 stands at (1, 0) in even frames and at (1, 1) in odd ones.
+
+    Attributes:
+        frame: of the game.
+        games: begun so far.
+        pressed: names of all actions, one for each frame.
+    """
+
+    def __init__(self, lose_at: list[int], over_at: int, cut_at: int, pays: dict[int, float]) -> None:
+        self._lose_at, self._over_at, self._cut_at, self._pays = lose_at, over_at, cut_at, pays
+        self.pressed: list[str] = []
+        self.games = self.frame = 0
+
+    def begin(self) -> None:
+        self.games += 1
+        self.frame = 0
+
+    def act(self, action: Any) -> float:
+        assert not self.game_over(), "a frame after the game's end"
+        self.frame += 1
+        self.pressed.append(action.name)
+        return self._pays.get(self.frame, 0.0)
+
+    def lives(self) -> int:
+        if self.frame >= self._over_at:
+            return 0
+        return 1 + len(self._lose_at) - sum(self.frame >= at for at in self._lose_at)
+
+    def game_over(self, with_truncation: bool = True) -> bool:
+        return self.frame >= self._over_at or (with_truncation and self.game_truncated())
+
+    def game_truncated(self) -> bool:
+        return self.frame >= self._cut_at
+
+    def getScreenDims(self) -> tuple[int, int]:  # noqa: N802 - the names of ALE
+        return 84, 84
+
+    def getScreenGrayscale(self, screen: Obs) -> None:  # noqa: N802
+        screen[:] = 0
+        screen[0, 0] = self.frame
+        screen[1, self.frame % 2] = 200
+
+
+class Arcade(gymnasium.Env[Obs, int]):
+    """A game on a `Console`; its arguments are the script."""
+
+    action_space = spaces.Discrete(3)
+    observation_space = spaces.Box(0, 255, (128,), np.uint8)
+
+    def __init__(
+        self,
+        frameskip: int = 4,
+        obs_type: str = "rgb",
+        fire: bool = True,
+        lose_at: tuple[int, ...] = (),
+        over_at: int = 10**6,
+        max_num_frames_per_episode: int = 10**6,
+        pays: dict[int, float] | None = None,
+    ) -> None:
+        assert (frameskip, obs_type) == (1, "ram")
+        self.ale = Console(list(lose_at), over_at, max_num_frames_per_episode, pays or {})
+        self._meanings = ["NOOP", "FIRE", "UP"] if fire else ["NOOP", "UP", "DOWN"]
+
+    def get_action_meanings(self) -> list[str]:
+        return self._meanings
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Obs, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.ale.begin()
+        return np.zeros(128, np.uint8), {}
+
+
 gymnasium.register("EndlessReward-v0", EndlessReward, max_episode_steps=5)
 gymnasium.register("Target-v0", Target, max_episode_steps=10)
 gymnasium.register("RandomWalk-v0", RandomWalk, max_episode_steps=10)
@@ -220,6 +345,9 @@ gymnasium.register("Swallows-v0", Swallows, max_episode_steps=5)
 gymnasium.register("Short-v0", Short, max_episode_steps=5)
 gymnasium.register("Image-v0", Image)
 gymnasium.register("Switches-v0", Switches)
+gymnasium.register("Eyes-v0", Eyes, max_episode_steps=12)
+gymnasium.register("Gray-v0", Gray)
+gymnasium.register("Arcade-v0", Arcade)
 gymnasium.register("Sleeps-v0", Sleeps, max_episode_steps=5)
 gymnasium.register("Walks-v0", RandomWalk, vector_entry_point=Walks)
 gymnasium.register("Late-v0", RandomWalk, vector_entry_point=Late)

@@ -49,6 +49,7 @@ def test_time_limit_may_be_replaced_or_missing() -> None:
     ("env_id", "message"),
     [
         ("tests.envs:Image-v0", r"has the observation space Box\(-inf, inf, \(4, 4\), float32\)"),
+        ("tests.envs:Gray-v0", r"images of shape \(35, 35, 1\), but their height and width must be 36"),
         ("tests.envs:Switches-v0", r"has the action space MultiBinary\(3\)\. Supported are"),
         ("tests.envs:Nothing-v0", r"cannot be made.*Nothing"),
         ("no_such_module_of_ours:Any-v0", r"needs the module 'no_such_module_of_ours'"),
@@ -87,7 +88,7 @@ def test_continuous_actions_are_clipped_for_the_environment() -> None:
 
 def test_continuous_actions_get_shape_and_type_and_their_own_bounds() -> None:
     info = EnvInfo(
-        "", 1, np.dtype(np.float32), "continuous", 4, (2, 2), 0,
+        "", (1,), np.dtype(np.float32), "continuous", 4, (2, 2), 0,
         np.array([-1.0, -2.0, -np.inf, 0.0]), np.array([1.0, 2.0, np.inf, 0.5]), np.dtype(np.float64), None,
     )  # fmt: skip
     low, high = info.to_env(np.array([[-3.0] * 4, [3.0] * 4], np.float32))

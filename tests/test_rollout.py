@@ -19,6 +19,8 @@ from ppo_hpo.vector import SyncEnvs
 class Known:
     """A policy with known answers: the value is 10 (first entry) + 1, and the action comes from the noise."""
 
+    keeps = False
+
     def __init__(self, info: EnvInfo, action: float | None = None) -> None:
         self._info = info
         self._action = action
