@@ -224,6 +224,7 @@ def _other_value(group: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "ppo.target_kl": 0.05,
         "ppo.gamma": 0.5,
         "env.vectorization": "sync",
+        "env.wrapper": "atari",
     }
     if (name := f"{group}.{item.name}") in special:
         return special[name]
