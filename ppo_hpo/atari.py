@@ -1,4 +1,4 @@
-"""Games of the Arcade Learning Environment, treated as is usual since Mnih et al. 2015 (details 14 to 21).
+"""Games of the Arcade Learning Environment, treated as is usual since Mnih et al. 2015 (details 14 to 20).
 
 One wrapper does it all, and asks the console itself: gymnasium's `AtariPreprocessing` begins a new game where
 a life was lost, presses no button to start, leaves stacking and clipping to others, and takes a third longer

@@ -161,7 +161,7 @@ class EnvConfig(_Checked):
     wrapper: Literal["none", "atari"] = _word(
         "none",
         ("none", "atari"),
-        "atari: the usual treatment of games of the Arcade Learning Environment (details 14 to 22)",
+        "atari: the usual treatment of games of the Arcade Learning Environment (details 14 to 20)",
     )
 
 

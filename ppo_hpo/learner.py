@@ -74,6 +74,10 @@ class Learner:
             criterion: the critic's loss in the place of the mean squared error.
             engine: ``auto``, or ``autograd`` to take the general one where the fast one could be had.
         """
+        if device.type == "cuda":
+            # Left alone, cuDNN takes gradients of convolutions that add up in any order: a trial that goes
+            # on would not end where it would have ended.
+            torch.backends.cudnn.deterministic = True
         self.module = module.to(device)
         self.device = device
         self._ppo = ppo

@@ -79,7 +79,7 @@ class MLPActorCritic(nn.Module):
 
 
 class NatureCNN(nn.Module):
-    """One convolutional network that acts and judges (details 20 and 22; Mnih et al. 2015).
+    """One convolutional network that acts and judges (details 21 and 22; Mnih et al. 2015).
 
     Three convolutions (32 of 8x8 with stride 4, 64 of 4x4 with stride 2, 64 of 3x3) and a dense layer, each
     followed by max(x, 0), and a linear head each for policy and value. Parameters have the shapes and the
