@@ -271,8 +271,11 @@ class Console:
         pressed: names of all actions, one for each frame.
     """
 
-    def __init__(self, lose_at: list[int], over_at: int, cut_at: int, pays: dict[int, float]) -> None:
-        self._lose_at, self._over_at, self._cut_at, self._pays = lose_at, over_at, cut_at, pays
+    def __init__(
+        self, lose_at: list[int], none_at: int, over_at: int, cut_at: int, pays: dict[int, float]
+    ) -> None:
+        self._lose_at, self._none_at, self._over_at = lose_at, none_at, over_at
+        self._cut_at, self._pays = cut_at, pays
         self.pressed: list[str] = []
         self.games = self.frame = 0
 
@@ -287,7 +290,7 @@ class Console:
         return self._pays.get(self.frame, 0.0)
 
     def lives(self) -> int:
-        if self.frame >= self._over_at:
+        if self.frame >= min(self._none_at, self._over_at):
             return 0
         return 1 + len(self._lose_at) - sum(self.frame >= at for at in self._lose_at)
 
@@ -318,12 +321,13 @@ class Arcade(gymnasium.Env[Obs, int]):
         obs_type: str = "rgb",
         fire: bool = True,
         lose_at: tuple[int, ...] = (),
+        none_at: int = 10**6,
         over_at: int = 10**6,
         max_num_frames_per_episode: int = 10**6,
         pays: dict[int, float] | None = None,
     ) -> None:
         assert (frameskip, obs_type) == (1, "ram")
-        self.ale = Console(list(lose_at), over_at, max_num_frames_per_episode, pays or {})
+        self.ale = Console(list(lose_at), none_at, over_at, max_num_frames_per_episode, pays or {})
         self._meanings = ["NOOP", "FIRE", "UP"] if fire else ["NOOP", "UP", "DOWN"]
 
     def get_action_meanings(self) -> list[str]:

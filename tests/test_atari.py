@@ -15,6 +15,8 @@ from ppo_hpo import UserError
 from ppo_hpo.atari import Atari, Shrink
 from ppo_hpo.config import EnvConfig, TrialConfig
 from ppo_hpo.envs import make, probe
+from ppo_hpo.evaluate import Evaluator
+from ppo_hpo.normalize import ObservationNormalizer
 from ppo_hpo.space import fill, read_space
 from ppo_hpo.task import PPO
 from ppo_hpo.vector import AsyncEnvs, SyncEnvs
@@ -112,6 +114,12 @@ def test_rewards_are_signs_in_training_and_whole_when_judged() -> None:
         # What was paid before the first step, 100, belongs to the game that is judged.
         assert [env.step(0)[1] for _ in range(4)] == expected
 
+    for judged, expected in ((False, [0, 0]), (True, [300, 0])):
+        env = arcade(judged=judged, pays={1: 100.0, first: 200.0})
+        for _ in range(2):  # what nobody fetched is not paid in the next game
+            start(env)
+        assert [env.step(0)[1] for _ in range(2)] == expected
+
 
 def test_a_life_is_an_episode_in_training_and_the_game_goes_on() -> None:
     first = no_ops(SEED) + 8
@@ -152,6 +160,30 @@ def test_a_whole_game_is_judged_with_its_lives_begun_as_in_training() -> None:
     assert console(env).games == 1
 
 
+def test_no_life_left_is_not_the_end() -> None:
+    """Some games show 0 lives for a while before they are over: Stable-Baselines3 goes on then, too."""
+    first = no_ops(SEED) + 8
+    env = arcade(none_at=first + 3, over_at=first + 7)
+    start(env)
+    assert [env.step(0)[2] for _ in range(2)] == [False, True]
+
+
+def test_evaluation_plays_whole_games_for_their_own_rewards() -> None:
+    first = no_ops(SEED) + 8
+    script = {"lose_at": [first + 3], "over_at": first + 30, "pays": {first + 1: 2.0, first + 29: 40.0}}
+    config = EnvConfig(id="tests.envs:Arcade-v0", wrapper="atari", kwargs=script)
+
+    class Still:
+        keeps = False
+
+        def act(self, obs: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+            return np.zeros(len(obs), np.int64)
+
+    evaluator = Evaluator(config, probe(config), [SEED], 1000)
+    found = evaluator(Still(), ObservationNormalizer(0, enabled=False, clip=10.0), None)
+    assert (found.returns, found.lengths) == ((42.0,), (5,))  # the first step takes 16 frames
+
+
 def test_a_game_that_ends_while_the_next_life_begins_is_followed_by_a_new_one() -> None:
     first = no_ops(SEED) + 8
     env = arcade(lose_at=(first + 3,), over_at=first + 6)
@@ -173,6 +205,12 @@ def test_time_limits_cut_and_do_not_terminate() -> None:
     assert [env.step(0)[2:4] for _ in range(2)] == [(False, False), (False, True)]
     env.reset()  # a new game, though a life was lost in the last step
     assert console(env).games == 2
+
+    # When judged, the life that would follow is not begun any more.
+    last = arcade(judged=True, lose_at=(first + 3,), max_episode_steps=1)
+    start(last)
+    assert last.step(0)[2:4] == (False, True)
+    assert console(last).frame == first + 4
 
     short = arcade(max_episode_steps=3)
     assert short.time_limit == 3
