@@ -121,10 +121,8 @@ class Atari(gymnasium.Wrapper[Frame, int, Any, int]):
         if not goes_on or self._ale.game_over():
             self._begin_game(seed)
         self._lives, self._life_lost = self._ale.lives(), False
-        if self._training:
-            self._reward = (
-                0.0  # no action of the agent's earned it; a game that is judged keeps its whole score
-            )
+        if self._training:  # no action of the agent's earned it; a game that is judged keeps its whole score
+            self._reward = 0.0
         return self._stack.copy(), {}
 
     def step(self, action: int) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
