@@ -157,7 +157,7 @@ class NatureCNN(nn.Module):
             images = images.permute(0, 3, 1, 2)
         # On the CPU convolutions and their gradients take a third of the time where channels lie together in
         # memory; torch then keeps them so in every layer.
-        pixels = images.to(torch.float32, memory_format=torch.channels_last) / 255.0
+        pixels = images.contiguous(memory_format=torch.channels_last) / 255.0
         return self.dense(self.convolutions(pixels))  # type: ignore[no-any-return]
 
 
