@@ -17,11 +17,11 @@ class PeerError(Exception):
     """A peer cannot be had here; the message says why."""
 
 
-def python_of(name: str) -> Path:
+def python_of(name: str, *, constrained: bool = True) -> Path:
     """The interpreter of a peer's environment, which holds what ``<name>.txt`` pins.
 
     Packages of ``<name>.alone.txt`` are installed without what they declare to need. What a peer shares with
-    us has the version of constraints.txt.
+    us has the version of constraints.txt, unless that is not ``constrained``.
 
     Raises:
         PeerError: it does not install.
@@ -38,7 +38,8 @@ def python_of(name: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     _run([sys.executable, "-m", "venv", str(folder)])
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, "--constraint", str(CONSTRAINTS), "--requirement", str(listed[0])])
+    constraint = ["--constraint", str(CONSTRAINTS)] if constrained else []
+    _run([*pip, *constraint, "--requirement", str(listed[0])])
     for path in listed[1:]:
         _run([*pip, "--no-deps", "--ignore-requires-python", "--requirement", str(path)])
     marker.write_text(stamp)

@@ -1,0 +1,273 @@
+"""What Orion costs around a trial that trains nothing, by the number of trials that it stores.
+
+    python benchmarks/orion_cost.py               # as committed; about ten minutes
+    python benchmarks/orion_cost.py --stored 10   # a quick look; writes nothing
+
+An experiment with nine dimensions (and epochs as fidelity for ASHA) in a PickledDB, filled with so many
+completed trials; then a few more, one worker, each of which reports at once.
+
+- Python: `suggest` and `observe` of `ExperimentClient`. "Database" is the time inside PickledDB's operations,
+  "copies" that inside `copy.deepcopy` (of the algorithm's state), "suggestion" that inside the algorithm's
+  own `suggest` and `observe` without copies, and the rest is Orion's bookkeeping.
+- `orion hunt`: wall seconds of a hunt of ten trials less those of one of two, for each trial more. "Script"
+  is a Python script that imports nothing but `json`; "plain" is `ppo-hpo run` on a trial of 16 steps, "warm" the
+  same with `--warm`: the difference from the script is what imports and the start of a trial cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BIN = Path(sys.executable).parent
+STORED = (10, 100, 500, 2000)
+ALGORITHMS = ("random", "tpe", "asha")
+# A trial that takes one rollout and one episode of evaluation.
+SPACE = """env: {id: CartPole-v1, n_envs: 1}
+task: {epochs: 1, max_epochs: 1, steps_per_epoch: 16, eval_episodes: 1}
+model: {width: 8, depth: 1}
+optimizer: {lr: 'orion~uniform(1e-3, 0.1)', eps: 'orion~uniform(1e-3, 0.1)'}
+ppo:
+  n_steps: 16
+  batch_size: 16
+  n_epochs: 1
+  gamma: orion~uniform(1e-3, 0.1)
+  gae_lambda: orion~uniform(1e-3, 0.1)
+  clip_range: orion~uniform(1e-3, 0.1)
+  ent_coef: orion~uniform(1e-3, 0.1)
+  vf_coef: orion~uniform(1e-3, 0.1)
+  max_grad_norm: orion~uniform(1e-3, 0.1)
+  target_kl: orion~uniform(1e-3, 0.1)
+"""
+SCRIPT = """import json, os
+with open(os.environ["ORION_RESULTS_PATH"], "w") as file:
+    json.dump([{"name": "objective", "type": "objective", "value": 1.0}], file)
+"""
+
+
+def fill(database: Path, algorithm: str, stored: int) -> None:
+    """An experiment with so many completed trials: made in memory, pickled, and so a PickledDB."""
+    from orion.client import build_experiment
+    from orion.core.utils import format_trials
+    from orion.core.worker.trial import Trial
+    from orion.storage.base import setup_storage
+
+    names = [f"/x{index}" for index in range(9)]
+    space = dict.fromkeys(names, "uniform(0, 1)")
+    if algorithm == "asha":
+        space["/epochs"] = "fidelity(1, 16, base=4)"
+    storage = setup_storage({"type": "legacy", "database": {"type": "ephemeraldb", "host": ""}})
+    client = build_experiment(
+        "cost", space=space, algorithm={algorithm: {"seed": 1}}, storage=storage,
+        max_trials=10**6, max_broken=10**6, working_dir=str(database.parent),
+    )  # fmt: skip
+    stream = np.random.default_rng(0)
+    for _ in range(stored):
+        params: dict[str, Any] = {
+            name: float(value) for name, value in zip(names, stream.random(9), strict=True)
+        }
+        if algorithm == "asha":
+            params["/epochs"] = 1
+        trial = format_trials.dict_to_trial(params, client.space)
+        trial.experiment, trial.status = client.id, "completed"
+        trial.submit_time = trial.start_time = trial.end_time = datetime.now(UTC).replace(tzinfo=None)
+        trial.results = [Trial.Result(name="objective", type="objective", value=float(stream.random()))]
+        storage.register_trial(trial)
+    with open(database, "wb") as file:
+        pickle.dump(storage._db, file)
+
+
+class Clock:
+    """Seconds inside some functions, each counted once however they call one another."""
+
+    def __init__(self) -> None:
+        self.seconds = {"database": 0.0, "copies": 0.0, "suggestion": 0.0}
+        self._inside: list[str] = []
+
+    def wrap(self, owner: Any, name: str, kind: str) -> None:
+        plain: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            with self._count(kind):
+                return plain(*args, **options)
+
+        setattr(owner, name, timed)
+
+    @contextlib.contextmanager
+    def _count(self, kind: str) -> Iterator[None]:
+        started = time.perf_counter()
+        self._inside.append(kind)
+        try:
+            yield
+        finally:
+            self._inside.pop()
+            spent = time.perf_counter() - started
+            if kind not in self._inside:
+                self.seconds[kind] += spent
+                if self._inside:  # what is inside another kind is not counted there
+                    self.seconds[self._inside[-1]] -= spent
+
+
+def python(algorithm: str, stored: int, trials: int) -> dict[str, float]:
+    """Seconds per trial of `suggest` and `observe`; run in a process of its own."""
+    clock = Clock()
+    clock.wrap(copy, "deepcopy", "copies")  # before Orion is imported
+    from orion.algo.base import BaseAlgorithm
+    from orion.client import build_experiment
+    from orion.core.io.database.pickleddb import PickledDB
+
+    for name in ("read", "write", "read_and_write", "count", "remove", "ensure_index", "index_information"):
+        clock.wrap(PickledDB, name, "database")
+    with tempfile.TemporaryDirectory() as folder:
+        database = Path(folder) / "orion.pkl"
+        fill(database, algorithm, stored)
+        storage = {"type": "legacy", "database": {"type": "pickleddb", "host": str(database)}}
+        client = build_experiment("cost", storage=storage)
+        own = type(client.algorithm.unwrapped)
+        assert issubclass(own, BaseAlgorithm)
+        for name in ("suggest", "observe"):
+            clock.wrap(own, name, "suggestion")
+
+        def one() -> float:
+            started = time.perf_counter()
+            trial = client.suggest()
+            client.observe(trial, [{"name": "objective", "type": "objective", "value": 1.0}])
+            return time.perf_counter() - started
+
+        one()  # takes in all that is stored
+        for kind in clock.seconds:
+            clock.seconds[kind] = 0.0
+        whole = sum(one() for _ in range(trials))
+        client.close()
+    parts = {kind: seconds / trials for kind, seconds in clock.seconds.items()}
+    return {"whole": whole / trials, **parts, "rest": whole / trials - sum(parts.values())}
+
+
+def clone(database: Path, stored: int) -> None:
+    """Fill up a hunt's own experiment with completed trials like its first one."""
+    from orion.storage.base import setup_storage
+
+    storage = setup_storage({"type": "legacy", "database": {"type": "ephemeraldb", "host": ""}})
+    storage._db = pickle.loads(database.read_bytes())
+    (experiment,) = storage.fetch_experiments({})
+    trials = storage.fetch_trials(uid=experiment["_id"])
+    stream = np.random.default_rng(0)
+    for _ in range(stored - len(trials)):
+        trial = copy.deepcopy(trials[0])
+        for param in trial._params:
+            param.value = float(stream.uniform(1e-3, 0.1))
+        trial.id_override = None
+        storage.register_trial(trial)
+    database.write_bytes(pickle.dumps(storage._db))
+
+
+def hunt(kind: str, stored: int) -> float:
+    """Wall seconds for each further trial of `orion hunt` with random search."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        (directory / "script.py").write_text(SCRIPT)
+        (directory / "space.yaml").write_text(SPACE)
+        database = directory / "orion.pkl"
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("ORION_", "PYTHON"))}
+        environment = {**own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        configuration = {
+            "experiment": {"algorithm": {"random": {"seed": 1}}, "working_dir": f"{folder}/trials"},
+            "storage": {"type": "legacy", "database": {"type": "pickleddb", "host": str(database)}},
+            "worker": {"n_workers": 1, "executor": "singleexecutor"},
+        }
+        (directory / "orion.json").write_text(json.dumps(configuration))
+        command = {
+            "script": [sys.executable, "script.py"],
+            "plain": [str(BIN / "ppo-hpo"), "run", "--device", "cpu"],
+            "warm": [str(BIN / "ppo-hpo"), "run", "--warm", "--device", "cpu"],
+        }[kind]
+
+        def run(trials: int) -> float:
+            started = time.monotonic()
+            subprocess.run(
+                [str(BIN / "orion"), "hunt", "-n", "cost", "-c", "orion.json", "--worker-trials", str(trials),
+                 *command, "--config", "space.yaml"],
+                cwd=directory, env=environment, check=True, capture_output=True,
+            )  # fmt: skip
+            return time.monotonic() - started
+
+        run(1)
+        clone(database, stored)
+        few = run(2)
+        return (run(10) - few) / 8
+
+
+def in_a_process(function: str, *arguments: Any) -> Any:
+    """One measurement in a fresh process, which imports and patches for itself."""
+    command = [sys.executable, __file__, "--measure", json.dumps([function, *arguments])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]], hunts: list[dict[str, Any]]) -> str:
+    """Seconds per trial."""
+    lines = [
+        "| Python | stored trials | seconds per trial | copies | database | suggestion | rest |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        cells = [f"{row[part]:.2f}" for part in ("whole", "copies", "database", "suggestion", "rest")]
+        lines.append(f"| {row['algorithm']} | {row['stored']:,} | " + " | ".join(cells) + " |")
+    lines += ["", "| `orion hunt`, random | script | plain trial | warm trial |", "|---" * 4 + "|"]
+    for row in hunts:
+        cells = [f"{row[kind]:.2f}" for kind in ("script", "plain", "warm")]
+        lines.append(f"| {row['stored']:,} stored | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stored", type=int, nargs="+", default=list(STORED), metavar="N")
+    parser.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        warnings.simplefilter("ignore")
+        function, *given = json.loads(arguments.measure)
+        print(json.dumps({"python": python, "hunt": hunt}[function](*given)))
+        return 0
+    rows, hunts = [], []
+    for stored in arguments.stored:
+        for algorithm in arguments.algorithm:
+            found = in_a_process("python", algorithm, stored, 3 if stored >= 500 else 8)
+            rows.append({"algorithm": algorithm, "stored": stored, **found})
+            print(rows[-1], flush=True)
+        hunts.append(
+            {"stored": stored, **{k: in_a_process("hunt", k, stored) for k in ("script", "plain", "warm")}}
+        )
+        print(hunts[-1], flush=True)
+    print(table(rows, hunts))
+    if arguments.stored == list(STORED) and arguments.algorithm == list(ALGORITHMS):
+        RESULTS.mkdir(exist_ok=True)
+        content = {"machine": machine.describe(), "python": rows, "hunt": hunts}
+        (RESULTS / "orion_cost.json").write_text(json.dumps(content, indent=1) + "\n")
+        (RESULTS / "orion_cost.md").write_text(table(rows, hunts) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
