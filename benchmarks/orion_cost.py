@@ -10,8 +10,8 @@ completed trials; then a few more, one worker, each of which reports at once.
   "copies" that inside `copy.deepcopy` (of the algorithm's state), "suggestion" that inside the algorithm's
   own `suggest` and `observe` without copies, and the rest is Orion's bookkeeping.
 - `orion hunt`: wall seconds of a hunt of ten trials less those of one of two, for each trial more. "Script"
-  is a Python script that imports nothing but `json`; "plain" is `ppo-hpo run` on a trial of 16 steps, "warm" the
-  same with `--warm`: the difference from the script is what imports and the start of a trial cost.
+  is a Python script that imports nothing but `json`; "plain" is `ppo-hpo run` on a trial of 16 steps, "warm"
+  the same with `--warm`: the difference from the script is what imports and the start of a trial cost.
 """
 
 from __future__ import annotations

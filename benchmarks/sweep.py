@@ -7,8 +7,8 @@ Twelve trials of 49,152 steps each, two at a time, first by random search withou
 each one's own early stopping.
 
 - Ours: `orion hunt` with two workers on Orion's embedded PickledDB, the shipped space `classic-control`, 4
-  epochs of 12,288 steps, 10 evaluation episodes after each (and of the untrained policy); early stopping is
-  ASHA. With `--warm` trials, and without.
+  epochs of 12,288 steps, 10 evaluation episodes after each (and of the untrained policy). Early stopping is
+  ASHA's. With `--warm` trials, and without.
 - rl_zoo3: `python -m rl_zoo3.train --optimize --n-jobs 2 --num-threads 1`, its own space for PPO, one
   evaluation of 5 episodes at the end as by its default for so few steps; early stopping is its default sampler
   and pruner, with 4 evaluations in a trial, without which its pruner never acts.
@@ -54,7 +54,7 @@ TRIALS, WORKERS = 12, 2
 EPOCHS, STEPS = 4, 12288
 EPISODES, FIRST_SEED = 100, 2**31
 REPEATS = 3
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def _environment() -> dict[str, str]:

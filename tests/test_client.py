@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,39 @@ ppo:
   n_steps: 32
   n_epochs: 1
   n_minibatches: orion~choices([1, 2])
+"""
+
+
+# In a process of its own, because forked workers have all that this one has imported.
+SWEEP = """
+import os, sys
+from orion.client import build_experiment
+from ppo_hpo import get_space, objective
+
+space, folder, executor = sys.argv[1:]
+function = objective(space, console=False)
+
+
+def run(trial, **params):
+    new = "ppo_hpo.task" not in sys.modules
+    found = function(trial=trial, **params)
+    with open(folder + "/seen.txt", "a") as file:
+        file.write(f"{os.getpid()} {new}\\n")
+    return found
+
+
+database = {"type": "pickleddb", "host": folder + "/db.pkl"}
+client = build_experiment(
+    "warm",
+    space=get_space(space),
+    algorithm={"random": {"seed": 1}},
+    storage={"type": "legacy", "database": database},
+    working_dir=folder + "/trials",
+    max_trials=7,
+)
+assert "ppo_hpo.task" not in sys.modules
+with client.tmp_executor(executor, n_workers=2):
+    client.workon(run, trial_arg="trial", n_workers=2)
 """
 
 
@@ -123,6 +159,21 @@ def test_workon(tmp_path: Path, space: str, algorithm: str, executor: str, optio
         assert statistics(trial)["epochs"] == trial.params["task"]["epochs"]
         assert trial.objective.value == -statistics(trial)["return_mean"]
     assert_no_step_was_trained_twice(trials)
+
+
+@pytest.mark.parametrize("executor", ["joblib", "poolexecutor"])
+def test_workers_are_reused(tmp_path: Path, space: str, executor: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", SWEEP, space, str(tmp_path), executor]
+    subprocess.run(command, check=True, timeout=300)
+    seen = [line.split() for line in (tmp_path / "seen.txt").read_text().splitlines()]
+    workers = {worker for worker, _ in seen}
+    assert len(seen) >= 7
+    assert len(workers) <= 2
+    # Each worker imports what training needs in its first trial and in no other one.
+    assert sorted(worker for worker, new in seen if new == "True") == sorted(workers)
+    # The trials' own records name the same processes.
+    rows = [path.read_text().splitlines()[0] for path in tmp_path.glob("trials/*/timing.jsonl")]
+    assert {str(json.loads(row)["pid"]) for row in rows} == workers
 
 
 def test_fidelities_and_overrides_reach_the_trial(tmp_path: Path, space: str) -> None:
