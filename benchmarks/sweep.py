@@ -10,7 +10,7 @@ each one's own early stopping.
   epochs of 12,288 steps, 10 evaluation episodes after each (and of the untrained policy). Early stopping is
   ASHA's. With `--warm` trials, and without.
 - rl_zoo3: `python -m rl_zoo3.train --optimize --n-jobs 2 --num-threads 1`, its own space for PPO, one
-  evaluation of 5 episodes at the end as by its default for so few steps. Early stopping is that of its default
+  evaluation of 5 episodes at the end as by its default for so few steps. Early stopping is its default
   sampler and pruner, with 4 evaluations in a trial, without which its pruner never acts.
 
 Wall seconds are of the whole command, imports and database included (rl_zoo3's pictures are switched off).
