@@ -119,8 +119,12 @@ def arrays_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
 class Storage:
     """Checkpoints of one trial in one directory: the newest, and the one before it."""
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], write: Callable[[Path, bytes], None] | None = None
+    ) -> None:
+        """Checkpoints in ``directory``, written by ``write``, which is `write_atomically` or as good."""
         self.directory = Path(directory)
+        self._write = write or write_atomically
 
     def __repr__(self) -> str:
         return f"Storage({str(self.directory)!r})"
@@ -141,7 +145,7 @@ class Storage:
         path = self.directory / f"checkpoint-{checkpoint.epoch:06d}.safetensors"
         with writing(path):
             self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to_bytes(checkpoint))
+        self._write(path, to_bytes(checkpoint))
         older = [other for other in self.paths() if other.name < path.name]
         for other in older[1:]:
             other.unlink(missing_ok=True)
@@ -195,17 +199,22 @@ def read(path: Path) -> Checkpoint:
     return from_bytes(content, str(path))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, stage: Path | None = None) -> None:
     """Write a file so that at any instant the old content or the new one is there, whole.
 
     A temporary file beside it is flushed to disk and renamed, and the directory is flushed, so that
     the rename too survives a loss of power.
 
+    Args:
+        path: of the file.
+        content: all of it.
+        stage: directory of the temporary file, on the same file system; None is the file's own.
+
     Raises:
         UserError: the file cannot be written; what was there before still is.
     """
     with writing(path):
-        temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}.tmp"
+        temporary = (stage or path.parent) / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}.tmp"
         # Made inside the `try`: a signal that comes in between raises as soon as the file is there.
         try:
             # Not mkstemp, whose files only their owner reads: these are as open as the umask has others.

@@ -105,6 +105,8 @@ def _build_parser() -> argparse.ArgumentParser:
                      "ppo-hpo-runs/ENV-HASH)")  # fmt: skip
     run.add_argument("--warm", action="store_true", help="let a process of yours that has torch imported "
                      "run it, started where there is none (docs/warm.md)")  # fmt: skip
+    run.add_argument("--takeover", action="store_true",
+                     help="end a process that trains this trial, instead of waiting for it")  # fmt: skip
     run.set_defaults(command=_run, served=False)
 
     warm = commands.add_parser("warm", help="list or stop the processes that `run --warm` has started")
@@ -193,6 +195,7 @@ def run_trial(arguments: argparse.Namespace) -> int:
         siblings=orion.working_dir.parent if orion and arguments.dir is None else None,
         results_path=orion.results_path if orion else None,
         tick=_stop_if_asked,
+        takeover=arguments.takeover,
     )
     if not orion:
         print(_outcome_text(outcome))

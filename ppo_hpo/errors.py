@@ -30,3 +30,19 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}")
         self.signum = signum
+
+
+class LostLock(BaseException):
+    """Another process has the trial now: this one must not write its files any more.
+
+    Not an ``Exception``, for the same reason.
+
+    Attributes:
+        number: that this process had as the trial's writer.
+        reason: how it came to that.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"writer {number} lost the trial: {reason}")
+        self.number = number
+        self.reason = reason

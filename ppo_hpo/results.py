@@ -77,8 +77,13 @@ def entries(objective_value: float, extra: Mapping[str, float]) -> list[dict[str
     ]
 
 
+def to_bytes(results: Sequence[Mapping[str, Any]]) -> bytes:
+    """The result file."""
+    return (json.dumps(list(results), indent=1) + "\n").encode()
+
+
 def write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Write the result file in one piece."""
     from ppo_hpo.checkpoint import write_atomically
 
-    write_atomically(path, (json.dumps(list(results), indent=1) + "\n").encode())
+    write_atomically(path, to_bytes(results))

@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import results, yamlio
-from ppo_hpo.checkpoint import Storage, read, remove_leftovers, write_atomically, writing
+from ppo_hpo import lock, results, yamlio
+from ppo_hpo.checkpoint import Storage, read, remove_leftovers, writing
 from ppo_hpo.config import TrialConfig
-from ppo_hpo.errors import CheckpointError, UserError
+from ppo_hpo.errors import CheckpointError, LostLock, UserError
 
 if TYPE_CHECKING:
     from ppo_hpo.envs import EnvInfo
@@ -136,6 +136,7 @@ def run(
     console: bool = True,
     results_path: Path | None = None,
     tick: Callable[[], None] = lambda: None,
+    takeover: bool = False,
 ) -> Outcome:
     """Run one trial to its epochs, going on from whatever is there.
 
@@ -149,15 +150,52 @@ def run(
         console: whether to log to standard error, beside the trial's own ``log.txt``.
         results_path: where Orion wants its result file.
         tick: called before each environment step; what it raises stops the trial there.
+        takeover: end a process that has the trial, instead of waiting for it.
 
     Raises:
         UserError: bad input, or a file that cannot be written.
     """
     info = check(config, directory, device)
-    with _locked(directory), _logging_to(directory, uid, console) as log:
+    lost: LostLock | None = None
+    while True:
+        try:
+            with lock.hold(directory, takeover=takeover, lost=lost) as claim:
+                return _run(
+                    config, directory, info, claim, lost, device, uid, experiment, siblings, console,
+                    results_path, tick,
+                )  # fmt: skip
+        except LostLock as error:
+            # Not an end of the process: Orion would stop the hunt, or call broken a trial that lives.
+            lost, takeover = error, False
+            logging.getLogger("ppo_hpo").warning("%s; waiting for what it leaves", error)
+
+
+def _run(
+    config: TrialConfig,
+    directory: Path,
+    info: EnvInfo,
+    claim: lock.Claim,
+    lost: LostLock | None,
+    device: str,
+    uid: str | None,
+    experiment: str | None,
+    siblings: Path | None,
+    console: bool,
+    results_path: Path | None,
+    tick: Callable[[], None],
+) -> Outcome:
+    """`run` by the one writer."""
+
+    def tick_as_writer() -> None:
+        claim.tick()
+        tick()
+
+    with _logging_to(directory, uid, console) as log:
+        if lost is not None:
+            log.warning("%s; goes on from what is there", lost)
         remove_leftovers(directory)
         _warn_of_short_epochs(config, info, log)
-        storage = Storage(directory)
+        storage = Storage(directory, claim.write)
         if siblings is not None and not _has_usable(storage):
             _copy_from_sibling(config, storage, siblings, log)
 
@@ -165,25 +203,25 @@ def run(
         from ppo_hpo.task import PPO
 
         task = PPO.from_config(config, device, storage=storage, logger=log, uid=uid)
-        task.tick = tick
+        task.tick = tick_as_writer
         if siblings is not None and not task.lineage:
             _register(config, directory, siblings)
         start = task.epoch if task.resumed() else None
         _announce(task, config, start, experiment, log)
-        write_atomically(directory / "config.yaml", yamlio.dump(config.to_mapping()).encode())
-        _write_curve(directory, task)
-        task.events.subscribe("end_epoch", lambda task, epoch, row: _keep_records(directory, task))
+        claim.write(directory / "config.yaml", yamlio.dump(config.to_mapping()).encode())
+        _write_curve(directory, task, claim)
+        task.events.subscribe("end_epoch", lambda task, epoch, row: _keep_records(directory, task, claim))
         started = time.perf_counter()
         try:
             task.fit(config.task.epochs)
         finally:
             task.finish()
-        _write_curve(directory, task)
+        _write_curve(directory, task, claim)
         outcome = _outcome(task, config, directory, start, time.perf_counter() - started)
         # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
-        for path in (directory / "results.json", results_path):
-            if path is not None:
-                results.write(path, outcome.entries)
+        claim.write(directory / "results.json", results.to_bytes(outcome.entries))
+        if results_path is not None:
+            results.write(results_path, outcome.entries)
         log.info(
             "done: return %.1f +- %.1f after epoch %d; %s",
             -outcome.objective if task.diverged else outcome.statistics["return_mean"],
@@ -309,8 +347,8 @@ def _copy_from_sibling(config: TrialConfig, storage: Storage, siblings: Path, lo
 # ---------------------------------------------------------------------------- files
 
 
-def _keep_records(directory: Path, task: Any) -> None:
-    _write_curve(directory, task)
+def _keep_records(directory: Path, task: Any, claim: lock.Claim) -> None:
+    _write_curve(directory, task, claim)
     seconds = task.metrics.seconds[task.epoch]
     row = {
         "epoch": task.epoch,
@@ -326,29 +364,10 @@ def _keep_records(directory: Path, task: Any) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _write_curve(directory: Path, task: Any) -> None:
+def _write_curve(directory: Path, task: Any, claim: lock.Claim) -> None:
     """The learning curve, one JSON line for each epoch; the checkpoint has it too, and heals it."""
     lines = "".join(json.dumps(row) + "\n" for row in task.metrics.curve)
-    write_atomically(directory / "curve.jsonl", lines.encode())
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock: one writer for one state. A second one waits its turn."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(directory / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logging.getLogger("ppo_hpo").warning("%s is in use by another process: waiting", directory)
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"{directory / 'lock'} cannot be locked: {error.strerror}.") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    claim.write(directory / "curve.jsonl", lines.encode())
 
 
 class _LogFile(logging.FileHandler):

@@ -31,7 +31,7 @@ LAYERS = {
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
         "events", "checkpoint", "belonging", "guard", "task",
     ],
-    "trial": ["trial"],
+    "trial": ["lock", "trial"],
     "Orion edge": ["client", "experiment", "lineage", "report"],
     "command line": ["cli", "warm", "warmserver"],
 }  # fmt: skip
