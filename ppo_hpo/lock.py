@@ -3,17 +3,17 @@
 Two things lie in a trial's directory:
 
 - ``lock``, held by flock (`filelock`) while a process trains. The kernel drops it with its process.
-- ``writer/NNNNNN/``, the claim of the writer of that number. It holds ``record.json``, which says who that is,
-  and while it writes a directory ``stage-*``, in which every file of the trial is put together before it gets
-  its name. That directory's time is the writer's sign of life. Who is done removes it.
+- ``writer/NNNNNN/``, the claim of the writer of that number. It holds ``record.json``, which says who that
+  is, and while it writes a directory ``stage-*``, in which every file of the trial is put together before it
+  gets its name. That directory's time is the writer's sign of life. Who is done removes it.
 
-Claims are taken by renaming a whole directory to the next number. That succeeds for one of several processes,
-on any file system that renames atomically, so that nothing rests on flock alone: it may be missing on a shared
-file system, or hold on each machine for itself. The highest number is the writer.
+Claims are taken by renaming a whole directory to the next number. That succeeds for one of several
+processes, on any file system that renames atomically, so that nothing rests on flock alone: it may be
+missing on a shared file system, or hold on each machine for itself. The highest number is the writer.
 
-The fence: a new writer removes the claims below its own before it reads anything. Who lost its claim without
-knowing, because it was stopped or cut off, then finds nothing under the name that it wants to rename: it cannot
-replace a file of the trial, not even when it was stopped between the last look and the rename.
+The fence: a new writer removes the claims below its own before it reads anything. Who lost its claim
+without knowing, because it was stopped or cut off, then finds nothing under the name that it wants to
+rename: it cannot replace a file of the trial, not even when it was stopped just before the rename.
 """
 
 from __future__ import annotations
@@ -551,9 +551,9 @@ def _signal(holder: Holder, lock: Path, signals: tuple[signal.Signals, ...]) -> 
 def _has_open(pid: int, path: Path) -> bool:
     """Whether a process has a file open."""
     wanted = path.stat()
-    for entry in os.scandir(f"/proc/{pid}/fd"):
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
-            found = os.stat(entry.path)
+            found = os.stat(f"/proc/{pid}/fd/{descriptor}")
             if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
                 return True
     return False
