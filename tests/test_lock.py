@@ -510,7 +510,7 @@ def test_fifty_times_two_processes_on_one_trial(config: Path, tmp_path: Path) ->
     counts = json.loads(done.stdout)
     # It was a race: they were ended, stopped, and gave way to each other.
     assert counts["started"] >= 2 * ROUNDS
-    assert min(counts["ended"], counts["stopped"], counts["takeovers"]) >= ROUNDS // 2
+    assert min(counts["ended"], counts["stopped"], counts["takeovers"]) >= ROUNDS // 4
     assert counts["gave-way"] >= ROUNDS // 5
 
 
