@@ -413,7 +413,7 @@ def _wait(
         elif gone is None:
             free = quiet >= _QUIET and (have is not False or takeover is not None)
         else:
-            free = gone and (have is not False or quiet >= _SETTLE)
+            free = gone and (have is not False or (holder is not None and quiet >= _SETTLE))
         if free and (claim := _claim(directory, number + 1, bool(have))) is not None:
             return claim
         flock.release()
