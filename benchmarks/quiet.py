@@ -7,18 +7,17 @@ import time
 from pathlib import Path
 
 IDLE = 0.97
-PATIENCE = 30.0
 LOOK = 0.5
 
 
-def take_core(allowed: set[int]) -> None:
+def take_core(allowed: set[int], patience: float) -> None:
     """Bind this process, and so what it starts, to the idlest core, once one has been idle for a moment.
 
-    Waits for `PATIENCE` seconds at most; after them the idlest is taken as it is.
+    Waits for `patience` seconds at most; after them the idlest is taken as it is.
     """
     if not allowed or not Path("/proc/stat").exists():
         return
-    ends = time.monotonic() + PATIENCE
+    ends = time.monotonic() + patience
     while True:
         before = _ticks()
         time.sleep(LOOK)

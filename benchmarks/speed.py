@@ -7,9 +7,9 @@
 Ours and the peers (Stable-Baselines3, SBX, CleanRL) run in turn, A B C A B C ..., each in a process of its
 own on one core with one thread, with the same hyperparameters on the same environment and no evaluation. Two
 rollouts with their updates come before the clock starts, so that nobody's compilation is counted. Each waits
-until a core is idle, half a minute at most, and one that got less than 95 % of its core is taken again, twice
-at most; `share_of_core` in the results says what each got.
-Ratios are medians over the rounds of the ratio within a round; the rest are medians over the rounds.
+until a core is idle, half a minute at most (`--wait`), and one that got less than 95 % of its core is taken
+again, twice at most; `share_of_core` in the results says what each got. Ratios are medians over the rounds of
+the ratio within a round; the rest are medians over the rounds.
 
 Two floors are measured in the same rounds: stepping the environments with actions drawn before, in the same
 vector environment as ours, and the matrix products of the updates and of acting alone, in numpy. "Floor" in
@@ -86,15 +86,15 @@ def interpreters() -> tuple[dict[str, Path], dict[str, str]]:
     return found, missing
 
 
-def measure(what: str, preset: Preset, pythons: dict[str, Path]) -> dict[str, Any]:
+def measure(what: str, preset: Preset, pythons: dict[str, Path], patience: float) -> dict[str, Any]:
     """The measurement that something else on the machine disturbed least, of at most `TRIES`.
 
     Raises:
         LeftOut: as `measure_once`.
     """
     best: dict[str, Any] = {}
-    for _ in range(TRIES):
-        quiet.take_core(CORES)
+    for _ in range(TRIES if patience else 1):
+        quiet.take_core(CORES, patience)
         found = measure_once(what, preset, pythons)
         found["share_of_core"] = found["cpu_seconds"] / found["seconds"]
         if not best or found["share_of_core"] > best["share_of_core"]:
@@ -125,7 +125,9 @@ def measure_once(what: str, preset: Preset, pythons: dict[str, Path]) -> dict[st
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(name: str, rounds: int, pythons: dict[str, Path], missing: dict[str, str]) -> Row:
+def compare(
+    name: str, rounds: int, pythons: dict[str, Path], missing: dict[str, str], patience: float
+) -> Row:
     """Measure everything on one preset, in turn."""
     preset = PRESETS[name]
     left_out = dict(missing)
@@ -138,7 +140,7 @@ def compare(name: str, rounds: int, pythons: dict[str, Path], missing: dict[str,
             if what in left_out or (what.endswith("_native") and not preset.native):
                 continue
             try:
-                found = measure(what, preset, pythons)
+                found = measure(what, preset, pythons, patience)
             except LeftOut as reason:
                 left_out[what] = str(reason)
                 seconds.pop(what, None)
@@ -283,6 +285,8 @@ def main() -> int:
     parser.add_argument("--preset", choices=PRESETS, nargs="+", default=list(PRESETS), metavar="NAME",
                         help=f"rows to measure (default: all of {', '.join(PRESETS)})")  # fmt: skip
     parser.add_argument("--rounds", "--pairs", type=int, default=ROUNDS, help="(default: %(default)s)")
+    parser.add_argument("--wait", type=float, default=30.0, help="seconds to wait for an idle core before "
+                        "each measurement; 0: take the machine as it is (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="where the files go (default: benchmarks/results for at "
                         f"least {ROUNDS} rounds, else nowhere)")  # fmt: skip
     arguments = parser.parse_args()
@@ -292,7 +296,7 @@ def main() -> int:
     about = {"date": date, "commit": machine.commit(), "machine": machine.describe()}
     rows: dict[str, Row] = {}
     for name in arguments.preset:
-        rows[name] = about | compare(name, arguments.rounds, pythons, missing)
+        rows[name] = about | compare(name, arguments.rounds, pythons, missing, arguments.wait)
         if out is not None:
             write(out, {name: rows[name]})
     print("\n" + table(rows))
