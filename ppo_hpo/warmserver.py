@@ -33,7 +33,8 @@ _PR_SET_PDEATHSIG = 1
 # What a trial imports; a test asks a trial's process what it had to import itself.
 _IMPORTS = (
     "ppo_hpo.atari", "ppo_hpo.space", "ppo_hpo.trial", "ppo_hpo.task",
-    "filelock", "gymnasium.envs.classic_control", "gymnasium.vector", "gymnasium.wrappers", "multiprocessing.sharedctypes", "numpy.ma", "numpy.random",
+    "filelock", "gymnasium.envs.classic_control", "gymnasium.vector",
+    "gymnasium.wrappers", "multiprocessing.sharedctypes", "numpy.ma", "numpy.random",
     "safetensors.numpy", "threadpoolctl",
 )  # fmt: skip
 _libc = ctypes.CDLL(None, use_errno=True)
