@@ -1,23 +1,27 @@
 """How many trials an hour, and how good the best one: ours beside rl_zoo3, on the same machine.
 
     python benchmarks/sweep.py                                   # everything, as committed; an hour
-    python benchmarks/sweep.py --env CartPole-v1 --mode random   # renews one row of the results
+    python benchmarks/sweep.py --env CartPole-v1 --mode random   # renews one part of the results
+    python benchmarks/sweep.py --contender ours ours_warm        # renews these and keeps rl_zoo3's
 
 Twelve trials of 49,152 steps each, two at a time, first by random search without early stopping, then with
 each one's own early stopping.
 
 - Ours: `orion hunt` with two workers on Orion's embedded PickledDB, the shipped space `classic-control`, 4
   epochs of 12,288 steps, 10 evaluation episodes after each (and of the untrained policy). Early stopping is
-  ASHA's. With `--warm` trials, and without.
+  ASHA's. A command for each trial, the same with `--warm` (a server starts with each sweep and ends with it),
+  and from Python, by `workon` with two processes (Orion's pool executor).
 - rl_zoo3: `python -m rl_zoo3.train --optimize --n-jobs 2 --num-threads 1`, its own space for PPO, one
   evaluation of 5 episodes at the end as by its default for so few steps. Early stopping is its default
   sampler and pruner, with 4 evaluations in a trial, without which its pruner never acts.
 
 Wall seconds are of the whole command, imports and database included (rl_zoo3's pictures are switched off).
-Trials per hour count all trials, stopped early or not. The best trial by each one's own evaluation is judged
-by the same rule: its saved policy, most probable actions, 100 fresh episodes of gymnasium's environment with
-the same seeds. Ours runs three times (medians) with another seed of the search each time; rl_zoo3 once,
-because it takes ten minutes.
+CPU seconds are those of all its processes; what else the machine does changes them little, so the ratio is
+given by the clock and by CPU time, and "others" is what other processes took meanwhile. Trials per hour
+count all trials, stopped early or not. A trial's steps end at its last evaluation: rl_zoo3 also ends the
+rollout that it is in. The best trial by each one's own evaluation is judged by the same rule: its saved
+policy, most probable actions, 100 fresh episodes of gymnasium's environment with the same seeds. Ours runs
+three times (medians) with another seed of the search each time; rl_zoo3 once, because it takes ten minutes.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ import glob
 import json
 import os
 import re
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -55,19 +61,63 @@ EPOCHS, STEPS = 4, 12288
 EPISODES, FIRST_SEED = 100, 2**31
 REPEATS = 3
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, **ONE_THREAD, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+def _environment(servers: Path | None = None) -> dict[str, str]:
+    """Of what is measured: one thread, and where warm servers live."""
+    own = {**os.environ, **ONE_THREAD, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    return own if servers is None else {**own, "XDG_RUNTIME_DIR": str(servers)}
+
+
+def timed(command: list[str], directory: Path, environment: dict[str, str]) -> dict[str, float]:
+    """Wall and CPU seconds of a command and its children, and CPU seconds of all else meanwhile (Linux)."""
+    before, machine_before, started = _children_cpu(), _machine_cpu(), time.monotonic()
+    done = subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, check=False
+    )
+    seconds = time.monotonic() - started
+    if done.returncode:
+        raise SystemExit(f"{command} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    cpu = _children_cpu() - before
+    machine_cpu = _machine_cpu() - machine_before
+    if "--warm" in command:
+        cpu += _stop_servers(environment)
+    return {"seconds": seconds, "cpu_seconds": cpu, "others_cpu_seconds": max(machine_cpu - cpu, 0.0)}
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _machine_cpu() -> float:
+    """CPU seconds of all processes since the machine started."""
+    fields = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()
+    user, nice, system, _, _, irq, softirq = (int(field) for field in fields[1:8])
+    return (user + nice + system + irq + softirq) / TICKS
+
+
+def _stop_servers(environment: dict[str, str]) -> float:
+    """Stop the warm servers of this environment; CPU seconds that they and their trials took."""
+    command = [str(BIN / "ppo-hpo"), "warm"]
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    ticks = 0
+    for line in listed.splitlines():
+        pid = line.split()[1].rstrip(":")
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        ticks += sum(int(field) for field in fields[11:15])
+    subprocess.run([*command, "--stop"], env=environment, capture_output=True, check=True)
+    return ticks / TICKS
 
 
 # ------------------------------------------------------------------------------ ours
 
 
-def ours(env: str, mode: str, seed: int, *, warm: bool) -> dict[str, Any]:
-    """One sweep by `orion hunt`."""
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder)
+def ours(env: str, mode: str, seed: int, way: str) -> dict[str, Any]:
+    """One sweep, `way` being ``ours`` or ``ours_warm`` (both `orion hunt`) or ``ours_python``."""
+    directory = Path(tempfile.mkdtemp())
+    try:
         text = space_path("classic-control").read_text(encoding="utf-8")
         epochs = f"orion~fidelity(1, {EPOCHS}, base=2)" if mode != "random" else str(EPOCHS)
         for key, value in (
@@ -97,23 +147,48 @@ def ours(env: str, mode: str, seed: int, *, warm: bool) -> dict[str, Any]:
             },
         }
         (directory / "orion.yaml").write_text(yamlio.dump(configuration))
-        command = [BIN / "orion", "hunt", "-n", "sweep", "-c", "orion.yaml", "ppo-hpo", "run"]
-        command += [*(["--warm"] if warm else []), "--config", "space.yaml", "--device", "cpu"]
-        started = time.monotonic()
-        subprocess.run(command, cwd=directory, env=_environment(), check=True, capture_output=True)
-        seconds = time.monotonic() - started
+        if way == "ours_python":
+            command = [sys.executable, __file__, "--inside", str(directory)]
+        else:
+            command = [str(BIN / "orion"), "hunt", "-n", "sweep", "-c", "orion.yaml", "ppo-hpo", "run"]
+            command += [
+                *(["--warm"] if way == "ours_warm" else []),
+                "--config",
+                "space.yaml",
+                "--device",
+                "cpu",
+            ]
+        used = timed(command, directory, _environment(directory))
         trials = open_experiment("sweep", str(directory / "orion.yaml")).fetch_trials_by_status("completed")
         best = min(trials, key=lambda trial: trial.objective.value)
         config = TrialConfig.from_mapping(yamlio.load(Path(best.working_dir) / "config.yaml"))
         task = PPO.from_config(config, "cpu", storage=best.working_dir, uid=best.id)
         return {
-            "seconds": seconds,
+            **used,
             "trials": len(trials),
             "steps": sum(statistics_of(trial)["env_steps_here"] for trial in trials),
+            # Of `fit`: rollouts, updates, evaluations and checkpoints; two trials at a time.
             "training_seconds": sum(statistics_of(trial)["wall_seconds"] for trial in trials),
             "return": judge(task, env),
             "claimed": -best.objective.value,
         }
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def inside(directory: Path) -> None:
+    """The sweep of a folder from Python."""
+    from orion.client import build_experiment
+
+    from ppo_hpo import get_space, objective
+
+    configuration = yamlio.load(directory / "orion.yaml")
+    space = str(directory / "space.yaml")
+    client = build_experiment(
+        "sweep", space=get_space(space), storage=configuration["storage"], **configuration["experiment"]
+    )
+    with client.tmp_executor("poolexecutor", n_workers=WORKERS):
+        client.workon(objective(space, device="cpu"), trial_arg="trial", n_workers=WORKERS)
 
 
 def judge(task: PPO, env_id: str) -> float:
@@ -151,13 +226,7 @@ def zoo(env: str, mode: str) -> dict[str, Any]:
             command += ["--sampler", "random", "--pruner", "none"]
         else:
             command += ["--n-evaluations", str(EPOCHS)]
-        started = time.monotonic()
-        done = subprocess.run(
-            command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False
-        )
-        seconds = time.monotonic() - started
-        if done.returncode:
-            raise SystemExit(f"rl_zoo3 ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+        used = timed(command, Path(folder), _environment())
         (report,) = glob.glob(f"{folder}/logs/ppo/report_*.csv")
         arguments = [env, report, f"{folder}/models", str(EPISODES), str(FIRST_SEED)]
         judged = subprocess.run(
@@ -165,50 +234,59 @@ def zoo(env: str, mode: str) -> dict[str, Any]:
             capture_output=True, text=True, check=True, env=_environment(),
         )  # fmt: skip
         found = json.loads(judged.stdout.splitlines()[-1])
-    # Its random trials all train to the end; with a pruner it does not say how far each one came.
-    return {"seconds": seconds, "steps": TRIALS * steps if mode == "random" else None, **found}
+    return {**used, **found}
 
 
 # ------------------------------------------------------------------------------ both
 
 
-def compare(env: str, mode: str) -> dict[str, Any]:
-    """Both on one environment and in one mode."""
-    row: dict[str, Any] = {"machine": machine.describe()}
-    for name, warm in (("ours_warm", True), ("ours", False)):
-        runs = [ours(env, mode, seed, warm=warm) for seed in range(1, REPEATS + 1)]
-        row[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        row[name]["returns"] = [run["return"] for run in runs]
-        print(f"  {env}, {mode}, {name}: {row[name]}", flush=True)
-    row["rl_zoo3"] = zoo(env, mode)
-    print(f"  {env}, {mode}, rl_zoo3: {row['rl_zoo3']}", flush=True)
-    for contender in ("ours_warm", "ours", "rl_zoo3"):
-        found = row[contender]
+def compare(env: str, mode: str, contenders: list[str], stored: dict[str, Any]) -> dict[str, Any]:
+    """All on one environment and in one mode; who is not asked for keeps what is stored."""
+    row: dict[str, Any] = {**stored, "machine": machine.describe()}
+    for name in contenders:
+        if name == "rl_zoo3":
+            found = zoo(env, mode)
+        else:
+            runs = [ours(env, mode, seed, name) for seed in range(1, REPEATS + 1)]
+            found = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            found["runs"] = runs
         found["trials_per_hour"] = 3600.0 * found["trials"] / found["seconds"]
-        found["steps_per_second"] = found["steps"] / found["seconds"] if found["steps"] else None
-    row["ratio"] = row["ours_warm"]["trials_per_hour"] / row["rl_zoo3"]["trials_per_hour"]
-    row["ratio_plain"] = row["ours"]["trials_per_hour"] / row["rl_zoo3"]["trials_per_hour"]
+        found["trials_per_cpu_hour"] = 3600.0 * found["trials"] / found["cpu_seconds"]
+        found["steps_per_second"] = found["steps"] / found["seconds"]
+        row[name] = found
+        print(f"  {env}, {mode}, {name}: {found}", flush=True)
     return row
 
 
-LABELS = {"ours_warm": "ours, `--warm`", "ours": "ours", "rl_zoo3": "rl_zoo3"}
+LABELS = {
+    "ours_warm": "ours, `--warm`",
+    "ours_python": "ours, from Python",
+    "ours": "ours",
+    "rl_zoo3": "rl_zoo3",
+}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """One line for each contender."""
     lines = [
-        "| environment, search | | seconds | trials | trials/hour | times rl_zoo3 | steps/s "
-        "| best return, 100 episodes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| environment, search | | seconds | CPU seconds | others' | trials | trials/hour | times rl_zoo3 "
+        "| by CPU time | steps/s | best return, 100 episodes |",
+        "|---" * 11 + "|",
     ]
     for name, row in rows.items():
-        for contender, label in LABELS.items():
+        peer = row.get("rl_zoo3")
+        for contender in (known for known in LABELS if known in row):
             found = row[contender]
-            ratio = found["trials_per_hour"] / row["rl_zoo3"]["trials_per_hour"]
-            speed = f"{found['steps_per_second']:,.0f}" if found["steps_per_second"] else "not told"
+            ratios = "| | "
+            if peer:
+                ratio = found["trials_per_hour"] / peer["trials_per_hour"]
+                by_cpu = found["trials_per_cpu_hour"] / peer["trials_per_cpu_hour"]
+                ratios = f"| {ratio:.1f} | {by_cpu:.1f} "
             lines.append(
-                f"| {name} | {label} | {found['seconds']:.0f} | {found['trials']:.0f} "
-                f"| {found['trials_per_hour']:,.0f} | {ratio:.1f} | {speed} | {found['return']:.1f} |"
+                f"| {name} | {LABELS[contender]} | {found['seconds']:.0f} | {found['cpu_seconds']:.0f} "
+                f"| {found['others_cpu_seconds']:.0f} | {found['trials']:.0f} "
+                f"| {found['trials_per_hour']:,.0f} "
+                f"{ratios}| {found['steps_per_second']:,.0f} | {found['return']:.1f} |"
             )
     return "\n".join(lines)
 
@@ -217,12 +295,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--contender", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.inside:
+        inside(arguments.inside)
+        return 0
     path = RESULTS / "sweep.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     for env in arguments.env:
         for mode in arguments.mode:
-            stored[f"{env}, {mode}"] = compare(env, mode)
+            name = f"{env}, {mode}"
+            stored[name] = compare(env, mode, arguments.contender, stored.get(name, {}))
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps(stored, indent=1) + "\n")
             (RESULTS / "sweep.md").write_text(table(stored) + "\n")

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import torch
 from stable_baselines3 import PPO
 
@@ -38,11 +39,17 @@ def main() -> None:
             total += float(reward)
             done = terminated or truncated
         returns.append(total)
+    # A trial's steps end at its last evaluation: later ones could change nothing.
+    steps = sum(
+        int(np.load(Path(models) / f"trial_{row['number']}" / "evaluations.npz")["timesteps"][-1])
+        for row in rows
+    )
     states = [row.get("state", "") for row in rows]
     found = {
         "return": statistics.fmean(returns),
         "claimed": float(best["value"]),
         "trials": len(rows),
+        "steps": steps,
         "pruned": sum("PRUNED" in state for state in states),
     }
     print(json.dumps(found))
