@@ -130,10 +130,21 @@ class Storage:
         return f"Storage({str(self.directory)!r})"
 
     def paths(self) -> list[Path]:
-        """The checkpoints that are there, newest first."""
-        if not self.directory.is_dir():
+        """The checkpoints that are there, newest first.
+
+        Raises:
+            UserError: the directory cannot be read. That is not the same as an empty one, from which a
+                trial would start again.
+        """
+        try:
+            found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+        except OSError as error:
+            raise UserError(
+                f"{self.directory} cannot be read: {error.strerror}. Mend its permissions or its file "
+                f"system, and run the trial again."
+            ) from None
         return sorted(found, key=lambda path: path.name, reverse=True)
 
     def save(self, checkpoint: Checkpoint) -> Path:

@@ -387,6 +387,15 @@ def test_directory_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
     assert storage.save(some(1)).is_file()
 
 
+def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    # Not a mode: the superuser reads in spite of it.
+    loop = tmp_path / "trial"
+    loop.symlink_to(loop)
+    with pytest.raises(UserError, match=r"trial cannot be read: Too many levels of symbolic links\. Mend"):
+        Storage(loop).load()
+    assert Storage(tmp_path / "missing").paths() == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
 def test_directory_that_is_not_ours(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
