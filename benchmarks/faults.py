@@ -1,0 +1,640 @@
+"""Faults on purpose: does every trial of a sweep end where it would have ended undisturbed, to the bit?
+
+    python benchmarks/faults.py --seed 1    # Linux; four to six minutes on two cores
+
+Thirty trials of PPO on CartPole-v1 under ASHA (1, 3 and 9 epochs), by four workers, each an `orion hunt` of
+its own on one PickledDB, as on a cluster. Meanwhile an adversary with a seed does at random instants what
+`KINDS` says, and a supervisor does what docs/orion.md has its reader do: it starts workers that died again,
+puts broken trials back, and releases the algorithm's lock where its holder was killed. At the end nobody is
+disturbed any more, and what Orion proposed beyond the thirty is finished as well. Then
+
+- every trial that Orion has must be completed;
+- its objective, its curve's bytes and all arrays of its last checkpoint must equal those of one run of the
+  same `config.yaml` that nobody disturbed;
+- no life (the trials of one configuration, promotions included) may have begun more epochs twice than faults
+  hit it, as its logs tell: an epoch counts when it is begun;
+- no temporary file may be left.
+
+Exit code 1 otherwise. Root mounts a tmpfs for the trials and runs everything else without its
+right to override permissions (`setpriv` of util-linux), so that they bite; whoever is not root fills the
+disk by a limit on the size of files (`RLIMIT_FSIZE`) on every running trial instead. A heartbeat of 3
+seconds lets Orion take a trial from its worker after 15, dead or not. `max_broken` is high: faults from
+outside say nothing about the space. Appends to `results/faults.json` and writes `results/faults.md` from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BIN = Path(sys.executable).parent
+NAME, TRIALS, WORKERS = "faults", 30, 4
+HEARTBEAT = 3
+# Orion frees a trial after five of them; a process that is stopped for longer loses its trial.
+STOPPED = (5 * HEARTBEAT + 1.0, 5 * HEARTBEAT + 4.0)
+DISK_MB = 48
+PATIENCE = 600.0
+SPACE = """
+env: {id: CartPole-v1, n_envs: 8, max_episode_steps: 200}
+task: {epochs: 'orion~fidelity(1, 9, base=3)', max_epochs: 9, steps_per_epoch: 12288, eval_episodes: 8}
+optimizer: {lr: 'orion~loguniform(1e-4, 1e-2)'}
+normalize: {norm_obs: 'orion~choices([True, False])', norm_reward: 'orion~choices([True, False])'}
+model: {width: 'orion~choices([16, 32])'}
+ppo: {n_steps: 64, batch_size: 128, n_epochs: 'orion~choices([6, 8])', clip_range: 'orion~uniform(0.1, 0.3)'}
+"""
+#: What is done, how often in one sweep, and how many faults each is.
+KINDS = {
+    "trial: SIGKILL": 6,
+    "trial: SIGTERM": 2,
+    "worker: SIGKILL": 3,
+    "worker and trial: SIGKILL": 2,
+    "disk full": 2,
+    "checkpoint cut short, SIGKILL": 2,
+    "checkpoint with a flipped bit, SIGKILL": 2,
+    "curve cut short, SIGKILL": 1,
+    "directory unreadable": 2,
+    "trial: SIGSTOP past the heartbeat": 2,
+    "worker: SIGSTOP past the heartbeat": 1,
+}
+_LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) INFO (.*)$", re.M)
+_START = re.compile(r"(?:starts|continues)(?: of \S+)?: epoch (\d+) -> (\d+), ")
+
+
+@dataclass
+class Fault:
+    """One thing that the adversary did.
+
+    Attributes:
+        at: seconds since the sweep's start.
+        kind: one of `KINDS`.
+        faults: how many it counts for: a torn file and the kill that makes it matter are two.
+        trials: names of the directories of the trials it hit.
+        process: whom, where it was one.
+    """
+
+    at: float
+    kind: str
+    faults: int
+    trials: list[str]
+    process: int | None = None
+
+
+@dataclass
+class Running:
+    """A process that runs a trial."""
+
+    pid: int
+    parent: int
+    directory: Path
+
+
+@dataclass
+class Sweep:
+    """The sweep, its supervisor and its adversary, in one folder."""
+
+    folder: Path
+    seed: int
+    tmpfs: bool
+    count: int
+    interval: float
+    faults: list[Fault] = field(default_factory=list)
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    #: What is still to be undone, with when.
+    pending: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
+    max_trials: int = TRIALS
+
+    def __post_init__(self) -> None:
+        self.trials = self.folder / "trials"
+        self.trials.mkdir(exist_ok=True)
+        self.database = self.folder / "orion.pkl"
+        self.random = random.Random(self.seed)
+        self.started = time.monotonic()
+        self.full: Fault | None = None
+        self.lock_seen: tuple[Any, float] = (None, 0.0)
+        (self.folder / "space.yaml").write_text(SPACE)
+        (self.folder / "orion.yaml").write_text(
+            f"experiment:\n  algorithm: {{asha: {{seed: {self.seed}, num_rungs: 3, num_brackets: 1}}}}\n"
+            f"  working_dir: {self.trials}\n  max_broken: 1000\n"
+            f"storage: {{type: legacy, database: {{type: pickleddb, host: {self.database}}}}}\n"
+            f"worker: {{n_workers: 1, executor: singleexecutor, max_broken: 1000, heartbeat: {HEARTBEAT}}}\n"
+        )
+
+    # ------------------------------------------------------------------ the sweep
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        own = {k: v for k, v in os.environ.items() if not k.startswith("ORION_")}
+        environment = {
+            **own,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(self.folder),
+            "ORION_HEARTBEAT": str(HEARTBEAT),
+        }
+        command = [str(BIN / "orion"), "hunt", "-n", NAME, "-c", "orion.yaml"]
+        command += ["--exp-max-trials", str(self.max_trials)]
+        command += ["ppo-hpo", "run", "--config", "space.yaml", "--device", "cpu"]
+        with open(self.folder / "output.txt", "ab") as output:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def running(self) -> list[Running]:
+        """The processes that run trials now, orphans included."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                state = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            paths = [Path(os.fsdecode(a)) for a in arguments if a.endswith(b".conf")]
+            if paths and paths[0].parent.parent == self.trials and state[0] not in "ZX":
+                found.append(Running(int(entry.name), int(state[1]), paths[0].parent))
+        return sorted(found, key=lambda running: running.pid)
+
+    def client(self) -> Any:
+        from orion.client import get_experiment
+
+        storage = {"type": "legacy", "database": {"type": "pickleddb", "host": str(self.database)}}
+        return get_experiment(NAME, storage=storage, mode="w")
+
+    def supervise(self) -> None:
+        """What a cluster's supervisor and its user do."""
+        for index, worker in enumerate(self.workers):
+            if worker.poll() is None:
+                continue
+            if self.completed < self.max_trials:
+                self.counts["workers started again"] += 1
+                self.workers[index] = self.start_worker()
+        client = self.client()
+        trials = client.fetch_trials()
+        self.completed = sum(trial.status == "completed" for trial in trials)
+        self.proposed = len(trials)
+        for trial in trials:
+            if trial.status == "broken":
+                self.put_back(client, trial)
+        # Its time says when it was last taken or given back.
+        (lock,) = client.storage._db.read("algo", {"experiment": client.id})
+        if not lock["locked"] or lock["heartbeat"] != self.lock_seen[0]:
+            self.lock_seen = (lock["heartbeat"], time.monotonic())
+        elif time.monotonic() - self.lock_seen[1] > STOPPED[1] + 5:
+            # No worker needs that long, not even one that was stopped: its holder was killed.
+            client.storage.release_algorithm_lock(uid=client.id)
+            self.counts["algorithm locks released"] += 1
+
+    def put_back(self, client: Any, trial: Any) -> None:
+        from orion.storage.base import FailedUpdate
+
+        status = trial.status
+        try:
+            client.storage.set_trial_status(trial, "interrupted", was=status)
+            self.counts[f"{status} put back"] += 1
+        except FailedUpdate:
+            pass  # somebody was faster
+
+    def run(self) -> None:
+        """The sweep with its faults, until all that Orion proposed is done and nobody runs any more."""
+        self.completed = self.proposed = 0
+        first = self.start_worker()
+        self.workers = [first]
+        self.wait_for(lambda: bool(self.running()), "the first trial")
+        self.workers += [self.start_worker() for _ in range(WORKERS - 1)]
+        deck = [kind for kind, times in KINDS.items() for _ in range(times)]
+        self.random.shuffle(deck)
+        deck = deck[: self.count]
+        due = time.monotonic() + self.random.expovariate(1 / self.interval)
+        look = 0.0
+        while deck or self.pending or self.completed < self.max_trials:
+            now = time.monotonic()
+            if now - self.started > PATIENCE:
+                raise SystemExit(f"the sweep was not done after {PATIENCE:g} s; it lies in {self.folder}")
+            for item in [item for item in self.pending if item[0] <= now]:
+                self.pending.remove(item)
+                item[1]()
+            if self.full is not None:
+                here = {running.directory.name for running in self.running()}
+                self.full.trials = sorted(here | set(self.full.trials))
+            if self.completed >= self.max_trials:
+                deck = []
+            if deck and now >= due and self.strike(deck[0]):
+                deck.pop(0)
+                due = now + self.random.expovariate(1 / self.interval)
+            if now >= look:
+                self.supervise()
+                look = time.monotonic() + 1.0
+            time.sleep(0.05)
+        self.disturbed = time.monotonic() - self.started
+        self.finish()
+
+    def finish(self) -> None:
+        """Undisturbed: what Orion proposed beyond the thirty is finished too."""
+        self.wait_for(lambda: all(worker.poll() is not None for worker in self.workers), "the workers")
+        self.wait_for(lambda: not self.running(), "the orphans")
+        for _ in range(20):
+            client = self.client()
+            trials = client.fetch_trials()
+            left = [trial for trial in trials if trial.status != "completed"]
+            if not left:
+                return
+            for trial in left:
+                if trial.status in ("broken", "reserved"):
+                    self.put_back(client, trial)
+            if client.storage.get_algorithm_lock_info(uid=client.id).locked:
+                client.storage.release_algorithm_lock(uid=client.id)
+                self.counts["algorithm locks released"] += 1
+            self.max_trials = len(trials)
+            self.start_worker().wait()
+        raise SystemExit(f"trials are left over that no worker finishes; they lie in {self.folder}")
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        limit = time.monotonic() + 120
+        while not condition():
+            if time.monotonic() > limit:
+                raise SystemExit(f"waited in vain for {what}; all of it lies in {self.folder}")
+            time.sleep(0.1)
+
+    # -------------------------------------------------------------- the adversary
+
+    def strike(self, kind: str) -> bool:
+        """Do it; False where there is nobody to do it to now."""
+        running = self.running()
+        if not running:
+            return False
+        victim = self.random.choice(running)
+        fault = Fault(round(time.monotonic() - self.started, 2), kind, 1, [victim.directory.name], victim.pid)
+        workers = {worker.pid for worker in self.workers if worker.poll() is None}
+        try:
+            if kind == "trial: SIGKILL":
+                os.kill(victim.pid, signal.SIGKILL)
+            elif kind == "trial: SIGTERM":
+                os.kill(victim.pid, signal.SIGTERM)
+            elif kind.startswith("worker"):
+                if victim.parent not in workers:
+                    return False
+                fault.process = victim.parent
+                if kind == "worker: SIGSTOP past the heartbeat":
+                    self.stop(victim.parent)
+                else:
+                    os.kill(victim.parent, signal.SIGKILL)
+                    if kind == "worker and trial: SIGKILL":
+                        os.kill(victim.pid, signal.SIGKILL)
+            elif kind == "trial: SIGSTOP past the heartbeat":
+                self.stop(victim.pid)
+            elif kind == "disk full":
+                if self.full is not None:
+                    return False
+                self.fill_disk(fault)
+            elif kind == "directory unreadable":
+                fault.process = None
+                self.lock_up(victim.directory)
+            elif not self.tear(victim, kind):
+                return False
+            else:
+                fault.faults = 2
+        except ProcessLookupError:
+            return False
+        self.faults.append(fault)
+        print(f"{fault.at:7.2f} s  {kind:40} {fault.process or '':>8}  {' '.join(fault.trials)}", flush=True)
+        return True
+
+    def later(self, seconds: float, action: Callable[[], None]) -> None:
+        self.pending.append((time.monotonic() + seconds, action))
+
+    def stop(self, pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+
+        def go_on() -> None:
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                self.counts["killed while stopped"] += 1
+
+        self.later(self.random.uniform(*STOPPED), go_on)
+
+    def fill_disk(self, fault: Fault) -> None:
+        fault.process, fault.trials, self.full = None, [], fault
+        ballast = self.trials / "ballast"
+
+        def fill() -> None:
+            if self.tmpfs:
+                with ballast.open("ab", buffering=0) as file:
+                    try:
+                        while True:
+                            file.write(bytes(4096))
+                    except OSError:
+                        pass
+            else:
+                for running in self.running():
+                    limit_size(running.pid, 1024)
+
+        def make_room() -> None:
+            ballast.unlink(missing_ok=True)
+            for running in self.running() if not self.tmpfs else []:
+                limit_size(running.pid, resource.RLIM_INFINITY)
+            self.full = None
+
+        seconds = self.random.uniform(1.0, 4.0)
+        fill()
+        # What others remove in the meantime is taken too.
+        for tenth in range(1, int(10 * seconds)):
+            self.later(tenth / 10, fill)
+        self.later(seconds, make_room)
+
+    def lock_up(self, directory: Path) -> None:
+        """Nobody enters, reads or writes the trial's directory for a while."""
+        mode = directory.stat().st_mode & 0o777
+        directory.chmod(0)
+        self.later(self.random.uniform(1.0, 4.0), lambda: directory.chmod(mode))
+
+    def tear(self, victim: Running, kind: str) -> bool:
+        """Spoil a file of a trial and kill it, so that it has to be read again."""
+        from ppo_hpo import yamlio
+        from ppo_hpo.checkpoint import Storage
+
+        # Stopped, so that it does not end in between: nobody could put back what a completed trial lost.
+        os.kill(victim.pid, signal.SIGSTOP)
+        done = False
+        try:
+            paths = Storage(victim.directory).paths()
+            held = yamlio.load(victim.directory / "config.yaml") if len(paths) > 1 else None
+            if held is None or int(paths[0].stem[-6:]) >= self.epochs(victim):
+                return False
+            path = victim.directory / "curve.jsonl" if kind.startswith("curve") else paths[0]
+            content = bytearray(path.read_bytes())
+            if "flipped" in kind:
+                bit = self.random.randrange(8 * len(content))
+                content[bit // 8] ^= 1 << bit % 8
+            else:
+                content = content[: self.random.randrange(len(content))]
+            path.write_bytes(content)
+            done = True
+        except OSError:
+            return False
+        finally:
+            os.kill(victim.pid, signal.SIGKILL if done else signal.SIGCONT)
+        return True
+
+    def epochs(self, running: Running) -> int:
+        """Of the trial, as Orion asked for them."""
+        from ppo_hpo import yamlio
+
+        arguments = Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")
+        path = next(Path(os.fsdecode(a)) for a in arguments if a.endswith(b".conf"))
+        return int(yamlio.load(path)["task"]["epochs"])  # type: ignore[index,call-overload]
+
+
+def limit_size(pid: int, soft: int) -> None:
+    try:
+        hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+    except ProcessLookupError:
+        pass
+
+
+# ---------------------------------------------------------------------- judgement
+
+
+@dataclass
+class End:
+    """Where a trial ended, or would have."""
+
+    objective: float
+    epoch: int
+    arrays: str
+    curve: str
+
+
+def end_of(directory: Path, objective: float) -> End:
+    import hashlib
+
+    from ppo_hpo.checkpoint import Storage, arrays_digest, read
+
+    last = read(Storage(directory).paths()[0])
+    curve = hashlib.sha256((directory / "curve.jsonl").read_bytes()).hexdigest()
+    return End(objective, last.epoch, arrays_digest(last.arrays), curve)
+
+
+def undisturbed(configuration: Path) -> End:
+    """One run of a trial's `config.yaml` from its beginning, in a process of its own."""
+    from ppo_hpo import trial, yamlio
+    from ppo_hpo.config import TrialConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrialConfig.from_mapping(yamlio.load(configuration))
+        outcome = trial.run(config, Path(folder), device="cpu", console=False)
+        return end_of(Path(folder), outcome.objective)
+
+
+def begun_twice(directories: list[Path]) -> int:
+    """Epochs that were begun again in one life, from its logs, which promotions copy.
+
+    The last epoch that a process began counts too, where it was killed: that is the most it can have lost.
+    """
+    lines = sorted({line for d in directories for line in _LINE.findall((d / "log.txt").read_text())})
+    begun = last = 0
+    open_run = False
+    for _, text in lines:
+        if start := _START.match(text):
+            begun += open_run
+            open_run = True
+            last = max(last, int(start[2]))
+        elif re.match(r"epoch \d+/", text):
+            begun += 1
+        elif text.startswith(("done:", "has done")):
+            open_run = False
+    return begun + open_run - last
+
+
+def judge(sweep: Sweep) -> dict[str, Any]:
+    """Compare with undisturbed runs; the rows of the table."""
+    import torch  # noqa: F401 - once for all forks below
+
+    from ppo_hpo import yamlio
+    from ppo_hpo.config import TrialConfig
+
+    trials = sweep.client().fetch_trials()
+    completed = [trial for trial in trials if trial.status == "completed"]
+    complaints = [f"{trial.id} is {trial.status}" for trial in trials if trial.status != "completed"]
+    paths = [Path(trial.working_dir) / "config.yaml" for trial in completed]
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        references = pool.map(undisturbed, paths, chunksize=1)
+    equal = 0
+    lives: dict[str, list[Path]] = collections.defaultdict(list)
+    for trial, reference in zip(completed, references, strict=True):
+        directory = Path(trial.working_dir)
+        config = TrialConfig.from_mapping(yamlio.load(directory / "config.yaml"))
+        lives[config.identity()].append(directory)
+        if config.task.epochs != trial.params["/task/epochs"]:
+            complaints.append(f"{trial.id} has {config.task.epochs} epochs in its configuration")
+        try:
+            end = end_of(directory, trial.objective.value)
+        except Exception as error:  # it is what is looked for here
+            complaints.append(f"{trial.id}: {error}")
+            continue
+        equal += end == reference
+        if end != reference:
+            complaints.append(f"{trial.id} ended in {end}, undisturbed in {reference}")
+    repeated = 0
+    for life in lives.values():
+        names = {directory.name for directory in life}
+        hits = sum(fault.faults for fault in sweep.faults if names & set(fault.trials))
+        twice = begun_twice(life)
+        repeated += twice
+        if twice > hits:
+            complaints.append(f"{sorted(names)}: {twice} epochs begun twice, {hits} faults")
+    left = [
+        path
+        for pattern in (".ppo-hpo-*", "stage-*", ".new-*", ".old-*")
+        for path in sweep.trials.rglob(pattern)
+    ]
+    complaints += [f"left over: {path.relative_to(sweep.trials)}" for path in left]
+    by_kind = collections.Counter(fault.kind for fault in sweep.faults)
+    return {
+        "seed": sweep.seed,
+        "passed": not complaints,
+        "complaints": complaints,
+        "faults": sum(fault.faults for fault in sweep.faults),
+        "by_kind": {kind: by_kind[kind] for kind in KINDS},
+        "trials": len(trials),
+        "configurations": len(lives),
+        "completed": len(completed),
+        "equal": equal,
+        "epochs_begun_twice": repeated,
+        "temporary_files": len(left),
+        **{name.replace(" ", "_"): count for name, count in sorted(sweep.counts.items())},
+        "disk": "a tmpfs filled up" if sweep.tmpfs else "RLIMIT_FSIZE of 1 KiB on every running trial",
+        "seconds": round(sweep.disturbed, 1),
+        "log": [vars(fault) for fault in sweep.faults],
+    }
+
+
+# ------------------------------------------------------------------------ results
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown, a row for each seed."""
+    rows = [
+        ("seed", "seed"), ("faults", "faults"), ("trials", "trials"), ("completed", "completed"),
+        ("bit-equal", "equal"), ("epochs begun twice", "epochs_begun_twice"),
+        ("temporary files", "temporary_files"), ("workers started again", "workers_started_again"),
+        ("broken trials put back", "broken_put_back"), ("locks released", "algorithm_locks_released"),
+        ("seconds", "seconds"),
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(title for title, _ in rows) + " | passed |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for run in runs:
+        cells = [str(run.get(key, 0)) for _, key in rows]
+        lines.append("| " + " | ".join(cells) + f" | {'yes' if run['passed'] else '**no**'} |")
+    lines += ["", "| fault | " + " | ".join(f"seed {run['seed']}" for run in runs) + " | all |"]
+    lines.append("|---" * (len(runs) + 2) + "|")
+    for kind in KINDS:
+        counts = [run["by_kind"].get(kind, 0) for run in runs]
+        lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + f" | {sum(counts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(result: dict[str, Any]) -> None:
+    path = RESULTS / "faults.json"
+    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    content["machine"] = machine.describe()
+    runs = [run for run in content["runs"] if run["seed"] != result["seed"]]
+    content["runs"] = sorted([*runs, result], key=lambda run: int(run["seed"]))
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    total = sum(run["faults"] for run in content["runs"])
+    page = (
+        "# Faults on purpose\n\n"
+        f"`benchmarks/faults.py` says what is done and compared: {total} faults in {len(content['runs'])} "
+        "sweeps. A checkpoint or curve that is spoiled counts as two faults, with the kill that makes it "
+        "matter; all other rows of the second table count one. Seconds are of the sweep, on a machine that "
+        f"others used too.\n\n{table(content['runs'])}\n{machine.sentence(content['machine'])}\n"
+    )
+    (RESULTS / "faults.md").write_text(page)
+
+
+def sweep_in(folder: Path, arguments: argparse.Namespace) -> int:
+    """As the user that trials run as."""
+    sweep = Sweep(folder, arguments.seed, arguments.tmpfs, arguments.faults, arguments.interval)
+    try:
+        sweep.run()
+        result = judge(sweep)
+    finally:
+        for running in sweep.running():
+            os.kill(running.pid, signal.SIGKILL)
+        for worker in sweep.workers:
+            worker.kill()
+    (folder / "outcome.json").write_text(json.dumps(result))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, required=True, metavar="S", help="of the adversary and of ASHA")
+    parser.add_argument("--faults", type=int, default=sum(KINDS.values()), metavar="N", help="at most")
+    parser.add_argument(
+        "--interval", type=float, default=3.0, metavar="SECONDS", help="mean time between two"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the sweep's folder")
+    parser.add_argument("--quick", action="store_true", help="write no results")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tmpfs", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        return sweep_in(arguments.inside, arguments)
+    root = os.geteuid() == 0
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    command = [sys.executable, __file__, "--inside", str(folder), "--seed", str(arguments.seed)]
+    command += ["--faults", str(arguments.faults), "--interval", str(arguments.interval)]
+    result = None
+    try:
+        if root:
+            (folder / "trials").mkdir()
+            options = f"size={DISK_MB}m,mode=755"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", folder / "trials"], check=True)
+            # What root would otherwise do in spite of a mode.
+            rights = "-dac_override,-dac_read_search"
+            command = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", *command, "--tmpfs"]
+        code = subprocess.run(command).returncode
+        if code == 0:
+            result = json.loads((folder / "outcome.json").read_text())
+    finally:
+        if root and not (arguments.keep or result is None):
+            subprocess.run(["umount", folder / "trials"], check=False)
+        if arguments.keep or result is None:
+            print(f"the sweep lies in {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    if result is None:
+        return 1
+    for complaint in result["complaints"]:
+        print(f"wrong: {complaint}")
+    print(table([result]))
+    if not arguments.quick:
+        write(result)
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
