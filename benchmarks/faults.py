@@ -4,8 +4,9 @@
 
 Thirty trials of PPO on CartPole-v1 under ASHA (1, 3 and 9 epochs), by four workers, each an `orion hunt` of
 its own on one PickledDB, as on a cluster. Meanwhile an adversary with a seed does at random instants what
-`KINDS` says, and a supervisor does what docs/orion.md has its reader do: it starts workers that died again,
-puts broken trials back, and releases the algorithm's lock where its holder was killed. At the end nobody is
+`KINDS` says, and a supervisor does by Orion's own calls what its user would: it starts workers that ended
+again, puts broken trials back, releases the algorithm's lock where its holder was killed, and tells the
+algorithm a result that a worker stored but did not live to tell it (ASHA waits for it for ever). At the end nobody is
 disturbed any more, and what Orion proposed beyond the thirty is finished as well. Then
 
 - every trial that Orion has must be completed;
@@ -55,7 +56,7 @@ DISK_MB = 48
 PATIENCE = 600.0
 SPACE = """
 env: {id: CartPole-v1, n_envs: 8, max_episode_steps: 200}
-task: {epochs: 'orion~fidelity(1, 9, base=3)', max_epochs: 9, steps_per_epoch: 12288, eval_episodes: 8}
+task: {epochs: 'orion~fidelity(1, 9, base=4)', max_epochs: 9, steps_per_epoch: 12288, eval_episodes: 8}
 optimizer: {lr: 'orion~loguniform(1e-4, 1e-2)'}
 normalize: {norm_obs: 'orion~choices([True, False])', norm_reward: 'orion~choices([True, False])'}
 model: {width: 'orion~choices([16, 32])'}
@@ -131,6 +132,7 @@ class Sweep:
         self.started = time.monotonic()
         self.full: Fault | None = None
         self.lock_seen: tuple[Any, float] = (None, 0.0)
+        self.waiting_since = self.started
         (self.folder / "space.yaml").write_text(SPACE)
         (self.folder / "orion.yaml").write_text(
             f"experiment:\n  algorithm: {{asha: {{seed: {self.seed}, num_rungs: 3, num_brackets: 1}}}}\n"
@@ -196,6 +198,12 @@ class Sweep:
         for trial in trials:
             if trial.status == "broken":
                 self.put_back(client, trial)
+            if trial.status == "reserved" and self.full is not None:
+                self.full.trials = sorted({*self.full.trials, Path(trial.working_dir).name})
+        if self.completed != self.proposed or self.completed >= self.max_trials:
+            self.waiting_since = time.monotonic()
+        elif time.monotonic() - self.waiting_since > 20:
+            self.tell_again(client, trials)
         # Its time says when it was last taken or given back.
         (lock,) = client.storage._db.read("algo", {"experiment": client.id})
         if not lock["locked"] or lock["heartbeat"] != self.lock_seen[0]:
@@ -204,6 +212,20 @@ class Sweep:
             # No worker needs that long, not even one that was stopped: its holder was killed.
             client.storage.release_algorithm_lock(uid=client.id)
             self.counts["algorithm locks released"] += 1
+
+    def tell_again(self, client: Any, trials: list[Any]) -> None:
+        """Nothing is under way and nothing new comes: does the algorithm wait for a result that is there?"""
+        from orion.storage.base import LockAcquisitionTimeout
+
+        self.waiting_since = time.monotonic()
+        try:
+            with client._experiment.acquire_algorithm_lock() as algorithm:
+                for trial in trials:
+                    if trial.status == "completed" and not algorithm.has_observed(trial):
+                        algorithm.observe([trial])
+                        self.counts["results told again"] += 1
+        except LockAcquisitionTimeout:
+            pass  # it was left locked: that is seen to first
 
     def put_back(self, client: Any, trial: Any) -> None:
         from orion.storage.base import FailedUpdate
@@ -285,22 +307,13 @@ class Sweep:
             return False
         victim = self.random.choice(running)
         fault = Fault(round(time.monotonic() - self.started, 2), kind, 1, [victim.directory.name], victim.pid)
-        workers = {worker.pid for worker in self.workers if worker.poll() is None}
         try:
             if kind == "trial: SIGKILL":
                 os.kill(victim.pid, signal.SIGKILL)
             elif kind == "trial: SIGTERM":
                 os.kill(victim.pid, signal.SIGTERM)
             elif kind.startswith("worker"):
-                if victim.parent not in workers:
-                    return False
-                fault.process = victim.parent
-                if kind == "worker: SIGSTOP past the heartbeat":
-                    self.stop(victim.parent)
-                else:
-                    os.kill(victim.parent, signal.SIGKILL)
-                    if kind == "worker and trial: SIGKILL":
-                        os.kill(victim.pid, signal.SIGKILL)
+                self.strike_worker(fault, running)
             elif kind == "trial: SIGSTOP past the heartbeat":
                 self.stop(victim.pid)
             elif kind == "disk full":
@@ -319,6 +332,25 @@ class Sweep:
         self.faults.append(fault)
         print(f"{fault.at:7.2f} s  {kind:40} {fault.process or '':>8}  {' '.join(fault.trials)}", flush=True)
         return True
+
+    def strike_worker(self, fault: Fault, running: list[Running]) -> None:
+        """Any worker, whatever it does now: runs a trial, waits, asks the algorithm, copies a directory."""
+        workers = [worker.pid for worker in self.workers if worker.poll() is None]
+        fault.process = worker = self.random.choice(workers)
+        own = [one for one in running if one.parent == worker]
+        fault.trials = [one.directory.name for one in own] or self.reserved()
+        if "SIGSTOP" in fault.kind:
+            self.stop(worker)
+            return
+        os.kill(worker, signal.SIGKILL)
+        for one in own if "trial" in fault.kind else []:
+            os.kill(one.pid, signal.SIGKILL)
+
+    def reserved(self) -> list[str]:
+        """Directories of the trials that some worker has and no process runs: one of them was hit."""
+        begun = {one.directory.name for one in self.running()}
+        trials = self.client().fetch_trials()
+        return sorted({Path(t.working_dir).name for t in trials if t.status == "reserved"} - begun)
 
     def later(self, seconds: float, action: Callable[[], None]) -> None:
         self.pending.append((time.monotonic() + seconds, action))
@@ -541,7 +573,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         ("bit-equal", "equal"), ("epochs begun twice", "epochs_begun_twice"),
         ("temporary files", "temporary_files"), ("workers started again", "workers_started_again"),
         ("broken trials put back", "broken_put_back"), ("locks released", "algorithm_locks_released"),
-        ("seconds", "seconds"),
+        ("results told again", "results_told_again"), ("seconds", "seconds"),
     ]  # fmt: skip
     lines = ["| " + " | ".join(title for title, _ in rows) + " | passed |"]
     lines.append("|---" * (len(rows) + 1) + "|")
