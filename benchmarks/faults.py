@@ -6,8 +6,8 @@ Thirty trials of PPO on CartPole-v1 under ASHA (1, 3 and 9 epochs), by four work
 its own on one PickledDB, as on a cluster. Meanwhile an adversary with a seed does at random instants what
 `KINDS` says, and a supervisor does by Orion's own calls what its user would: it starts workers that ended
 again, puts broken trials back, releases the algorithm's lock where its holder was killed, and tells the
-algorithm a result that a worker stored but did not live to tell it (ASHA waits for it for ever). At the end nobody is
-disturbed any more, and what Orion proposed beyond the thirty is finished as well. Then
+algorithm a result that a worker stored but did not live to tell it (ASHA waits for it for ever). At the end
+nobody is disturbed any more, and what Orion proposed beyond the thirty is finished as well. Then
 
 - every trial that Orion has must be completed;
 - its objective, its curve's bytes and all arrays of its last checkpoint must equal those of one run of the
@@ -98,6 +98,9 @@ class Fault:
     trials: list[str]
     process: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.at:7.2f} s  {self.kind:40} {self.process or '':>8}  {' '.join(self.trials)}"
+
 
 @dataclass
 class Running:
@@ -106,6 +109,7 @@ class Running:
     pid: int
     parent: int
     directory: Path
+    stopped: bool
 
 
 @dataclass
@@ -131,6 +135,7 @@ class Sweep:
         self.random = random.Random(self.seed)
         self.started = time.monotonic()
         self.full: Fault | None = None
+        self.stopped: set[int] = set()
         self.lock_seen: tuple[Any, float] = (None, 0.0)
         self.waiting_since = self.started
         (self.folder / "space.yaml").write_text(SPACE)
@@ -174,7 +179,7 @@ class Sweep:
                 continue
             paths = [Path(os.fsdecode(a)) for a in arguments if a.endswith(b".conf")]
             if paths and paths[0].parent.parent == self.trials and state[0] not in "ZX":
-                found.append(Running(int(entry.name), int(state[1]), paths[0].parent))
+                found.append(Running(int(entry.name), int(state[1]), paths[0].parent, state[0] == "T"))
         return sorted(found, key=lambda running: running.pid)
 
     def client(self) -> Any:
@@ -303,6 +308,8 @@ class Sweep:
     def strike(self, kind: str) -> bool:
         """Do it; False where there is nobody to do it to now."""
         running = self.running()
+        # What is stopped stays so until Orion has given its trial away.
+        running = [one for one in running if not one.stopped]
         if not running:
             return False
         victim = self.random.choice(running)
@@ -313,7 +320,8 @@ class Sweep:
             elif kind == "trial: SIGTERM":
                 os.kill(victim.pid, signal.SIGTERM)
             elif kind.startswith("worker"):
-                self.strike_worker(fault, running)
+                if not self.strike_worker(fault, running):
+                    return False
             elif kind == "trial: SIGSTOP past the heartbeat":
                 self.stop(victim.pid)
             elif kind == "disk full":
@@ -330,21 +338,25 @@ class Sweep:
         except ProcessLookupError:
             return False
         self.faults.append(fault)
-        print(f"{fault.at:7.2f} s  {kind:40} {fault.process or '':>8}  {' '.join(fault.trials)}", flush=True)
+        print(fault, flush=True)
         return True
 
-    def strike_worker(self, fault: Fault, running: list[Running]) -> None:
+    def strike_worker(self, fault: Fault, running: list[Running]) -> bool:
         """Any worker, whatever it does now: runs a trial, waits, asks the algorithm, copies a directory."""
         workers = [worker.pid for worker in self.workers if worker.poll() is None]
+        workers = [pid for pid in workers if pid not in self.stopped]
+        if not workers:
+            return False
         fault.process = worker = self.random.choice(workers)
         own = [one for one in running if one.parent == worker]
         fault.trials = [one.directory.name for one in own] or self.reserved()
         if "SIGSTOP" in fault.kind:
             self.stop(worker)
-            return
+            return True
         os.kill(worker, signal.SIGKILL)
         for one in own if "trial" in fault.kind else []:
             os.kill(one.pid, signal.SIGKILL)
+        return True
 
     def reserved(self) -> list[str]:
         """Directories of the trials that some worker has and no process runs: one of them was hit."""
@@ -357,12 +369,14 @@ class Sweep:
 
     def stop(self, pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)
+        self.stopped.add(pid)
 
         def go_on() -> None:
+            self.stopped.discard(pid)
             try:
                 os.kill(pid, signal.SIGCONT)
             except ProcessLookupError:
-                self.counts["killed while stopped"] += 1
+                self.counts["ended while stopped"] += 1
 
         self.later(self.random.uniform(*STOPPED), go_on)
 
@@ -543,6 +557,7 @@ def judge(sweep: Sweep) -> dict[str, Any]:
         for path in sweep.trials.rglob(pattern)
     ]
     complaints += [f"left over: {path.relative_to(sweep.trials)}" for path in left]
+    output = (sweep.folder / "output.txt").read_text(errors="replace")
     by_kind = collections.Counter(fault.kind for fault in sweep.faults)
     return {
         "seed": sweep.seed,
@@ -556,10 +571,12 @@ def judge(sweep: Sweep) -> dict[str, Any]:
         "equal": equal,
         "epochs_begun_twice": repeated,
         "temporary_files": len(left),
+        "reservations_lost": output.count("has been lost"),
+        "trials_waited_for": output.count("is in use by"),
         **{name.replace(" ", "_"): count for name, count in sorted(sweep.counts.items())},
         "disk": "a tmpfs filled up" if sweep.tmpfs else "RLIMIT_FSIZE of 1 KiB on every running trial",
         "seconds": round(sweep.disturbed, 1),
-        "log": [vars(fault) for fault in sweep.faults],
+        "log": [str(fault) for fault in sweep.faults],
     }
 
 
@@ -573,7 +590,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         ("bit-equal", "equal"), ("epochs begun twice", "epochs_begun_twice"),
         ("temporary files", "temporary_files"), ("workers started again", "workers_started_again"),
         ("broken trials put back", "broken_put_back"), ("locks released", "algorithm_locks_released"),
-        ("results told again", "results_told_again"), ("seconds", "seconds"),
+        ("results told again", "results_told_again"), ("reservations lost", "reservations_lost"),
+        ("seconds", "seconds"),
     ]  # fmt: skip
     lines = ["| " + " | ".join(title for title, _ in rows) + " | passed |"]
     lines.append("|---" * (len(rows) + 1) + "|")
@@ -664,7 +682,7 @@ def main() -> int:
         print(f"wrong: {complaint}")
     print(table([result]))
     if not arguments.quick:
-        write(result)
+        write({**result, "commit": machine.commit()})
     return 0 if result["passed"] else 1
 
 
