@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppo_hpo.errors import CheckpointError, UserError
+from ppo_hpo.errors import CheckpointError, TornCheckpoint, UserError
 
 VERSION = 1
 _ZERO_DIGEST = b"0" * 64
@@ -77,7 +77,8 @@ def from_bytes(content: bytes, name: str) -> Checkpoint:
         name: what to call it in an error.
 
     Raises:
-        CheckpointError: it is torn, of another version, or holds a number that is not finite.
+        TornCheckpoint: it is not what was written.
+        CheckpointError: it is of another version, or holds a number that is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -85,7 +86,7 @@ def from_bytes(content: bytes, name: str) -> Checkpoint:
     header = _header(content, name)
     digest = str(header.get("sha256", "")).encode(errors="replace")
     if len(digest) != 64 or hashlib.sha256(_set_digest(content, _ZERO_DIGEST)).hexdigest().encode() != digest:
-        raise CheckpointError(f"{name} is torn or was changed: its checksum does not match.")
+        raise TornCheckpoint(f"{name} is torn or was changed: its checksum does not match.")
     try:
         meta = json.loads(header["ppo_hpo"])
         version, epoch = meta.pop("version"), int(meta.pop("epoch"))
@@ -273,7 +274,7 @@ def _header(content: bytes, name: str) -> dict[str, Any]:
         if not isinstance(metadata, dict):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError(f"{name} is torn, or no checkpoint of ppo_hpo.") from None
+        raise TornCheckpoint(f"{name} is torn, or no checkpoint of ppo_hpo.") from None
     return metadata
 
 

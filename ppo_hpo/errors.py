@@ -14,6 +14,10 @@ class CheckpointError(UserError):
     """A checkpoint that is torn, foreign, of other hyperparameters or not finite."""
 
 
+class TornCheckpoint(CheckpointError):
+    """A checkpoint that is not what was written: it will never be of use, to nobody."""
+
+
 class BadResume(RuntimeError):
     """A task that failed was asked to go on; a new one has to be made from its checkpoint."""
 

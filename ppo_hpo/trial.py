@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_hpo import lock, results, yamlio
 from ppo_hpo.checkpoint import Storage, read, remove_leftovers, writing
 from ppo_hpo.config import TrialConfig
-from ppo_hpo.errors import CheckpointError, LostLock, UserError
+from ppo_hpo.errors import CheckpointError, LostLock, TornCheckpoint, UserError
 
 if TYPE_CHECKING:
     from ppo_hpo.envs import EnvInfo
@@ -198,6 +198,7 @@ def _run(
         storage = Storage(directory, claim.write)
         if siblings is not None and not _has_usable(storage):
             _copy_from_sibling(config, storage, siblings, log)
+            _set_torn_aside(config, storage, siblings, log)
 
         # This imports torch: everything that could be wrong was looked at before.
         from ppo_hpo.task import PPO
@@ -342,6 +343,30 @@ def _copy_from_sibling(config: TrialConfig, storage: Storage, siblings: Path, lo
             storage.save(checkpoint)
             log.info("found epoch %d of the same trial in %s", epoch, path.parent)
             return
+
+
+def _set_torn_aside(config: TrialConfig, storage: Storage, siblings: Path, log: logging.Logger) -> None:
+    """Where all that is left of a trial is torn, let it start again: it comes to the same numbers.
+
+    A fork would not, since it began as its parent; only trials that are none are in the index.
+    """
+    if not (_index_of(config, siblings) / storage.directory.name).exists():
+        return
+    torn: list[tuple[Path, TornCheckpoint]] = []
+    for path in storage.paths():
+        try:
+            read(path)
+            return
+        except TornCheckpoint as error:
+            torn.append((path, error))
+        except CheckpointError:
+            return
+    for path, reason in torn:
+        log.warning("refused: %s", reason)
+        with writing(path):
+            path.replace(path.with_name(f"{path.name}.torn"))
+    if torn:
+        log.warning("no checkpoint is whole: starts again; the torn ones are kept as *.torn")
 
 
 # ---------------------------------------------------------------------------- files

@@ -11,13 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ppo_hpo import yamlio
-from ppo_hpo.checkpoint import read
+from ppo_hpo import trial, yamlio
+from ppo_hpo.checkpoint import Storage, read
+from ppo_hpo.config import TrialConfig
+from ppo_hpo.errors import TornCheckpoint
 
 ENVIRONMENTS = (
     "CartPole-v1",
@@ -157,3 +160,31 @@ def test_killed_at_twenty_random_moments(undisturbed: tuple[Path, Path], tmp_pat
     assert int(done.stdout) == kills
     _assert_equal(through, directory)
     assert not list(directory.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("spoil", [lambda content: content[:-1], lambda content: b""])
+def test_a_trial_of_which_all_checkpoints_are_torn_starts_again(
+    spoil: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    config = TrialConfig.from_mapping(_config("CartPole-v1"))
+    whole = trial.run(config, tmp_path / "whole", device="cpu", console=False)
+    # Siblings of one name only: nothing of the first run may be found.
+    siblings = tmp_path / "trials"
+    here = siblings / "one"
+    trial.run(config, here, device="cpu", console=False, siblings=siblings)
+    names = [path.name for path in Storage(here).paths()]
+    assert len(names) == 2
+    for name in names:
+        (here / name).write_bytes(spoil((here / name).read_bytes()))
+    again = trial.run(config, here, device="cpu", console=False, siblings=siblings)
+    assert again.objective == whole.objective
+    assert again.statistics["env_steps_here"] == whole.statistics["env_steps"]
+    assert (here / "curve.jsonl").read_bytes() == (tmp_path / "whole" / "curve.jsonl").read_bytes()
+    assert {f"{name}.torn" for name in names} <= {path.name for path in here.iterdir()}
+    # A fork is in no index: it could not start again as itself.
+    fork = siblings / "fork"
+    fork.mkdir()
+    config = TrialConfig.from_mapping({**_config("CartPole-v1"), "optimizer": {"lr": 2e-3}})
+    (fork / names[0]).write_bytes(spoil((here / names[0]).read_bytes()))
+    with pytest.raises(TornCheckpoint):
+        trial.run(config, fork, device="cpu", console=False, siblings=siblings)
