@@ -11,6 +11,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 Preset = dict[str, Any]
@@ -88,60 +89,92 @@ def environment(preset: Preset, vectorization: str | None = None) -> Seconds:
 
 
 def products(preset: Preset) -> Seconds:
-    """The floor of the arithmetic: every matrix product of the timed rollouts, in numpy, and nothing else."""
-    import numpy as np
+    """The floor of the arithmetic: the products of the timed rollouts and nothing else.
 
-    networks = images(preset) if preset["images"] else mlps(preset)
-
-    def seconds(batch: int, names: tuple[str, ...], *, backward: bool) -> float:
-        jobs = []
-        for name in names:
-            for index, (positions, inputs, outputs) in enumerate(networks[name]):
-                rows = batch * positions
-                x = np.ones((rows, inputs), np.float32)
-                w = np.ones((outputs, inputs), np.float32)
-                d = np.ones((rows, outputs), np.float32)
-                jobs.append((x, w.T))
-                if backward:
-                    jobs.append((d.T, x))
-                    if index or name == "heads":  # nobody needs the gradient of an observation
-                        jobs.append((d, w))
-        best = float("inf")
-        for _ in range(5):
-            # CPU time: of pure arithmetic on one thread that is the clock's on an idle core.
-            repeats, started = 0, time.process_time()
-            while repeats < 30 and time.process_time() - started < 0.5:
-                for a, b in jobs:
-                    a @ b
-                repeats += 1
-            best = min(best, (time.process_time() - started) / repeats)
-        return best
-
-    rollouts, names = preset["rollouts"], tuple(networks)
-    updates = preset["n_envs"] * preset["n_steps"] // preset["batch_size"] * preset["n_epochs"] * rollouts
-    total = updates * seconds(preset["batch_size"], names, backward=True)
-    # Of a shared network, values come with the actions; else all of a rollout is valued at its end.
-    acts = names if preset["images"] else ("actor",)
-    total += preset["n_steps"] * rollouts * seconds(preset["n_envs"], acts, backward=False)
-    if not preset["images"]:
-        total += rollouts * seconds(preset["n_envs"] * preset["n_steps"], names, backward=False)
+    Of MLPs these are matrix products, in numpy; of images torch's convolutions without biases and activations,
+    since no matrix product over patches in numpy is as fast.
+    """
+    rollout = preset["n_envs"] * preset["n_steps"]
+    updates = rollout // preset["batch_size"] * preset["n_epochs"]
+    if preset["images"]:  # the network is shared: values come with the actions
+        update, act = convolutions(preset["batch_size"], True), convolutions(preset["n_envs"], False)
+        total = updates * fastest(update) + preset["n_steps"] * fastest(act)
+    else:  # all of a rollout is valued and rated at its end
+        actor, critic = mlps(preset)
+        update = matrices(preset["batch_size"], [actor, critic], True)
+        act, rate = matrices(preset["n_envs"], [actor], False), matrices(rollout, [actor, critic], False)
+        total = updates * fastest(update) + preset["n_steps"] * fastest(act) + fastest(rate)
+    total *= preset["rollouts"]
     return {"seconds": total, "cpu_seconds": total}
 
 
-def mlps(preset: Preset) -> dict[str, list[tuple[int, int, int]]]:
-    """Layers of the actor and the critic as (rows for each sample, inputs, outputs)."""
+def mlps(preset: Preset) -> list[list[tuple[int, int]]]:
+    """Layers of the actor and of the critic as (inputs, outputs)."""
     from ppo_hpo.envs import probe
 
     info = probe(trial(preset, None).env)
     width = preset["width"]
-    hidden = [(1, info.obs_dim, width), (1, width, width)]
-    return {"actor": [*hidden, (1, width, info.action_dim)], "critic": [*hidden, (1, width, 1)]}
+    hidden = [(info.obs_dim, width), (width, width)]
+    return [[*hidden, (width, info.action_dim)], [*hidden, (width, 1)]]
 
 
-def images(preset: Preset) -> dict[str, list[tuple[int, int, int]]]:
-    """The same of the shared convolutions (Mnih et al. 2015), as products over patches, and of the heads."""
-    trunk = [(20 * 20, 4 * 8 * 8, 32), (9 * 9, 32 * 4 * 4, 64), (7 * 7, 64 * 3 * 3, 64), (1, 3136, 512)]
-    return {"trunk": trunk, "heads": [(1, 512, 6), (1, 512, 1)]}
+def matrices(batch: int, networks: list[list[tuple[int, int]]], backward: bool) -> Callable[[], None]:
+    """All products of one pass through the networks."""
+    import numpy as np
+
+    jobs = []
+    for layers in networks:
+        for index, (inputs, outputs) in enumerate(layers):
+            x, w, d = (np.ones(s, np.float32) for s in ((batch, inputs), (outputs, inputs), (batch, outputs)))
+            jobs.append((x, w.T))
+            if backward:
+                jobs.append((d.T, x))
+                if index:  # nobody needs the gradient of an observation
+                    jobs.append((d, w))
+
+    def run() -> None:
+        for a, b in jobs:
+            a @ b
+
+    return run
+
+
+def convolutions(batch: int, backward: bool) -> Callable[[], None]:
+    """One pass through the usual network for Atari games (Mnih et al. 2015) and its two heads."""
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(1)
+    layers = [
+        nn.Conv2d(4, 32, 8, stride=4, bias=False),
+        nn.Conv2d(32, 64, 4, stride=2, bias=False),
+        nn.Conv2d(64, 64, 3, bias=False),
+        nn.Flatten(),
+        nn.Linear(64 * 7 * 7, 512, bias=False),
+        nn.Linear(512, 6 + 1, bias=False),
+    ]
+    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x = torch.ones(batch, 4, 84, 84).contiguous(memory_format=torch.channels_last)
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            out = network(x)
+            if backward:
+                out.backward(torch.ones_like(out))
+
+    return run
+
+
+def fastest(job: Callable[[], None]) -> float:
+    """CPU seconds of one run; of arithmetic on one thread they are the clock's on an idle core."""
+    best = float("inf")
+    for _ in range(5):
+        repeats, started = 0, time.process_time()
+        while repeats < 30 and time.process_time() - started < 0.5:
+            job()
+            repeats += 1
+        best = min(best, (time.process_time() - started) / repeats)
+    return best
 
 
 def torch_alone(preset: Preset) -> Seconds:

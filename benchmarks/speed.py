@@ -12,7 +12,7 @@ again, twice at most; `share_of_core` in the results says what each got. Ratios 
 the ratio within a round; the rest are medians over the rounds.
 
 Two floors are measured in the same rounds: stepping the environments with actions drawn before, in the same
-vector environment as ours, and the matrix products of the updates and of acting alone, in numpy. "Floor" in
+vector environment as ours, and the products of the updates and of acting alone. "Floor" in
 the table is the share reached, (environment floor + product floor) / our time.
 
 The peers have virtual environments of their own in `.peers/`, made when first needed from the pins in
