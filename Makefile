@@ -37,7 +37,7 @@ lint: setup-dev
 
 # The peers' environments are made by the scripts themselves, in benchmarks/.peers.
 bench: setup-dev
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[box2d,mujoco,envpool]' ale-py
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[box2d,mujoco,envpool,atari]'
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/warm.py
 	$(BIN)/python benchmarks/speed.py

@@ -91,8 +91,8 @@ def environment(preset: Preset, vectorization: str | None = None) -> Seconds:
 def products(preset: Preset) -> Seconds:
     """The floor of the arithmetic: the products of the timed rollouts and nothing else.
 
-    Of MLPs these are matrix products, in numpy; of images torch's convolutions without biases and activations,
-    since no matrix product over patches in numpy is as fast.
+    Of MLPs these are matrix products, in numpy; of images torch's convolutions without biases and
+    activations, since no matrix product over patches in numpy is as fast.
     """
     rollout = preset["n_envs"] * preset["n_steps"]
     updates = rollout // preset["batch_size"] * preset["n_epochs"]

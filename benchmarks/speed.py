@@ -12,12 +12,12 @@ again, twice at most; `share_of_core` in the results says what each got. Ratios 
 the ratio within a round; the rest are medians over the rounds.
 
 Two floors are measured in the same rounds: stepping the environments with actions drawn before, in the same
-vector environment as ours, and the products of the updates and of acting alone. "Floor" in
-the table is the share reached, (environment floor + product floor) / our time.
+vector environment as ours, and the products of the updates and of acting alone. "Floor" in the table
+is the share reached, (environment floor + product floor) / our time.
 
 The peers have virtual environments of their own in `.peers/`, made when first needed from the pins in
 `peers/`. Ours runs where this is started: LunarLander-v3 needs `.[box2d]` there, HalfCheetah-v5 `.[mujoco]`,
-the columns of EnvPool `envpool`, Pong `ale-py`. What cannot run is left out and named with its reason.
+the columns of EnvPool `.[envpool]`, Pong `.[atari]`. What cannot run is left out and named with its reason.
 """
 
 from __future__ import annotations
