@@ -271,7 +271,7 @@ def write(out: Path, rows: dict[str, Row]) -> None:
     """Renew these rows of the results; the others stay as they are."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "speed.json"
-    stored = json.loads(path.read_text())["rows"] if path.exists() else {}
+    stored = json.loads(path.read_text()).get("rows", {}) if path.exists() else {}
     merged = stored | rows
     merged = {name: merged[name] for name in PRESETS if name in merged}
     path.write_text(json.dumps({"rows": merged}, indent=1, allow_nan=False) + "\n")
