@@ -18,10 +18,11 @@ each one's own early stopping.
 Wall seconds are of the whole command, imports and database included (rl_zoo3's pictures are switched off).
 CPU seconds are those of all its processes; what else the machine does changes them little, so the ratio is
 given by the clock and by CPU time, and "others" is what other processes took meanwhile. Trials per hour
-count all trials, stopped early or not. A trial's steps end at its last evaluation: rl_zoo3 also ends the
-rollout that it is in. The best trial by each one's own evaluation is judged by the same rule: its saved
-policy, most probable actions, 100 fresh episodes of gymnasium's environment with the same seeds. Ours runs
-three times (medians) with another seed of the search each time; rl_zoo3 once, because it takes ten minutes.
+count all trials, stopped early or not. Steps are those up to a trial's last evaluation: rl_zoo3 ends the
+rollout in which it reaches its number of steps. The best trial by each one's own evaluation is judged by
+the same rule: its saved policy, most probable actions, 100 fresh episodes of gymnasium's environment with
+the same seeds. Ours runs three times (medians) with another seed of the search each time; rl_zoo3 once,
+because it takes ten minutes.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def main() -> None:
             total += float(reward)
             done = terminated or truncated
         returns.append(total)
-    # A trial's steps end at its last evaluation: later ones could change nothing.
+    # Up to the last evaluation: what is trained after it is not judged.
     steps = sum(
         int(np.load(Path(models) / f"trial_{row['number']}" / "evaluations.npz")["timesteps"][-1])
         for row in rows
