@@ -4,12 +4,13 @@
     python benchmarks/orion_cost.py --stored 10   # a quick look; writes nothing
 
 An experiment with nine dimensions (and epochs as fidelity for ASHA) in a PickledDB, filled with so many
-completed trials; then a few more, one worker, each of which reports at once.
+completed trials; then a few more, one worker, each of which reports at once. All figures are CPU seconds for
+each trial, because what else the machine does changes them less than the clock; Orion computes all the time.
 
 - Python: `suggest` and `observe` of `ExperimentClient`. "Database" is the time inside PickledDB's operations,
   "copies" that inside `copy.deepcopy` (of the algorithm's state), "suggestion" that inside the algorithm's
   own `suggest` and `observe` without copies, and the rest is Orion's bookkeeping.
-- `orion hunt`: wall seconds of a hunt of ten trials less those of one of two, for each trial more. "Script"
+- `orion hunt`: that of a longer hunt less that of a shorter one, for each trial more. "Script"
   is a Python script that imports nothing but `json`; "plain" is `ppo-hpo run` on a trial of 16 steps, "warm"
   the same with `--warm`: the difference from the script is what imports and the start of a trial cost.
 """
@@ -34,6 +35,7 @@ from typing import Any
 
 import machine
 import numpy as np
+import usage
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BIN = Path(sys.executable).parent
@@ -112,13 +114,13 @@ class Clock:
 
     @contextlib.contextmanager
     def _count(self, kind: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = time.process_time()
         self._inside.append(kind)
         try:
             yield
         finally:
             self._inside.pop()
-            spent = time.perf_counter() - started
+            spent = time.process_time() - started
             if kind not in self._inside:
                 self.seconds[kind] += spent
                 if self._inside:  # what is inside another kind is not counted there
@@ -126,7 +128,7 @@ class Clock:
 
 
 def python(algorithm: str, stored: int, trials: int) -> dict[str, float]:
-    """Seconds per trial of `suggest` and `observe`; run in a process of its own."""
+    """CPU seconds per trial of `suggest` and `observe`; run in a process of its own."""
     clock = Clock()
     clock.wrap(copy, "deepcopy", "copies")  # before Orion is imported
     from orion.algo.base import BaseAlgorithm
@@ -146,10 +148,10 @@ def python(algorithm: str, stored: int, trials: int) -> dict[str, float]:
             clock.wrap(own, name, "suggestion")
 
         def one() -> float:
-            started = time.perf_counter()
+            started = time.process_time()
             trial = client.suggest()
             client.observe(trial, [{"name": "objective", "type": "objective", "value": 1.0}])
-            return time.perf_counter() - started
+            return time.process_time() - started
 
         one()  # takes in all that is stored
         for kind in clock.seconds:
@@ -179,7 +181,7 @@ def clone(database: Path, stored: int) -> None:
 
 
 def hunt(kind: str, stored: int) -> float:
-    """Wall seconds for each further trial of `orion hunt` with random search."""
+    """CPU seconds for each further trial of `orion hunt` with random search."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "script.py").write_text(SCRIPT)
@@ -187,6 +189,7 @@ def hunt(kind: str, stored: int) -> float:
         database = directory / "orion.pkl"
         own = {k: v for k, v in os.environ.items() if not k.startswith(("ORION_", "PYTHON"))}
         environment = {**own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        environment["XDG_RUNTIME_DIR"] = folder
         configuration = {
             "experiment": {"algorithm": {"random": {"seed": 1}}, "working_dir": f"{folder}/trials"},
             "storage": {"type": "legacy", "database": {"type": "pickleddb", "host": str(database)}},
@@ -200,18 +203,15 @@ def hunt(kind: str, stored: int) -> float:
         }[kind]
 
         def run(trials: int) -> float:
-            started = time.monotonic()
-            subprocess.run(
-                [str(BIN / "orion"), "hunt", "-n", "cost", "-c", "orion.json", "--worker-trials", str(trials),
-                 *command, "--config", "space.yaml"],
-                cwd=directory, env=environment, check=True, capture_output=True,
-            )  # fmt: skip
-            return time.monotonic() - started
+            whole = [str(BIN / "orion"), "hunt", "-n", "cost", "-c", "orion.json"]
+            whole += ["--worker-trials", str(trials), *command, "--config", "space.yaml"]
+            return usage.timed(whole, directory, environment)["cpu_seconds"]
 
         run(1)
         clone(database, stored)
-        few = run(2)
-        return (run(10) - few) / 8
+        few, many = (2, 4) if stored >= 500 else (2, 10)
+        shorter = run(few)
+        return (run(many) - shorter) / (many - few)
 
 
 def in_a_process(function: str, *arguments: Any) -> Any:
@@ -226,13 +226,17 @@ def in_a_process(function: str, *arguments: Any) -> Any:
 def table(rows: list[dict[str, Any]], hunts: list[dict[str, Any]]) -> str:
     """Seconds per trial."""
     lines = [
-        "| Python | stored trials | seconds per trial | copies | database | suggestion | rest |",
+        "| Python | stored trials | CPU seconds per trial | copies | database | suggestion | rest |",
         "|---" * 7 + "|",
     ]
     for row in rows:
         cells = [f"{row[part]:.2f}" for part in ("whole", "copies", "database", "suggestion", "rest")]
         lines.append(f"| {row['algorithm']} | {row['stored']:,} | " + " | ".join(cells) + " |")
-    lines += ["", "| `orion hunt`, random | script | plain trial | warm trial |", "|---" * 4 + "|"]
+    lines += [
+        "",
+        "| `orion hunt`, random, CPU seconds per trial | script | plain trial | warm trial |",
+        "|---" * 4 + "|",
+    ]
     for row in hunts:
         cells = [f"{row[kind]:.2f}" for kind in ("script", "plain", "warm")]
         lines.append(f"| {row['stored']:,} stored | " + " | ".join(cells) + " |")

@@ -32,19 +32,18 @@ import glob
 import json
 import os
 import re
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import machine
 import numpy as np
 import peers
+from usage import timed
 
 from ppo_hpo import PPO, TrialConfig, yamlio
 from ppo_hpo.config import EnvConfig
@@ -62,54 +61,12 @@ EPOCHS, STEPS = 4, 12288
 EPISODES, FIRST_SEED = 100, 2**31
 REPEATS = 3
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def _environment(servers: Path | None = None) -> dict[str, str]:
     """Of what is measured: one thread, and where warm servers live."""
     own = {**os.environ, **ONE_THREAD, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     return own if servers is None else {**own, "XDG_RUNTIME_DIR": str(servers)}
-
-
-def timed(command: list[str], directory: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Wall and CPU seconds of a command and its children, and CPU seconds of all else meanwhile (Linux)."""
-    before, machine_before, started = _children_cpu(), _machine_cpu(), time.monotonic()
-    done = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, check=False
-    )
-    seconds = time.monotonic() - started
-    if done.returncode:
-        raise SystemExit(f"{command} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
-    cpu = _children_cpu() - before
-    machine_cpu = _machine_cpu() - machine_before
-    if "--warm" in command:
-        cpu += _stop_servers(environment)
-    return {"seconds": seconds, "cpu_seconds": cpu, "others_cpu_seconds": max(machine_cpu - cpu, 0.0)}
-
-
-def _children_cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def _machine_cpu() -> float:
-    """CPU seconds of all processes since the machine started."""
-    fields = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()
-    user, nice, system, _, _, irq, softirq = (int(field) for field in fields[1:8])
-    return (user + nice + system + irq + softirq) / TICKS
-
-
-def _stop_servers(environment: dict[str, str]) -> float:
-    """Stop the warm servers of this environment; CPU seconds that they and their trials took."""
-    command = [str(BIN / "ppo-hpo"), "warm"]
-    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    ticks = 0
-    for line in listed.splitlines():
-        pid = line.split()[1].rstrip(":")
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        ticks += sum(int(field) for field in fields[11:15])
-    subprocess.run([*command, "--stop"], env=environment, capture_output=True, check=True)
-    return ticks / TICKS
 
 
 # ------------------------------------------------------------------------------ ours
