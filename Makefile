@@ -42,6 +42,8 @@ bench: setup-dev
 	$(BIN)/python benchmarks/warm.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/orion_cost.py
+	$(BIN)/python benchmarks/sweep.py
 
 clean:
 	rm -rf $(VENV) benchmarks/.peers build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache
