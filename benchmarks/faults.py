@@ -428,6 +428,8 @@ class Sweep:
                 return False
             path = victim.directory / "curve.jsonl" if kind.startswith("curve") else paths[0]
             content = bytearray(path.read_bytes())
+            if not content:
+                return False  # cut to nothing before, and not yet read again
             if "flipped" in kind:
                 bit = self.random.randrange(8 * len(content))
                 content[bit // 8] ^= 1 << bit % 8
