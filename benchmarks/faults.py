@@ -7,7 +7,8 @@ its own on one PickledDB, as on a cluster. Meanwhile an adversary with a seed do
 `KINDS` says, and a supervisor does by Orion's own calls what its user would: it starts workers that ended
 again, puts broken trials back, releases the algorithm's lock where its holder was killed, and tells the
 algorithm a result that a worker stored but did not live to tell it (ASHA waits for it for ever). At the end
-nobody is disturbed any more, and what Orion proposed beyond the thirty is finished as well. Then
+nobody is disturbed any more, and what Orion proposed beyond the thirty is finished as well; a completed trial
+at which a second process was killed is run once more by hand, so that it tidies up. Then
 
 - every trial that Orion has must be completed;
 - its objective, its curve's bytes and all arrays of its last checkpoint must equal those of one run of the
@@ -285,6 +286,7 @@ class Sweep:
             trials = client.fetch_trials()
             left = [trial for trial in trials if trial.status != "completed"]
             if not left:
+                self.tidy_up(trials)
                 return
             for trial in left:
                 if trial.status in ("broken", "reserved"):
@@ -295,6 +297,19 @@ class Sweep:
             self.max_trials = len(trials)
             self.start_worker().wait()
         raise SystemExit(f"trials are left over that no worker finishes; they lie in {self.folder}")
+
+    def tidy_up(self, trials: list[Any]) -> None:
+        """Run a trial again in which a process was killed after another one had completed it.
+
+        It left its claim, which the next process takes away; but nobody comes to a trial that is completed.
+        """
+        for trial in trials:
+            directory = Path(trial.working_dir)
+            if any(directory.rglob("stage-*")) or any(directory.rglob(".ppo-hpo-*")):
+                self.counts["trials run again to tidy up"] += 1
+                command = [BIN / "ppo-hpo", "run", "--config", directory / "config.yaml"]
+                command += ["--dir", directory, "--device", "cpu"]
+                subprocess.run(command, cwd=self.folder, check=False, stdout=subprocess.DEVNULL)
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         limit = time.monotonic() + 120
@@ -591,6 +606,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         ("temporary files", "temporary_files"), ("workers started again", "workers_started_again"),
         ("broken trials put back", "broken_put_back"), ("locks released", "algorithm_locks_released"),
         ("results told again", "results_told_again"), ("reservations lost", "reservations_lost"),
+        ("run again to tidy up", "trials_run_again_to_tidy_up"),
         ("seconds", "seconds"),
     ]  # fmt: skip
     lines = ["| " + " | ".join(title for title, _ in rows) + " | passed |"]
