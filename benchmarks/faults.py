@@ -77,6 +77,19 @@ KINDS = {
     "trial: SIGSTOP past the heartbeat": 2,
     "worker: SIGSTOP past the heartbeat": 1,
 }
+#: What sweeps showed before and while this was written, for the page.
+FINDINGS = """
+What these sweeps and those before them showed:
+
+- A trial's directory that could not be read gave a traceback; now it is one sentence, and the trial is put back.
+- A trial whose only checkpoint was torn stayed broken for ever; now it starts again.
+- A first sweep of seed 3 failed: a process was killed while it looked at a trial that another one had just
+  completed, and left its empty claim there. Nobody comes to a completed trial again, so that the supervisor
+  here runs it once more, as "run again to tidy up" counts.
+- A worker that is killed after it stored a result, before it told the algorithm ("results told again"), leaves
+  Orion's ASHA waiting for that result. Several workers that wait ask for its lock so often that one with a
+  result may get it only after half a minute: that is where sweeps stand still.
+"""
 _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) INFO (.*)$", re.M)
 _START = re.compile(r"(?:starts|continues)(?: of \S+)?: epoch (\d+) -> (\d+), ")
 
@@ -635,7 +648,7 @@ def write(result: dict[str, Any]) -> None:
         f"`benchmarks/faults.py` says what is done and compared: {total} faults in {len(content['runs'])} "
         "sweeps. A checkpoint or curve that is spoiled counts as two faults, with the kill that makes it "
         "matter; all other rows of the second table count one. Seconds are of the sweep, on a machine that "
-        f"others used too.\n\n{table(content['runs'])}\n{machine.sentence(content['machine'])}\n"
+        f"others used too.\n\n{table(content['runs'])}{FINDINGS}\n{machine.sentence(content['machine'])}\n"
     )
     (RESULTS / "faults.md").write_text(page)
 
