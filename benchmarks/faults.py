@@ -81,14 +81,15 @@ KINDS = {
 FINDINGS = """
 What these sweeps and those before them showed:
 
-- A trial's directory that could not be read gave a traceback; now it is one sentence, and the trial is put back.
+- A trial's directory that could not be read gave a traceback; now it is one sentence, and the trial goes on
+  when it is put back.
 - A trial whose only checkpoint was torn stayed broken for ever; now it starts again.
 - A first sweep of seed 3 failed: a process was killed while it looked at a trial that another one had just
   completed, and left its empty claim there. Nobody comes to a completed trial again, so that the supervisor
   here runs it once more, as "run again to tidy up" counts.
-- A worker that is killed after it stored a result, before it told the algorithm ("results told again"), leaves
-  Orion's ASHA waiting for that result. Several workers that wait ask for its lock so often that one with a
-  result may get it only after half a minute: that is where sweeps stand still.
+- A worker that is killed after it stored a result, before it told the algorithm, leaves Orion's ASHA waiting
+  for that result ("results told again"). Sweeps also stand still for up to half a minute while nothing runs
+  and Orion's lock goes from hand to hand among workers that wait; we did not find out why.
 """
 _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) INFO (.*)$", re.M)
 _START = re.compile(r"(?:starts|continues)(?: of \S+)?: epoch (\d+) -> (\d+), ")
