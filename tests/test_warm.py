@@ -316,11 +316,14 @@ def test_the_end_of_the_process_loses_nothing(options: list[str], place: Place) 
         "import atexit, threading; first = 'kept' not in globals(); "
         "kept = globals().setdefault('kept', open('kept.txt', 'w')) if first else globals()['kept']; "
         "kept.write('x'); first and atexit.register(print, 'at the end'); "
-        "first and threading.Timer(0.5, print, ['in a thread']).start()"
+        "first and threading.Timer(2, print, ['in a thread']).start()"
     )
     done = place.run(*options, "--set", f"env.kwargs.end={end}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["in a thread", "at the end"]
+    # The thread speaks after two seconds, on a slow machine before the trial's own last words.
+    lines = done.stdout.splitlines()
+    assert lines.count("in a thread") == 1
+    assert lines[-1] == "at the end"
     steps = json.loads((place.folder / "trial" / "results.json").read_text())
     counted = sum(item["value"] for item in steps if item["name"] in ("env_steps", "eval_steps"))
     assert len((place.folder / "kept.txt").read_text()) >= counted
@@ -353,7 +356,10 @@ def test_no_signal_is_lost_at_any_moment(place: Place) -> None:
     assert place.run("--warm").returncode == 0
     server = place.seen()["ppid"]
     codes = set()
-    for milliseconds in range(0, 200, 5):
+    milliseconds = 0
+    # Beyond 200 only on a slow machine, until a trial has come so far that it can end by itself.
+    while milliseconds < 200 or 143 not in codes:
+        assert milliseconds < 20_000, codes
         process = place.start("--warm", *LONG, directory="signals")
         time.sleep(milliseconds / 1000)
         process.terminate()
@@ -363,7 +369,7 @@ def test_no_signal_is_lost_at_any_moment(place: Place) -> None:
         assert "Traceback" not in err
         codes.add(process.returncode)
         wait_until(lambda: not children_of(server))
-    assert 143 in codes
+        milliseconds += 5 if milliseconds < 200 else 200
 
 
 def test_a_trial_that_was_stopped_goes_on_and_ends_as_one_that_was_not(place: Place) -> None:
