@@ -198,22 +198,18 @@ def zoo(env: str, mode: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ both
 
 
-def compare(env: str, mode: str, contenders: list[str], stored: dict[str, Any]) -> dict[str, Any]:
-    """All on one environment and in one mode; who is not asked for keeps what is stored."""
-    row: dict[str, Any] = {**stored, "machine": machine.describe()}
-    for name in contenders:
-        if name == "rl_zoo3":
-            found = zoo(env, mode)
-        else:
-            runs = [ours(env, mode, seed, name) for seed in range(1, REPEATS + 1)]
-            found = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            found["runs"] = runs
-        found["trials_per_hour"] = 3600.0 * found["trials"] / found["seconds"]
-        found["trials_per_cpu_hour"] = 3600.0 * found["trials"] / found["cpu_seconds"]
-        found["steps_per_second"] = found["steps"] / found["seconds"]
-        row[name] = found
-        print(f"  {env}, {mode}, {name}: {found}", flush=True)
-    return row
+def measure(env: str, mode: str, contender: str) -> dict[str, Any]:
+    """One contender on one environment and in one mode."""
+    if contender == "rl_zoo3":
+        found = zoo(env, mode)
+    else:
+        runs = [ours(env, mode, seed, contender) for seed in range(1, REPEATS + 1)]
+        found = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        found["runs"] = runs
+    found["trials_per_hour"] = 3600.0 * found["trials"] / found["seconds"]
+    found["trials_per_cpu_hour"] = 3600.0 * found["trials"] / found["cpu_seconds"]
+    found["steps_per_second"] = found["steps"] / found["seconds"]
+    return found
 
 
 LABELS = {
@@ -263,11 +259,14 @@ def main() -> int:
     stored = json.loads(path.read_text()) if path.exists() else {}
     for env in arguments.env:
         for mode in arguments.mode:
-            name = f"{env}, {mode}"
-            stored[name] = compare(env, mode, arguments.contender, stored.get(name, {}))
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(stored, indent=1) + "\n")
-            (RESULTS / "sweep.md").write_text(table(stored) + "\n")
+            row = stored.setdefault(f"{env}, {mode}", {})
+            for contender in arguments.contender:
+                row[contender] = measure(env, mode, contender)
+                row["machine"] = machine.describe()
+                print(f"  {env}, {mode}, {contender}: {row[contender]}", flush=True)
+                RESULTS.mkdir(exist_ok=True)
+                path.write_text(json.dumps(stored, indent=1) + "\n")
+                (RESULTS / "sweep.md").write_text(table(stored) + "\n")
     print(table(stored))
     return 0
 
