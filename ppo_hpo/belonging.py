@@ -46,7 +46,11 @@ def check(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | None, wh
         CheckpointError: it does not belong here.
     """
     try:
-        there, owner = meta["hyperparameters"], meta["uid"]
+        there, owner, lineage = meta["hyperparameters"], meta["uid"], meta["lineage"]
+        if not all(isinstance(text, str) for text in (owner or "", meta["identity"])):
+            raise TypeError
+        if not (isinstance(lineage, list) and all(isinstance(item, dict) for item in lineage)):
+            raise TypeError
         text = difference(there, here)
     except (KeyError, AttributeError, TypeError):
         raise CheckpointError(

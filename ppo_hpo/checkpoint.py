@@ -3,16 +3,22 @@
 A checkpoint is one safetensors file: a JSON header and raw arrays, which no reader can execute.
 Its metadata holds a version, whose it is and how far it is, and the SHA-256 of the whole file (taken
 with the digest's own digits set to zero), so that no flipped bit goes unnoticed.
+
+A checkpoint may come from anybody, digest and all. Nothing in it names a file, and every size is bounded
+before memory is taken for it: the file's, the header's, and how many values the header's text may have.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +33,13 @@ VERSION = 1
 _ZERO_DIGEST = b"0" * 64
 # Begins the names of temporary files, so that tidying up after a kill takes nobody else's.
 _TEMPORARY = ".ppo-hpo-"
-_NAME = re.compile(r"checkpoint-(\d{6})\.safetensors")
+_NAME = re.compile(r"checkpoint-(\d{6})\.safetensors", re.ASCII)
 # Far above any network that this package builds, far below what would hurt a machine.
-_MAX_BYTES = 4 << 30
+MAX_BYTES = 4 << 30
+# Twice the header of 10,000 epochs, which is `config.MAX_EPOCHS`.
+MAX_HEADER = 16 << 20
+_MAX_VALUES = 600_000
+_MAX_DEPTH = 40
 
 
 @dataclass(frozen=True)
@@ -51,13 +61,16 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     """Serialise a checkpoint, digest included.
 
     Raises:
-        CheckpointError: it holds a number that is not finite, which no reader would accept.
+        CheckpointError: it holds a number that is not finite, or more than a reader takes.
     """
     from safetensors.numpy import save
 
     meta = {"version": VERSION, "epoch": checkpoint.epoch, **checkpoint.meta}
+    text = json.dumps(meta, allow_nan=False)
+    if (reason := _beyond(text.encode())) or (reason := _not_plain(json.loads(text))):
+        raise CheckpointError(f"What no reader takes is not saved: {reason}.")
     header = {
-        "ppo_hpo": json.dumps(meta, allow_nan=False),
+        "ppo_hpo": text,
         "sha256": _ZERO_DIGEST.decode(),
     }
     arrays = {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}
@@ -69,18 +82,24 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     return _set_digest(content, digest)
 
 
-def from_bytes(content: bytes, name: str) -> Checkpoint:
+def epoch_of(name: str) -> int | None:
+    """The epoch in a checkpoint's file name, or None where it is no such name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def from_bytes(content: bytes, name: str, named: int | None = None) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         content: the whole file.
         name: what to call it in an error.
+        named: the epoch in its file's name, which has to be its own; None where it has no such name.
 
     Raises:
         TornCheckpoint: it is not what was written.
         CheckpointError: it is of another version, or holds a number that is not finite.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     header = _header(content, name)
@@ -89,6 +108,8 @@ def from_bytes(content: bytes, name: str) -> Checkpoint:
         raise TornCheckpoint(f"{name} is torn or was changed: its checksum does not match.")
     try:
         meta = json.loads(header["ppo_hpo"])
+        if _not_plain(meta):
+            raise ValueError
         version, epoch = meta.pop("version"), int(meta.pop("epoch"))
     except (KeyError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         raise CheckpointError(f"{name} is no checkpoint of ppo_hpo.") from None
@@ -97,9 +118,11 @@ def from_bytes(content: bytes, name: str) -> Checkpoint:
             f"{name} has version {version}, but this ppo_hpo reads version {VERSION}. "
             f"Continue it with the release that wrote it."
         )
+    if named not in (None, epoch):
+        raise CheckpointError(f"{name} is the checkpoint of another epoch, {epoch}: it was renamed.")
     try:
         arrays = load(content)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except Exception as error:  # what there is depends on the release of safetensors and of numpy
         raise CheckpointError(f"{name} cannot be read: {error}.") from None
     for key, array in arrays.items():
         if not np.isfinite(array).all():
@@ -124,6 +147,11 @@ class Storage:
         self, directory: str | os.PathLike[str], write: Callable[[Path, bytes], None] | None = None
     ) -> None:
         """Checkpoints in ``directory``, written by ``write``, which is `write_atomically` or as good."""
+        if "://" in str(directory):
+            raise UserError(
+                f"A storage must be a directory, but got {str(directory)!r}. For a remote store give "
+                f"ppo_hpo.sources.MirroredStorage(directory, ppo_hpo.store.Store(url), key)."
+            )
         self.directory = Path(directory)
         self._write = write or write_atomically
 
@@ -154,10 +182,18 @@ class Storage:
         Raises:
             UserError: it cannot be written, as on a full disk; the checkpoints before it are whole.
         """
-        path = self.directory / f"checkpoint-{checkpoint.epoch:06d}.safetensors"
+        return self.put(checkpoint.epoch, to_bytes(checkpoint))
+
+    def path_of(self, epoch: int) -> Path:
+        """The file of one epoch's checkpoint."""
+        return self.directory / f"checkpoint-{epoch:06d}.safetensors"
+
+    def put(self, epoch: int, content: bytes) -> Path:
+        """The same as `save`, of a checkpoint that is serialised already."""
+        path = self.path_of(epoch)
         with writing(path):
             self.directory.mkdir(parents=True, exist_ok=True)
-        self._write(path, to_bytes(checkpoint))
+        self._write(path, content)
         older = [other for other in self.paths() if other.name < path.name]
         for other in older[1:]:
             other.unlink(missing_ok=True)
@@ -167,12 +203,14 @@ class Storage:
         self,
         check: Callable[[Checkpoint], None] = lambda checkpoint: None,
         on_refused: Callable[[CheckpointError], None] = lambda error: None,
+        most: int = MAX_BYTES,
     ) -> Checkpoint | None:
         """The newest checkpoint that is whole.
 
         Args:
             check: raises `CheckpointError` for one that does not belong here.
             on_refused: told of each that is passed over for an older one, and why.
+            most: bytes that one can have; what is larger is refused unread.
 
         Returns:
             The checkpoint, or None where there is none at all.
@@ -183,7 +221,7 @@ class Storage:
         refused: list[CheckpointError] = []
         for path in self.paths():
             try:
-                checkpoint = read(path)
+                checkpoint = read(path, most)
                 check(checkpoint)
             except CheckpointError as error:
                 refused.append(error)
@@ -196,19 +234,38 @@ class Storage:
         return None
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, most: int = MAX_BYTES) -> Checkpoint:
     """Read one checkpoint file.
+
+    Args:
+        path: of the file; it must be a file, and no link to one.
+        most: bytes that it can have.
 
     Raises:
         CheckpointError: it cannot be read or used.
     """
+    return from_bytes(read_bytes(path, most), str(path), epoch_of(path.name))
+
+
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The bytes of one checkpoint file; see `read`.
+
+    Raises:
+        CheckpointError: it cannot be read, is larger, or is no regular file.
+    """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_BYTES} bytes: it is not read.")
-        content = path.read_bytes()
+        # A link leads out of the trial's directory, and opening a pipe would wait for somebody to write.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            if status.st_size > most:
+                raise CheckpointError(f"{path} is larger than {most} bytes: it is not read.")
+            return file.read(most)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-    return from_bytes(content, str(path))
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise CheckpointError(f"{path} cannot be read: {reason}.") from None
 
 
 def write_atomically(path: Path, content: bytes, stage: Path | None = None) -> None:
@@ -270,12 +327,47 @@ def _header(content: bytes, name: str) -> dict[str, Any]:
     try:
         if len(content) < 8 or length > len(content) - 8:
             raise ValueError
+        if reason := _beyond(content[8 : 8 + min(length, MAX_HEADER + 1)]):
+            raise CheckpointError(f"{name} is no checkpoint of ppo_hpo: {reason}.")
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
         if not isinstance(metadata, dict):
             raise ValueError
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError):
         raise TornCheckpoint(f"{name} is torn, or no checkpoint of ppo_hpo.") from None
     return metadata
+
+
+def _beyond(text: bytes) -> str:
+    """In words, why JSON text is not even parsed; empty where it is."""
+    if len(text) > MAX_HEADER:
+        return f"its header is larger than {MAX_HEADER} bytes"
+    # Of three bytes of text can become hundreds of memory: each value costs one of these signs.
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > _MAX_VALUES:
+        return f"its header has more than {_MAX_VALUES} values"
+    return ""
+
+
+def _not_plain(value: Any) -> str:
+    """In words, why parsed JSON is no data that every reader can take; empty where it is."""
+    waiting = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            return f"it is nested more than {_MAX_DEPTH} deep"
+        if isinstance(item, dict):
+            waiting += [(part, depth + 1) for part in item.values()]
+        elif isinstance(item, list):
+            waiting += [(part, depth + 1) for part in item]
+        elif isinstance(item, int | float):
+            try:
+                finite = math.isfinite(item)
+            except OverflowError:
+                finite = False
+            if not finite:
+                return "it holds a number that is not finite"
+    return ""
 
 
 def _set_digest(content: bytes, digest: bytes) -> bytes:

@@ -107,6 +107,10 @@ def _build_parser() -> argparse.ArgumentParser:
                      "run it, started where there is none (docs/warm.md)")  # fmt: skip
     run.add_argument("--takeover", action="store_true",
                      help="end a process that trains this trial, instead of waiting for it")  # fmt: skip
+    run.add_argument("--store", metavar="URL", help="keep checkpoints there too, for workers that share no "
+                     "file system: s3://..., sftp://..., a directory (default: $PPO_HPO_STORE)")  # fmt: skip
+    run.add_argument("--parent", metavar="ID", help="the trial that this one comes from, to be found in the "
+                     "store; under orion hunt: --parent '{trial.parent}'")  # fmt: skip
     run.set_defaults(command=_run, served=False)
 
     warm = commands.add_parser("warm", help="list or stop the processes that `run --warm` has started")
@@ -120,6 +124,9 @@ def _build_parser() -> argparse.ArgumentParser:
     show = actions.add_parser("show", help="print one")
     show.add_argument("name", metavar="NAME")
     show.set_defaults(command=_space_show)
+    check = actions.add_parser("check", help="check one, running nothing of it; before orion hunt reads it")
+    check.add_argument("name", metavar="NAME", help="a file, or a shipped name")
+    check.set_defaults(command=_space_check)
     copy = actions.add_parser("copy", help="copy one, to change it")
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("destination", metavar="DEST", help="a file, or a directory")
@@ -175,6 +182,7 @@ def run_trial(arguments: argparse.Namespace) -> int:
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(config.task.threads)
     from ppo_hpo import trial
+    from ppo_hpo.store import open_store
 
     orion = trial.OrionContext.from_environ(os.environ)
     # `python -m` would find modules beside the user; a console script has to be told.
@@ -196,6 +204,9 @@ def run_trial(arguments: argparse.Namespace) -> int:
         results_path=orion.results_path if orion else None,
         tick=_stop_if_asked,
         takeover=arguments.takeover,
+        store=open_store(arguments.store),
+        # Orion fills in None where there is none.
+        parent=None if arguments.parent in (None, "", "None") else arguments.parent,
     )
     if not orion:
         print(_outcome_text(outcome))
@@ -320,6 +331,18 @@ def _space_show(arguments: argparse.Namespace) -> int:
             f"{arguments.name} cannot be read: {getattr(error, 'strerror', None) or error}."
         ) from None
     print(text, end="")
+    return 0
+
+
+def _space_check(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.space import read_space
+
+    space = read_space(arguments.name)
+    searched = sum(len(values) for values in space.priors.values())
+    env = str(space.fixed.get("env", {}).get("id", "the default environment"))
+    module, colon, _ = env.rpartition(":")
+    print(f"{space.path}: {searched} searched, all priors are plain values; trains {env}"
+          f"{f', which imports the module {module}' if colon else ''}")  # fmt: skip
     return 0
 
 

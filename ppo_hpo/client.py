@@ -31,6 +31,8 @@ class Objective:
         directory: where trials go that come without a directory of their own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         console: whether trials log to standard error.
+        store: URL of a second place for checkpoints; None is that of the environment variable
+            ``PPO_HPO_STORE``, and '' is none.
     """
 
     space: Space
@@ -38,6 +40,7 @@ class Objective:
     directory: Path | None = None
     device: str = "auto"
     console: bool = True
+    store: str | None = None
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial, checked."""
@@ -55,18 +58,26 @@ class Objective:
             Orion's results: the objective and the statistics.
         """
         from ppo_hpo import trial as runner
+        from ppo_hpo.store import open_store
 
         config = self.config(params)
-        uid = siblings = None
+        uid = siblings = parent = None
         if trial is not None:
             place, uid = Path(trial.working_dir), str(trial.id)
-            siblings = place.parent
+            siblings, parent = place.parent, trial.parent
         elif self.directory is not None:
             place = self.directory / config.identity()[:16]
         else:
             place = runner.default_directory(config)
         outcome = runner.run(
-            config, place, device=self.device, uid=uid, siblings=siblings, console=self.console
+            config,
+            place,
+            device=self.device,
+            uid=uid,
+            siblings=siblings,
+            console=self.console,
+            store=open_store(self.store),
+            parent=parent,
         )
         return outcome.entries
 
@@ -79,6 +90,7 @@ def objective(
     directory: str | Path | None = None,
     device: str = "auto",
     console: bool = True,
+    store: str | None = None,
     **fidelities: Any,
 ) -> Objective:
     """The function to pass to Orion's ``client.workon``.
@@ -95,6 +107,7 @@ def objective(
         directory: where trials go that come without ``trial_arg``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         console: whether trials log to standard error; each also has its own ``log.txt``.
+        store: URL of a second place for checkpoints, for workers that share no file system.
         **fidelities: the same as were given to `get_space`.
 
     Raises:
@@ -111,8 +124,23 @@ def objective(
     if env is not None:
         chosen.setdefault("env", {})["id"] = env
     return Objective(
-        space, chosen, None if directory is None else Path(directory).absolute(), device, console
+        space, chosen, None if directory is None else Path(directory).absolute(), device, console, store
     )
+
+
+def prepare_trial(client: ExperimentClient, trial: Trial) -> None:
+    """Make a trial's working directory as Orion does, also where its parent's lies on another machine.
+
+    Orion copies a parent's directory, and fails where there is none. Workers that share only the database and
+    a store pass this: ``client.workon(..., prepare_trial=prepare_trial)``. The state comes from the store.
+    """
+    from orion.client.runner import prepare_trial_working_dir
+
+    parent = client.get_trial(uid=trial.parent) if trial.parent else None
+    if parent is not None and not Path(parent.working_dir).is_dir():
+        Path(trial.working_dir).mkdir(parents=True, exist_ok=True)
+    # This is what copies a parent's for ASHA and PBT.
+    prepare_trial_working_dir(client, trial)
 
 
 def run_trial(
@@ -139,14 +167,11 @@ def run_trial(
     Raises:
         UserError: as for `objective`.
     """
-    # `suggest` makes no directory, and this is what copies a parent's for ASHA and PBT.
-    from orion.client.runner import prepare_trial_working_dir
-
     try:
         if "epochs" not in options and (fidelity := epochs_prior(client.space)):
             options["epochs"] = fidelity
         function = objective(space_or_config, **options)
-        prepare_trial_working_dir(client, trial)
+        prepare_trial(client, trial)  # `suggest` makes no directory
         found = function(trial=trial, **trial.params)
     except Exception:
         client.release(trial, status="broken")

@@ -21,8 +21,17 @@ from ppo_hpo.errors import UserError
 
 Rule = Callable[[str, Any], Any]
 
+#: Of a trial. Its learning curve, a row for each, is part of every checkpoint.
+MAX_EPOCHS = 10_000
+# Weights of one network, so that its checkpoint, Adam's two moments included, stays below 4 GiB.
+_MAX_WEIGHTS = 1 << 27
+# Samples of one rollout.
+_MAX_SAMPLES = 1 << 27
 
-def _integer(default: Any, low: int, doc: str, *, optional: bool = False) -> Any:
+
+def _integer(default: Any, low: int, doc: str, *, high: int, optional: bool = False) -> Any:
+    # Upper bounds are far above what anybody trains with: a file of somebody else's shall not ask for
+    # memory or processes that no machine has.
     def rule(name: str, value: Any) -> Any:
         if optional and _is_none(value):
             return None
@@ -31,6 +40,8 @@ def _integer(default: Any, low: int, doc: str, *, optional: bool = False) -> Any
             raise UserError(f"`{name}` must be a whole number, but got {value!r}.")
         if value < low:
             raise UserError(f"`{name} >= {low}` must hold, but got {value!r}.")
+        if value > high:
+            raise UserError(f"`{name} <= {high}` must hold, but got {_shown(value)}.")
         return int(value)
 
     return _field(default, rule, doc)
@@ -64,6 +75,11 @@ def _real(
         return float(value)
 
     return _field(default, rule, doc)
+
+
+def _shown(value: float) -> str:
+    """A number to be read, however long: Python refuses to write the longest ones out."""
+    return repr(value) if abs(value) < 1 << 64 else f"{value.__class__.__name__} beyond 2^64"
 
 
 def _flag(default: bool, doc: str) -> Any:
@@ -117,7 +133,9 @@ def _environment_id(name: str, value: Any) -> str:
         raise UserError(
             f"`{name}` must be the id of a gymnasium environment, such as CartPole-v1, but got {value!r}."
         )
-    if value.count(":") > 1 or not all(value.split(":")):
+    module, colon, rest = value.rpartition(":")
+    # A module by its dotted name, as in an import statement: no path, and not relative to this package.
+    if not rest or (colon and not all(part.isidentifier() for part in module.split("."))):
         raise UserError(f"`{name}` must be EnvId or module:EnvId, but got {value!r}.")
     return value
 
@@ -144,13 +162,13 @@ class EnvConfig(_Checked):
     """The environment that is trained on."""
 
     id: str = _field("CartPole-v1", _environment_id, "gymnasium id, also `module:EnvId`")
-    n_envs: int = _integer(8, 1, "environments that are stepped side by side")
+    n_envs: int = _integer(8, 1, "environments that are stepped side by side", high=1 << 16)
     kwargs: Mapping[str, Any] = dataclasses.field(
         default_factory=dict,
         metadata={"rule": _environment_kwargs, "doc": "keyword arguments of the environment"},
     )
     max_episode_steps: int | None = _integer(
-        None, 1, "time limit in steps that replaces the environment's own", optional=True
+        None, 1, "time limit in steps that replaces the environment's own", high=10**9, optional=True
     )
     vectorization: Literal["auto", "sync", "async", "native", "envpool"] = _word(
         "auto",
@@ -169,14 +187,18 @@ class EnvConfig(_Checked):
 class TaskConfig(_Checked):
     """How long, in epochs, and how a trial is judged."""
 
-    epochs: int = _integer(16, 1, "epochs to train in all, over every rung: the fidelity")
+    epochs: int = _integer(16, 1, "epochs to train in all, over every rung: the fidelity", high=MAX_EPOCHS)
     max_epochs: int | None = _integer(
-        None, 1, "epochs at which schedules end: the highest fidelity; none: `epochs`", optional=True
+        None,
+        1,
+        "epochs at which schedules end: the highest fidelity; none: `epochs`",
+        high=MAX_EPOCHS,
+        optional=True,
     )
-    steps_per_epoch: int = _integer(20480, 1, "environment steps in one epoch, over all n_envs")
-    seed: int = _integer(0, 0, "every random stream of the trial derives from it")
-    threads: int = _integer(1, 1, "threads of torch and BLAS")
-    eval_episodes: int = _integer(10, 1, "episodes of each evaluation")
+    steps_per_epoch: int = _integer(20480, 1, "environment steps in one epoch, over all n_envs", high=10**10)
+    seed: int = _integer(0, 0, "every random stream of the trial derives from it", high=(1 << 63) - 1)
+    threads: int = _integer(1, 1, "threads of torch and BLAS", high=1024)
+    eval_episodes: int = _integer(10, 1, "episodes of each evaluation", high=100_000)
     eval_deterministic: bool = _flag(True, "evaluate the most probable action, not a sample")
 
 
@@ -188,13 +210,16 @@ class ModelConfig(_Checked):
     `activation`. For images one convolutional network with two heads: `features_dim`.
     """
 
-    width: int = _integer(64, 1, "units in each hidden layer, where observations are vectors")
-    depth: int = _integer(2, 1, "hidden layers, where observations are vectors")
+    width: int = _integer(64, 1, "units in each hidden layer, where observations are vectors", high=1 << 14)
+    depth: int = _integer(2, 1, "hidden layers, where observations are vectors", high=64)
     activation: Literal["tanh", "relu"] = _word(
         "tanh", ("tanh", "relu"), "activation function, where observations are vectors"
     )
     features_dim: int = _integer(
-        512, 1, "units of the dense layer behind the convolutions, where observations are images"
+        512,
+        1,
+        "units of the dense layer behind the convolutions, where observations are images",
+        high=1 << 16,
     )
     ortho_init: bool = _flag(True, "orthogonal initialisation with gains sqrt(2), 0.01 and 1")
     log_std_init: float = _real(0.0, -10.0, 4.0, "initial log standard deviation of continuous actions")
@@ -232,9 +257,9 @@ class NormalizeConfig(_Checked):
 class PPOConfig(_Checked):
     """PPO's own hyperparameters (Schulman et al. 2017), in Stable-Baselines3's words."""
 
-    n_steps: int = _integer(256, 1, "steps of each environment in one rollout")
-    batch_size: int = _integer(64, 1, "samples in one minibatch")
-    n_epochs: int = _integer(10, 1, "passes over one rollout")
+    n_steps: int = _integer(256, 1, "steps of each environment in one rollout", high=10**7)
+    batch_size: int = _integer(64, 1, "samples in one minibatch", high=10**9)
+    n_epochs: int = _integer(10, 1, "passes over one rollout", high=10_000)
     gamma: float = _real(0.99, 0.0, 1.0, "discount factor")
     gae_lambda: float = _real(0.95, 0.0, 1.0, "horizon of generalised advantage estimation")
     clip_range: float = _real(0.2, 0.0, math.inf, "bound of the policy's ratio", open_low=True)
@@ -297,7 +322,7 @@ def check_value(group: str, key: str, value: Any) -> Any:
     check_key(group, key)
     name = f"{group}.{key}"
     if key == "n_minibatches":
-        rule: Rule = _integer(1, 1, "").metadata["rule"]
+        rule: Rule = _integer(1, 1, "", high=10**9).metadata["rule"]
     elif key in OTHER_SPELLINGS.get(group, {}):
         rule = _real(0.5, 0.0, 1.0, "").metadata["rule"]
     else:
@@ -313,7 +338,7 @@ def check_key(group: str, key: str) -> None:
     if key not in field_names(group):
         import difflib
 
-        close = difflib.get_close_matches(str(key), field_names(group), n=1)
+        close = difflib.get_close_matches(str(key)[:80], field_names(group), n=1)
         hint = f"Did you mean {close[0]}?" if close else f"It has {', '.join(field_names(group))}."
         raise UserError(f"PPO knows no hyperparameter `{group}.{key}`. {hint}")
 
@@ -332,6 +357,17 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         rollout, steps = self.rollout_steps, self.task.steps_per_epoch
+        weights = self.model.width**2 * (self.model.depth - 1)
+        if weights > _MAX_WEIGHTS:
+            raise UserError(
+                f"`model.width^2 * (model.depth - 1) <= {_MAX_WEIGHTS}` must hold, but got {weights}. "
+                f"Choose a smaller network."
+            )
+        if rollout > _MAX_SAMPLES:
+            raise UserError(
+                f"`env.n_envs * ppo.n_steps <= {_MAX_SAMPLES}` must hold, but got {rollout}. "
+                f"Choose smaller rollouts."
+            )
         product = f"env.n_envs * ppo.n_steps = {self.env.n_envs} * {self.ppo.n_steps} = {rollout}"
         if steps % rollout:
             lower, upper = steps // rollout * rollout, (steps // rollout + 1) * rollout

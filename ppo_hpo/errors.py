@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+_LONGEST = 2000
+
 
 class UserError(ValueError):
     """Input that breaks a rule: the message says the rule, the value and what to do.
 
-    The command line prints it as one line and exits with code 2.
+    The command line prints it as one line and exits with code 2. Parts of it may come from somebody
+    else's file: control characters are shown as escapes, and the middle of what is overlong is left out.
     """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__(message)
 
 
 class CheckpointError(UserError):

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_hpo.errors import UserError
+from ppo_hpo.checkpoint import read_bytes
+from ppo_hpo.errors import CheckpointError, UserError
 from ppo_hpo.experiment import open_experiment, params_of, statistics_of
+from ppo_hpo.results import is_row
 
+# Ten thousand epochs, twice; and a line of one of them.
+_MAX_CURVE, _MAX_LINE = 16 << 20, 16 << 10
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -156,14 +160,17 @@ def read_curve(directory: Path) -> list[dict[str, Any]]:
     """A trial's learning curve; empty where there is none, or up to the first line that is torn."""
     rows: list[dict[str, Any]] = []
     try:
-        lines = (directory / "curve.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        content = read_bytes(directory / "curve.jsonl", _MAX_CURVE)
+    except CheckpointError:
         return rows
-    for line in lines:
+    for line in content.decode(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line[:_MAX_LINE])
+        except (ValueError, RecursionError):
             break
+        if not is_row(row):
+            break
+        rows.append(row)
     return rows
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+# What a float holds, and so little less that no sum of a few overflows.
+_LARGEST = 1e300
 # Statistics of one evaluation, in the names of the curve's columns.
 _EVALUATION = ("return_mean", "return_std", "return_median", "episode_length")
 
@@ -31,6 +33,18 @@ def evaluation_columns(returns: Sequence[float], lengths: Sequence[int]) -> dict
         "episode_length": float(np.mean(lengths)),
         "eval_steps": int(np.sum(lengths)),
     }
+
+
+def is_row(row: Any) -> bool:
+    """Whether this is a row of a learning curve, and every number of it finite: it may come from a file."""
+    if not isinstance(row, Mapping):
+        return False
+    wanted = {"epoch", "env_steps", "eval_steps", *_EVALUATION}
+    return wanted <= row.keys() and all(
+        (value is None and key not in wanted)
+        or (isinstance(value, int | float) and type(value) is not bool and abs(value) < _LARGEST)
+        for key, value in row.items()
+    )
 
 
 def objective(curve: Sequence[Row], epochs: int, *, diverged: bool) -> float:

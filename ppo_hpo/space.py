@@ -23,6 +23,8 @@ MARK = "orion~"
 _PRIORS = ("uniform", "loguniform", "choices", "fidelity", "normal")
 # Tried in Orion 0.2.7. `low=`/`high=` are lost when it saves a space, so they have to stand in order.
 _OPTIONS = ("discrete", "precision", "default_value")
+# Python's parser recurses; nobody lists more choices than fit in here.
+_MAX_PRIOR = 4000
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def parse_prior(name: str, text: str) -> Prior:
     Raises:
         UserError: it is not a call of a known prior on plain values.
     """
+    if len(text) > _MAX_PRIOR:
+        raise UserError(f"`{name}` has a prior of {len(text)} characters; {_MAX_PRIOR} are read.")
     form = "Write it as loguniform(1e-5, 1e-2), uniform(0, 1), choices([a, b]) or fidelity(1, 16)."
     try:
         call = ast.parse(text.strip(), mode="eval").body
@@ -313,14 +317,16 @@ def _check_prior(group: str, key: str, text: str) -> None:
     if prior.name == "loguniform" and low <= 0:
         raise UserError(f"`low > 0` must hold in the loguniform of `{name}`, but got {text!r}.")
     discrete = prior.options.get("discrete", False)
+    if not isinstance(discrete, bool):
+        raise UserError(f"`discrete` in the prior of `{name}` must be True or False, but got {text!r}.")
     if discrete and not (float(low).is_integer() and float(high).is_integer()):
         # Orion rounds what it draws down: loguniform(0.5, 3, discrete=True) draws 0.
         raise UserError(f"`{name}` is discrete and needs whole bounds in its prior, but got {text!r}.")
     for bound in (low, high):
         check_value(group, key, bound if discrete else float(bound))
     precision = prior.options.get("precision", 4)
-    if precision is not None and not (type(precision) is int and precision > 0):
-        raise UserError(f"`precision` in the prior of `{name}` must be digits, 1 or more, but got {text!r}.")
+    if precision is not None and not (type(precision) is int and 1 <= precision <= 17):
+        raise UserError(f"`precision` in the prior of `{name}` must be digits, 1 to 17, but got {text!r}.")
     default = prior.options.get("default_value", low)
     if not (_is_number(default) and low <= default <= high):
         raise UserError(
@@ -342,7 +348,8 @@ def _check_fidelity(text: str, prior: Prior) -> None:
     if good:
         low, high = prior.arguments[:2]
         base = prior.options.get("base", prior.arguments[2] if len(prior.arguments) == 3 else 2)
-        if 1 <= low < high and isinstance(base, (int, float)) and base > 1:
+        if 1 <= low < high and _is_number(base) and base > 1:
+            check_value("task", "epochs", high)
             return
     raise UserError(
         f"`task.epochs` needs fidelity(low, high, base=b) with whole numbers 1 <= low < high and "

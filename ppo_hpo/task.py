@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ppo_hpo import belonging, results, seeding
 from ppo_hpo.autograd import Criterion
-from ppo_hpo.checkpoint import Checkpoint, Storage, arrays_digest
+from ppo_hpo.checkpoint import MAX_HEADER, Checkpoint, Storage, arrays_digest
 from ppo_hpo.components import (
     ActorCritic,
     Groups,
@@ -328,7 +328,9 @@ class PPO:
         if self._storage is None:
             return
         checkpoint = self._storage.load(
-            self._check_ours, lambda error: self._log.warning("refused: %s", error)
+            self._check_ours,
+            lambda error: self._log.warning("refused: %s", error),
+            MAX_HEADER + 8 + sum(array.nbytes for array in self._arrays().values()),
         )
         if checkpoint is None:
             return
@@ -596,6 +598,8 @@ class PPO:
         lineage, seconds = [dict(item) for item in progress["lineage"]], float(progress["seconds"])
         if [row["epoch"] for row in curve] not in ([], list(range(epoch + 1))) or (epoch and not curve):
             raise CheckpointError(f"The state's learning curve does not lead to its epoch, {epoch}.")
+        if not all(results.is_row(row) for row in curve):
+            raise CheckpointError("The state's learning curve has a row that is none.")
         bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
         if bad:
             raise CheckpointError(f"The state is not finite: {', '.join(bad)}.")

@@ -1,17 +1,6 @@
 """The trial runner: where a trial's state lies, and what happens around `fit`.
 
-Where the state lies, under Orion (the one rule, for every algorithm):
-
-1. In the trial's own working directory. A retried trial finds there what it left; for ASHA and
-   population-based training Orion has copied the parent's directory there.
-2. Where that is empty, in a sibling directory of the same identity (hyperparameters and seed), from which
-   the checkpoint nearest below the trial's epochs is copied. Hyperband and EvolutionES promote
-   into new, empty directories; this finds the lower rung.
-
-Siblings are found through `<Orion's working directory>/.ppo_hpo/<identity>/`, which holds one empty file
-for each trial directory of that identity. A forked trial is not listed there: its hyperparameters
-do not tell its history. The identity is ours and not Orion's `hash_params`, because it also covers
-what the space file fixes.
+Where the state comes from, the one rule for every algorithm, stands in `ppo_hpo.sources`.
 """
 
 from __future__ import annotations
@@ -29,14 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_hpo import lock, results, yamlio
-from ppo_hpo.checkpoint import Storage, read, remove_leftovers, writing
+from ppo_hpo.checkpoint import remove_leftovers, writing
 from ppo_hpo.config import TrialConfig
-from ppo_hpo.errors import CheckpointError, LostLock, TornCheckpoint, UserError
+from ppo_hpo.errors import LostLock, UserError
+from ppo_hpo.sources import TrialStorage
+from ppo_hpo.store import Store
 
 if TYPE_CHECKING:
     from ppo_hpo.envs import EnvInfo
 
-_INDEX = ".ppo_hpo"
+# What is appended to, locked or emptied: in a directory of somebody else's a link would lead to other files.
+_WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", "lock", "writer")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
 _EPISODES_PER_EPOCH = 5
@@ -114,6 +106,9 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
         raise UserError(f"The directory {directory} cannot be made: {error.strerror}.") from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UserError(f"The directory {directory} cannot be written. Choose another one.")
+    for name in _WRITTEN_IN_PLACE:
+        if (directory / name).is_symlink():
+            raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
     info = probe(config.env)
     refuse_what_does_not_fit(config, info)
     return info
@@ -137,6 +132,8 @@ def run(
     results_path: Path | None = None,
     tick: Callable[[], None] = lambda: None,
     takeover: bool = False,
+    store: Store | None = None,
+    parent: str | None = None,
 ) -> Outcome:
     """Run one trial to its epochs, going on from whatever is there.
 
@@ -151,18 +148,22 @@ def run(
         results_path: where Orion wants its result file.
         tick: called before each environment step; what it raises stops the trial there.
         takeover: end a process that has the trial, instead of waiting for it.
+        store: a second place for checkpoints, which other machines reach.
+        parent: Orion's id of the trial that this one comes from, to be looked for in the store.
 
     Raises:
-        UserError: bad input, or a file that cannot be written.
+        UserError: bad input, a file that cannot be written, or a store that cannot be reached.
     """
     info = check(config, directory, device)
+    if store is not None:
+        store.names()  # before torch is imported, as everything that may be wrong
     lost: LostLock | None = None
     while True:
         try:
             with lock.hold(directory, takeover=takeover, lost=lost) as claim:
                 return _run(
                     config, directory, info, claim, lost, device, uid, experiment, siblings, console,
-                    results_path, tick,
+                    results_path, tick, store, parent,
                 )  # fmt: skip
         except LostLock as error:
             # Not an end of the process: Orion would stop the hunt, or call broken a trial that lives.
@@ -183,6 +184,8 @@ def _run(
     console: bool,
     results_path: Path | None,
     tick: Callable[[], None],
+    store: Store | None,
+    parent: str | None,
 ) -> Outcome:
     """`run` by the one writer."""
 
@@ -195,18 +198,24 @@ def _run(
             log.warning("%s; goes on from what is there", lost)
         remove_leftovers(directory)
         _warn_of_short_epochs(config, info, log)
-        storage = Storage(directory, claim.write)
-        if siblings is not None and not _has_usable(storage):
-            _copy_from_sibling(config, storage, siblings, log)
-            _set_torn_aside(config, storage, siblings, log)
+        storage = TrialStorage(
+            config,
+            directory,
+            uid=uid,
+            parent=parent,
+            siblings=siblings,
+            store=store,
+            write=claim.write,
+            log=log,
+        )
 
         # This imports torch: everything that could be wrong was looked at before.
         from ppo_hpo.task import PPO
 
         task = PPO.from_config(config, device, storage=storage, logger=log, uid=uid)
         task.tick = tick_as_writer
-        if siblings is not None and not task.lineage:
-            _register(config, directory, siblings)
+        if not task.lineage:
+            storage.register()
         start = task.epoch if task.resumed() else None
         _announce(task, config, start, experiment, log)
         claim.write(directory / "config.yaml", yamlio.dump(config.to_mapping()).encode())
@@ -217,6 +226,7 @@ def _run(
             task.fit(config.task.epochs)
         finally:
             task.finish()
+        storage.finish()
         _write_curve(directory, task, claim)
         outcome = _outcome(task, config, directory, start, time.perf_counter() - started)
         # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
@@ -294,79 +304,6 @@ def _warn_of_short_epochs(config: TrialConfig, info: EnvInfo, log: logging.Logge
             "environments are reset at each epoch, and episodes that are often cut teach less",
             steps, _EPISODES_PER_EPOCH, _EPISODES_PER_EPOCH, n_envs, limit, needed,
         )  # fmt: skip
-
-
-# ------------------------------------------------------------------------- siblings
-
-
-def _index_of(config: TrialConfig, siblings: Path) -> Path:
-    return siblings / _INDEX / config.identity()[:32]
-
-
-def _register(config: TrialConfig, directory: Path, siblings: Path) -> None:
-    if directory.parent != siblings:
-        return
-    index = _index_of(config, siblings)
-    try:
-        index.mkdir(parents=True, exist_ok=True)
-        (index / directory.name).touch()
-    except OSError as error:
-        raise UserError(f"{index} cannot be written: {error.strerror}.") from None
-
-
-def _has_usable(storage: Storage) -> bool:
-    """Whether a trial has a whole checkpoint of its own; whose it is, the task looks at."""
-    try:
-        return storage.load() is not None
-    except CheckpointError:
-        return False
-
-
-def _copy_from_sibling(config: TrialConfig, storage: Storage, siblings: Path, log: logging.Logger) -> None:
-    """Begin with the most advanced checkpoint of the same identity that is not too far."""
-    index = _index_of(config, siblings)
-    if not index.is_dir():
-        return
-    found: list[tuple[int, Path]] = []
-    for entry in index.iterdir():
-        for path in Storage(siblings / entry.name).paths():
-            epoch = int(path.stem.rpartition("-")[2])
-            if epoch <= config.task.epochs:
-                found.append((epoch, path))
-    for epoch, path in sorted(found, key=lambda item: (-item[0], str(item[1]))):
-        try:
-            checkpoint = read(path)
-        except CheckpointError as error:
-            log.warning("refused: %s", error)
-            continue
-        if checkpoint.meta.get("identity") == config.identity() and not checkpoint.meta.get("lineage"):
-            storage.save(checkpoint)
-            log.info("found epoch %d of the same trial in %s", epoch, path.parent)
-            return
-
-
-def _set_torn_aside(config: TrialConfig, storage: Storage, siblings: Path, log: logging.Logger) -> None:
-    """Where all that is left of a trial is torn, let it start again: it comes to the same numbers.
-
-    A fork would not, since it began as its parent; only trials that are none are in the index.
-    """
-    if not (_index_of(config, siblings) / storage.directory.name).exists():
-        return
-    torn: list[tuple[Path, TornCheckpoint]] = []
-    for path in storage.paths():
-        try:
-            read(path)
-            return
-        except TornCheckpoint as error:
-            torn.append((path, error))
-        except CheckpointError:
-            return
-    for path, reason in torn:
-        log.warning("refused: %s", reason)
-        with writing(path):
-            path.replace(path.with_name(f"{path.name}.torn"))
-    if torn:
-        log.warning("no checkpoint is whole: starts again; the torn ones are kept as *.torn")
 
 
 # ---------------------------------------------------------------------------- files

@@ -1,4 +1,7 @@
-"""YAML as people write it: data only, `1e-4` is a number, and no key stands twice."""
+"""YAML as people write it: data only, `1e-4` is a number, and no key stands twice.
+
+Files may come from anybody: tags and aliases are not read, and how much of what there may be is bounded.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,18 @@ from ppo_hpo.errors import UserError
 
 # Configurations are a page long; what is larger is not a configuration.
 _MAX_BYTES = 1 << 20
+_MAX_VALUES = 10_000
+_MAX_DEPTH = 30
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1's safe loader with the number syntax of YAML 1.2.
 
-    PyYAML reads `1e-4` as a string, because YAML 1.1 wants `1.0e-4`; everybody means a number.
+    PyYAML reads `1e-4` as a string, because YAML 1.1 wants `1.0e-4`; everybody means a number. Dates stay
+    words: no hyperparameter is one.
     """
+
+    values = depth = 0
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -32,11 +40,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
         # An alias lets a kilobyte stand for gigabytes; configurations have no use for it.
-        if self.check_event(yaml.AliasEvent):
-            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
             raise UserError(f"Line {line}: YAML aliases (*name) are not read. Write the value out.")
-        return super().compose_node(parent, index)
+        if event.tag is not None:
+            raise UserError(f"Line {line}: YAML tags ({event.tag}) are not read. Write the plain value.")
+        self.values += 1
+        if self.values > _MAX_VALUES:
+            raise UserError(f"Line {line}: more than {_MAX_VALUES} values are no configuration.")
+        if self.depth >= _MAX_DEPTH:
+            raise UserError(f"Line {line}: values are nested more than {_MAX_DEPTH} deep.")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
 class _Dumper(yaml.SafeDumper):
@@ -46,9 +66,14 @@ class _Dumper(yaml.SafeDumper):
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        # Written so that it reads a long row of digits once, not once from each of them.
+        re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
         list("-+.0123456789"),
     )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -62,7 +87,19 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(text)
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = str(loader.construct_scalar(node)).lower()
+    if text.lstrip("+-") in (".inf", ".nan"):
+        return float(text.replace(".", ""))
+    if "_" in text or ":" in text:
+        raise UserError(
+            f"Line {node.start_mark.line + 1}: write numbers without underscores or colons, but got {text!r}."
+        )
+    return float(text)
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def parse(text: str, source: str) -> Any:
@@ -73,7 +110,8 @@ def parse(text: str, source: str) -> Any:
         source: what to call it in an error.
 
     Raises:
-        UserError: the text is not YAML, or uses a tag beyond plain data, an alias, or a key twice.
+        UserError: the text is not YAML, or uses a tag, an alias or a key twice, or holds more than any
+            configuration does.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a safe loader, see above

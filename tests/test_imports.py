@@ -29,9 +29,9 @@ LAYERS = {
     "numbers": ["gae", "normalize", "losses", "networks", "adam"],
     "loop": [
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
-        "events", "checkpoint", "belonging", "guard", "task",
+        "events", "checkpoint", "store", "belonging", "guard", "task",
     ],
-    "trial": ["lock", "trial"],
+    "trial": ["lock", "sources", "trial"],
     "Orion edge": ["client", "experiment", "lineage", "report"],
     "command line": ["cli", "warm", "warmserver"],
 }  # fmt: skip
