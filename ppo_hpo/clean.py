@@ -1,6 +1,7 @@
 """Removes checkpoints that nobody will go on from: of trials that can no longer be promoted.
 
-A trial that is not completed keeps everything. One that is completed loses its checkpoints where this is sure:
+A trial that is not completed keeps everything. One that is completed loses its checkpoints where
+this is sure:
 
 - it has the highest fidelity, or the experiment has none: there is nothing to promote it to, and no
   algorithm of Orion's forks from one;
@@ -9,7 +10,8 @@ A trial that is not completed keeps everything. One that is completed loses its 
 - the algorithm is done: it says so itself;
 - the user says so (``--finished``), and `max_trials` is reached and no trial is under way.
 
-The best trial keeps its newest whole checkpoint: it is the policy that was looked for. Curves, logs and results stay.
+The best trial keeps its newest whole checkpoint: it is the policy that was looked for. Curves,
+logs and results stay.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def clean(
         raise UserError(f"`--keep >= 1` must hold, but got {keep}: the best trial keeps its checkpoint.")
     client = open_experiment(name, config)
     trials = client.fetch_trials()
-    reasons = obsolete(trials, highest(client), algorithms(client), is_done=_done(client, trials, finished))
+    reasons = obsolete(trials, highest(client), forking(client), is_done=_done(client, trials, finished))
     best = [trial.id for trial in sorted(_completed(trials), key=_goodness)[:keep]]
     found = [
         _clean_trial(trial, reasons.get(trial.id, ""), trial.id in best, dry_run, store) for trial in trials
@@ -121,7 +123,7 @@ def highest(client: Any) -> float | None:
     return None if prior is None else float(parse_prior("task.epochs", prior).arguments[1])
 
 
-def algorithms(client: Any) -> bool:
+def forking(client: Any) -> bool:
     """Whether an experiment's algorithm forks trials."""
     return any(str(name).lower() in _FORKING for name in client.algorithm.configuration)
 
@@ -160,14 +162,12 @@ def _done(client: Any, trials: Sequence[Any], finished: bool) -> str:
         return ""
     if waiting:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(waiting.items()))
-        raise UserError(
-            f"{client.name!r} is not finished: {counts}. Leave --finished out, or end them first."
-        )
+        raise UserError(f"{client.name!r} is not finished: {counts}. Leave --finished out, or end them.")
     completed = sum(trial.status == "completed" for trial in trials)
     if completed < client.max_trials:
         raise UserError(
-            f"{client.name!r} is not finished: {completed} of {client.max_trials} trials are completed. Leave "
-            f"--finished out, or hunt on."
+            f"{client.name!r} is not finished: {completed} of {client.max_trials} trials are completed. "
+            f"Leave --finished out, or hunt on."
         )
     return "the experiment is finished"
 

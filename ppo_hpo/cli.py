@@ -142,6 +142,22 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
     report.set_defaults(command=_report)
 
+    clean = commands.add_parser(
+        "clean",
+        help="remove checkpoints of trials that can no longer be promoted",
+        description="Remove the checkpoints of completed trials that Orion can no longer promote: those of the "
+        "highest fidelity, or promoted already. The best trial keeps its newest; curves, logs and results stay.",
+    )
+    clean.add_argument("name", metavar="NAME", help="the experiment's name")
+    clean.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    clean.add_argument("--finished", action="store_true",
+                       help="all others too: max_trials is reached, and nobody will raise it")  # fmt: skip
+    clean.add_argument("--keep", type=int, default=1, metavar="N",
+                       help="so many of the best trials keep their newest (default: 1)")  # fmt: skip
+    clean.add_argument("--store", metavar="URL", help="clean there too (default: $PPO_HPO_STORE)")
+    clean.set_defaults(command=_clean)
+
     lineage = commands.add_parser(
         "lineage",
         help="who came from whom: promotions and forks as a tree",
@@ -357,6 +373,15 @@ def _report(arguments: argparse.Namespace) -> int:
     from ppo_hpo.report import report
 
     print(report(arguments.name, arguments.config, html=arguments.html))
+    return 0
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.clean import clean
+    from ppo_hpo.store import open_store
+
+    print(clean(arguments.name, arguments.config, dry_run=arguments.dry_run, finished=arguments.finished,
+                keep=arguments.keep, store=open_store(arguments.store)))  # fmt: skip
     return 0
 
 

@@ -395,6 +395,21 @@ def hold(directory: Path, *, takeover: bool = False, lost: LostLock | None = Non
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def at_rest(directory: Path) -> Iterator[bool]:
+    """Keep writers out of a trial for a moment, where none is at it; yields whether that is so."""
+    if not (directory / "lock").is_file() or (directory / "lock").is_symlink():
+        yield newest(directory) is None
+        return
+    flock = _Flock(directory / "lock")
+    try:
+        have = flock.attempt()
+        holder = newest(directory)
+        yield have is not False and (holder is None or holder.gone(bool(have)) is True)
+    finally:
+        flock.release()
+
+
 def _wait(
     directory: Path, flock: _Flock, takeover: _Takeover | None, lost: LostLock | None, log: logging.Logger
 ) -> Claim:
