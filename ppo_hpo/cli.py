@@ -145,8 +145,8 @@ def _build_parser() -> argparse.ArgumentParser:
     clean = commands.add_parser(
         "clean",
         help="remove checkpoints of trials that can no longer be promoted",
-        description="Remove the checkpoints of completed trials that Orion can no longer promote: those of the "
-        "highest fidelity, or promoted already. The best trial keeps its newest; curves, logs and results stay.",
+        description="Remove the checkpoints of completed trials that Orion can no longer promote: of the "
+        "highest fidelity, or promoted already. The best keeps its newest; curves, logs and results stay.",
     )
     clean.add_argument("name", metavar="NAME", help="the experiment's name")
     clean.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
