@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -16,7 +17,7 @@ from ppo_hpo.client import objective
 from ppo_hpo.errors import UserError
 from ppo_hpo.experiment import statistics_of
 from ppo_hpo.report import read_curve, report, sparkline, summarise, to_text
-from ppo_hpo.results import entries
+from ppo_hpo.results import entries, evaluation_columns
 from ppo_hpo.space import get_space
 
 REPOSITORY = Path(__file__).parent.parent
@@ -291,7 +292,17 @@ def test_sparkline(values: list[float], bars: str) -> None:
 def test_curve_up_to_the_line_that_is_torn(tmp_path: Path) -> None:
     assert read_curve(tmp_path) == []
     path = tmp_path / "curve.jsonl"
-    path.write_text('{"epoch": 0, "return_mean": 1.0}\n{"epoch": 1, "return_mean": 2.0}\n{"epoch": 2, "ret')
-    assert [row["epoch"] for row in read_curve(tmp_path)] == [0, 1]
+    rows = [{"epoch": epoch, "env_steps": 9 * epoch, **evaluation_columns([1.5], [4])} for epoch in range(3)]
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines)[:-30])
+    assert read_curve(tmp_path) == rows[:2]
+    # Of somebody else: what is no row ends it, whatever it is.
+    damaged = [lines[2].replace("1.5", wrong) for wrong in ("NaN", "1e999", "9" * 5000, '"x"')]
+    for bad in ("[" * 100_000, "3", "{}", "x" * (1 << 20), *damaged):
+        path.write_text("\n".join([*lines[:2], bad, lines[2]]))
+        assert read_curve(tmp_path) == rows[:2], bad[:20]
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # sparse: a terabyte that takes no room
+    assert read_curve(tmp_path) == []
     path.write_bytes(b"\xff\xfe")
     assert read_curve(tmp_path) == []
