@@ -431,7 +431,7 @@ def test_sftp(tmp_path: Path, undisturbed: Path) -> None:
         return paramiko.SFTPAttributes.from_stat(path.stat(), path.name)
 
     def opened(self: Any, path: str, flags: int, attr: Any) -> Any:
-        descriptor = os.open(root / path[1:], flags, 0o666)
+        descriptor = os.open(root / path.lstrip("/"), flags, 0o666)
         handle = File(flags)
         mode = "wb" if flags & os.O_WRONLY else "rb+" if flags & os.O_RDWR else "rb"
         handle.filename, handle.readfile = path, os.fdopen(descriptor, mode)
@@ -442,18 +442,20 @@ def test_sftp(tmp_path: Path, undisturbed: Path) -> None:
 
     def renamed(self: Any, old: str, new: str) -> int:
         renames.append(new)
-        os.replace(root / old[1:], root / new[1:])
+        os.replace(root / old.lstrip("/"), root / new.lstrip("/"))
         return int(paramiko.SFTP_OK)
 
     def done(do: Any) -> Any:
-        return answering(lambda self, path, *_: (do(root / path[1:]), paramiko.SFTP_OK)[1])
+        return answering(lambda self, path, *_: (do(root / path.lstrip("/")), paramiko.SFTP_OK)[1])
 
     methods = {
         "open": answering(opened),
         "posix_rename": answering(renamed),
-        "list_folder": answering(lambda self, path: [attributes(p) for p in (root / path[1:]).iterdir()]),
-        "stat": answering(lambda self, path: attributes(root / path[1:])),
-        "lstat": answering(lambda self, path: attributes(root / path[1:])),
+        "list_folder": answering(
+            lambda self, path: [attributes(p) for p in (root / path.lstrip("/")).iterdir()]
+        ),
+        "stat": answering(lambda self, path: attributes(root / path.lstrip("/"))),
+        "lstat": answering(lambda self, path: attributes(root / path.lstrip("/"))),
         "mkdir": done(os.mkdir),
         "remove": done(os.unlink),
     }
