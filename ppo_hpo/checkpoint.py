@@ -262,7 +262,7 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
                 raise OSError(errno.EINVAL, "it is no regular file")
             if status.st_size > most:
                 raise CheckpointError(f"{path} is larger than {most} bytes: it is not read.")
-            return file.read(most)
+            return file.read(status.st_size)
     except OSError as error:
         reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise CheckpointError(f"{path} cannot be read: {reason}.") from None

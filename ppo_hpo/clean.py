@@ -20,14 +20,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import lock
-from ppo_hpo.checkpoint import Storage, epoch_of, read
 from ppo_hpo.errors import CheckpointError, UserError
 from ppo_hpo.experiment import open_experiment, params_of, statistics_of
-from ppo_hpo.sources import TRIALS
-from ppo_hpo.store import Store
+
+if TYPE_CHECKING:
+    from ppo_hpo.store import Store
 
 # Their children may have any trial of a lower generation for a parent.
 _FORKING = {"pbt", "pb2"}
@@ -173,6 +172,10 @@ def _done(client: Any, trials: Sequence[Any], finished: bool) -> str:
 
 
 def _clean_trial(trial: Any, reason: str, is_best: bool, dry_run: bool, store: Store | None) -> Cleaned:
+    from ppo_hpo import lock
+    from ppo_hpo.checkpoint import Storage
+    from ppo_hpo.sources import TRIALS
+
     directory = Path(trial.working_dir)
     paths = [path for path in Storage(directory).paths() if not path.is_symlink()]
     there = _names_in(store, trial.id)
@@ -204,6 +207,8 @@ def _clean_trial(trial: Any, reason: str, is_best: bool, dry_run: bool, store: S
 
 def _newest_whole(paths: Sequence[Path], there: Sequence[str]) -> str:
     """The file name of the checkpoint that the best trial keeps."""
+    from ppo_hpo.checkpoint import read
+
     for path in paths:
         try:
             read(path)
@@ -214,6 +219,9 @@ def _newest_whole(paths: Sequence[Path], there: Sequence[str]) -> str:
 
 
 def _names_in(store: Store | None, key: str) -> list[str]:
+    from ppo_hpo.checkpoint import epoch_of
+    from ppo_hpo.sources import TRIALS
+
     if store is None:
         return []
     return [name for name in store.names(TRIALS, key) if epoch_of(name) is not None]

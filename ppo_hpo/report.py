@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_hpo.checkpoint import read_bytes
 from ppo_hpo.errors import CheckpointError, UserError
 from ppo_hpo.experiment import open_experiment, params_of, statistics_of
 from ppo_hpo.results import is_row
@@ -158,6 +157,8 @@ def to_text(summary: Summary) -> str:
 
 def read_curve(directory: Path) -> list[dict[str, Any]]:
     """A trial's learning curve; empty where there is none, or up to the first line that is torn."""
+    from ppo_hpo.checkpoint import read_bytes
+
     rows: list[dict[str, Any]] = []
     try:
         content = read_bytes(directory / "curve.jsonl", _MAX_CURVE)
