@@ -23,9 +23,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ppo_hpo.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes, read, read_bytes
+from ppo_hpo.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes, read, read_bytes, writing
 from ppo_hpo.config import TrialConfig
-from ppo_hpo.errors import CheckpointError, UserError
+from ppo_hpo.errors import CheckpointError, TornCheckpoint, UserError
 from ppo_hpo.store import Store, StoreError
 
 INDEX = ".ppo_hpo"
@@ -237,7 +237,7 @@ class TrialStorage(MirroredStorage):
                 raise
             failure = error
         found = self._from_parent(check, on_refused, most) or self._from_siblings(on_refused, most)
-        if found is None and failure is not None:
+        if found is None and failure is not None and not self._set_torn_aside(on_refused):
             raise failure
         if found is not None:
             check(found)
@@ -280,6 +280,33 @@ class TrialStorage(MirroredStorage):
         self.put(checkpoint.epoch, content)
         self._log.info("found epoch %d of the parent %s in the store", checkpoint.epoch, self._parent)
         return checkpoint
+
+    def _set_torn_aside(self, on_refused: Callable[[CheckpointError], None]) -> bool:
+        """Where all that is left of a trial is torn, let it start again: it comes to the same numbers.
+
+        A fork would not, since it began as its parent; only trials that are none are in the index.
+
+        Returns:
+            Whether that is so.
+        """
+        index = None if self._siblings is None else self._siblings / INDEX / self._config.identity()[:32]
+        if index is None or not (index / self.directory.name).exists():
+            return False
+        torn: list[tuple[Path, TornCheckpoint]] = []
+        for path in self.paths():
+            try:
+                read(path)
+            except TornCheckpoint as error:
+                torn.append((path, error))
+            except CheckpointError:
+                return False
+        for path, reason in torn:
+            on_refused(reason)
+            with writing(path):
+                path.replace(path.with_name(f"{path.name}.torn"))
+        if torn:
+            self._log.warning("no checkpoint is whole: starts again; the torn ones are kept as *.torn")
+        return bool(torn)
 
     def _from_siblings(self, on_refused: Callable[[CheckpointError], None], most: int) -> Checkpoint | None:
         """The most advanced checkpoint of the same identity that is not too far, copied to here."""
