@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -224,6 +225,21 @@ def test_suggest_and_observe(tmp_path: Path, space: str, algorithm: str) -> None
     trials = client.fetch_trials()
     assert [trial.status for trial in trials] == ["completed"] * 10
     assert_no_step_was_trained_twice(trials)
+
+
+def test_promotions_on_machines_that_share_only_the_database_and_a_store(tmp_path: Path, space: str) -> None:
+    """Each trial's directory is gone before the next begins, as if that one ran elsewhere."""
+    store = str(tmp_path / "store")
+    client = build(tmp_path, space, {"asha": {"seed": 1, "num_rungs": 3, "num_brackets": 1}})
+    while not client.is_done:
+        trial = client.suggest()
+        run_trial(client, trial, space, console=False, store=store)
+        shutil.rmtree(trial.working_dir)
+    promoted = [trial for trial in client.fetch_trials() if trial.parent]
+    assert promoted
+    for trial in promoted:
+        parent = client.get_trial(uid=trial.parent)
+        assert statistics(trial)["continued_from_epoch"] == parent.params["task"]["epochs"]
 
 
 def test_an_interrupted_trial_goes_on(tmp_path: Path, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
