@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+# `typing` is not imported for it: until a trial's process has imported this, a signal makes it broken.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ppo_hpo.client import objective, run_trial
     from ppo_hpo.components import ActorCritic, LRSchedule, Optimizer, RolloutLoader
     from ppo_hpo.config import TrialConfig
@@ -56,6 +57,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ppo_hpo' has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(f"ppo_hpo.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ppo_hpo import __version__
-from ppo_hpo.errors import Interrupted, UserError
+from ppo_hpo.errors import ComesAgain, Interrupted, UserError
 
 # The signal that asked this process to stop, once one has.
 _PENDING: list[int] = []
@@ -51,8 +51,7 @@ def execute(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"ppo-hpo: error: {error}", file=sys.stderr)
-        return 2
+        return _stopped(_PENDING[0]) if _PENDING else _failed(error, arguments)
     except BrokenPipeError:
         # The reader of a pipe went away, as `head` does. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,11 +60,38 @@ def execute(arguments: argparse.Namespace) -> int:
         # Python turns what is raised while a class is being made, as during imports, into RuntimeError.
         if not _PENDING:
             raise
-        stop = error if isinstance(error, Interrupted) else Interrupted(_PENDING[0])
-        code = _interrupt_code(stop.signum)
-        print(f"ppo-hpo: stopped by {signal.Signals(stop.signum).name}; what was saved is whole, and the "
-              f"same command goes on from there (exit code {code})", file=sys.stderr)  # fmt: skip
-        return code
+        return _stopped(error.signum if isinstance(error, Interrupted) else _PENDING[0])
+
+
+def _stopped(signum: int) -> int:
+    code = _interrupt_code(signum)
+    print(f"ppo-hpo: stopped by {signal.Signals(signum).name}; what was saved is whole, and the "
+          f"same command goes on from there (exit code {code})", file=sys.stderr)  # fmt: skip
+    return code
+
+
+def _failed(error: UserError, arguments: argparse.Namespace) -> int:
+    """Say what is wrong, and by the exit code what Orion is to do about it."""
+    if isinstance(error, ComesAgain) and error.__cause__ is not None:
+        sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
+    code, what = 2, ""
+    if hasattr(arguments, "retries") and "ORION_TRIAL_ID" in os.environ and _stops_the_hunt(error, arguments):
+        code = _interrupt_code(signal.SIGINT)
+        what = (
+            f" The hunt stops here (exit code {code}), since other trials may well end so too. Once this "
+            f"is mended, the same command goes on, with this trial as well."
+        )
+    print(f"ppo-hpo: error: {error}{what}", file=sys.stderr)
+    return code
+
+
+def _stops_the_hunt(error: Exception, arguments: argparse.Namespace) -> bool:
+    from ppo_hpo import failure
+
+    place = os.environ.get("ORION_WORKING_DIR")
+    if place is None:
+        return False
+    return failure.stops_the_hunt(error, Path(arguments.dir or place), Path(place).parent)
 
 
 def leave(code: int) -> NoReturn:
@@ -111,6 +137,9 @@ def _build_parser() -> argparse.ArgumentParser:
                      "file system: s3://..., sftp://..., a directory (default: $PPO_HPO_STORE)")  # fmt: skip
     run.add_argument("--parent", metavar="ID", help="the trial that this one comes from, to be found in the "
                      "store; under orion hunt: --parent '{trial.parent}'")  # fmt: skip
+    run.add_argument("--retries", type=int, metavar="N",
+                     help="after a fault that may pass, go on from the last checkpoint, up to N times for "
+                     "each epoch (default: 2 under Orion, else 0)")  # fmt: skip
     run.set_defaults(command=_run, served=False)
 
     warm = commands.add_parser("warm", help="list or stop the processes that `run --warm` has started")
@@ -166,6 +195,19 @@ def _build_parser() -> argparse.ArgumentParser:
     lineage.add_argument("name", metavar="NAME", help="the experiment's name")
     lineage.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
     lineage.set_defaults(command=_lineage)
+
+    retry = commands.add_parser(
+        "retry",
+        help="put failed or stuck trials back: the next worker goes on with them",
+        description="Put broken trials of an experiment of Orion's back, and reserved ones that nobody "
+        "trains any more: the next worker goes on with them from their checkpoint. What a killed worker left "
+        "behind for the experiment's algorithm, its lock and a result that was not told, is mended too.",
+    )
+    retry.add_argument("name", metavar="NAME", help="the experiment's name")
+    retry.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    retry.add_argument("--trial", metavar="ID", help="only this one, by its id or the beginning of it")
+    retry.add_argument("--status", choices=["broken", "reserved"], help="only those of this status")
+    retry.set_defaults(command=_retry)
     return parser
 
 
@@ -197,7 +239,7 @@ def run_trial(arguments: argparse.Namespace) -> int:
     # Before the next line imports numpy: what is never started does not have to be limited.
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(config.task.threads)
-    from ppo_hpo import trial
+    from ppo_hpo import failure, trial
     from ppo_hpo.store import open_store
 
     orion = trial.OrionContext.from_environ(os.environ)
@@ -210,20 +252,31 @@ def run_trial(arguments: argparse.Namespace) -> int:
         directory = Path(arguments.dir)
     else:
         directory = orion.working_dir if orion else trial.default_directory(config)
-    outcome = trial.run(
-        config,
-        directory,
-        device=arguments.device,
-        uid=orion.trial_id if orion else None,
-        experiment=orion.experiment if orion else None,
-        siblings=orion.working_dir.parent if orion and arguments.dir is None else None,
-        results_path=orion.results_path if orion else None,
-        tick=_stop_if_asked,
-        takeover=arguments.takeover,
-        store=open_store(arguments.store),
-        # Orion fills in None where there is none.
-        parent=None if arguments.parent in (None, "", "None") else arguments.parent,
-    )
+    retries = arguments.retries
+    if retries is None:
+        retries = failure.RETRIES if orion else 0
+    try:
+        outcome = trial.run(
+            config,
+            directory,
+            device=arguments.device,
+            uid=orion.trial_id if orion else None,
+            experiment=orion.experiment if orion else None,
+            siblings=orion.working_dir.parent if orion and arguments.dir is None else None,
+            results_path=orion.results_path if orion else None,
+            tick=_stop_if_asked,
+            takeover=arguments.takeover,
+            store=open_store(arguments.store),
+            # Orion fills in None where there is none.
+            parent=None if arguments.parent in (None, "", "None") else arguments.parent,
+            retries=retries,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        if orion:
+            _stops_the_hunt(error, arguments)  # it does not, but is written down
+        raise
     if not orion:
         print(_outcome_text(outcome))
     return 0
@@ -389,4 +442,11 @@ def _lineage(arguments: argparse.Namespace) -> int:
     from ppo_hpo.lineage import lineage
 
     print(lineage(arguments.name, arguments.config))
+    return 0
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.retry import retry
+
+    print(retry(arguments.name, arguments.config, trial=arguments.trial, status=arguments.status))
     return 0

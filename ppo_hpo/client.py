@@ -5,11 +5,13 @@ Neither Orion nor torch is imported before a trial runs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppo_hpo import failure
 from ppo_hpo.components import merge
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.space import Space, fill, read_space, with_fidelities
@@ -33,6 +35,7 @@ class Objective:
         console: whether trials log to standard error.
         store: URL of a second place for checkpoints; None is that of the environment variable
             ``PPO_HPO_STORE``, and '' is none.
+        retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
     """
 
     space: Space
@@ -41,6 +44,7 @@ class Objective:
     device: str = "auto"
     console: bool = True
     store: str | None = None
+    retries: int = failure.RETRIES
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial, checked."""
@@ -56,7 +60,24 @@ class Objective:
 
         Returns:
             Orion's results: the objective and the statistics.
+
+        Raises:
+            orion.core.worker.consumer.ExecutionError: `failure` says that the hunt should stop. `workon`
+                makes a KeyboardInterrupt of it, and marks the trial interrupted.
         """
+        try:
+            return self.run(trial, params)
+        except Exception as error:
+            if trial is None or not stops_the_hunt(error, trial):
+                raise
+            import orion.core
+            from orion.core.worker.consumer import ExecutionError
+
+            logging.getLogger("ppo_hpo").error("the hunt stops: %s", error)
+            raise ExecutionError(orion.core.config.worker.interrupt_signal_code) from error
+
+    def run(self, trial: Trial | None, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The same, but what goes wrong is raised as it is."""
         from ppo_hpo import trial as runner
         from ppo_hpo.store import open_store
 
@@ -78,8 +99,15 @@ class Objective:
             console=self.console,
             store=open_store(self.store),
             parent=parent,
+            retries=self.retries,
         )
         return outcome.entries
+
+
+def stops_the_hunt(error: Exception, trial: Trial) -> bool:
+    """Whether a failure should stop the hunt, and leave the trial interrupted; see `failure`."""
+    place = Path(trial.working_dir)
+    return failure.stops_the_hunt(error, place, place.parent)
 
 
 def objective(
@@ -91,6 +119,7 @@ def objective(
     device: str = "auto",
     console: bool = True,
     store: str | None = None,
+    retries: int = failure.RETRIES,
     **fidelities: Any,
 ) -> Objective:
     """The function to pass to Orion's ``client.workon``.
@@ -108,6 +137,8 @@ def objective(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         console: whether trials log to standard error; each also has its own ``log.txt``.
         store: URL of a second place for checkpoints, for workers that share no file system.
+        retries: after a fault that may pass (memory, a file system's hiccup, an error that does not come
+            again), go on from the last checkpoint so often for each epoch.
         **fidelities: the same as were given to `get_space`.
 
     Raises:
@@ -124,7 +155,13 @@ def objective(
     if env is not None:
         chosen.setdefault("env", {})["id"] = env
     return Objective(
-        space, chosen, None if directory is None else Path(directory).absolute(), device, console, store
+        space,
+        chosen,
+        None if directory is None else Path(directory).absolute(),
+        device,
+        console,
+        store,
+        retries,
     )
 
 
@@ -152,8 +189,8 @@ def run_trial(
     """Run a trial that ``client.suggest()`` gave, and observe its results.
 
     Schedules end at the highest fidelity of the client's own space. A trial that fails is released as
-    broken, one that is interrupted as interrupted; both go on from their checkpoint when Orion
-    hands them out again.
+    broken; one that is interrupted as interrupted, and so is one that fails by what other trials would fail
+    by too (`failure`). All go on from their checkpoint when Orion hands them out again.
 
     Args:
         client: of the experiment; it needs a ``working_dir`` that lasts.
@@ -172,9 +209,9 @@ def run_trial(
             options["epochs"] = fidelity
         function = objective(space_or_config, **options)
         prepare_trial(client, trial)  # `suggest` makes no directory
-        found = function(trial=trial, **trial.params)
-    except Exception:
-        client.release(trial, status="broken")
+        found = function.run(trial, trial.params)
+    except Exception as error:
+        client.release(trial, status="interrupted" if stops_the_hunt(error, trial) else "broken")
         raise
     except BaseException:
         client.release(trial, status="interrupted")

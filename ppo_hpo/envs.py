@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppo_hpo.config import EnvConfig, ModelConfig, TrialConfig
-from ppo_hpo.errors import UserError
+from ppo_hpo.errors import NotHere, UserError
 
 if TYPE_CHECKING:
     import gymnasium
@@ -124,19 +124,19 @@ def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]
         # The checker inspects every single step; `probe` checks what matters here, once.
         return gymnasium.make(config.id, disable_env_checker=True, **options)
     except error.DependencyNotInstalled as failure:
-        raise UserError(
+        raise NotHere(
             f"`env.id: {config.id}` needs a package that is not installed ({_line(failure)}). "
             f"{_extra_for(config.id)}"
         ) from None
     except (error.UnregisteredEnv, error.Error) as failure:
-        raise UserError(
+        raise NotHere(
             f"`env.id: {config.id}` cannot be made ({_line(failure)}). An environment of your own is "
             f"named module:EnvId, where importing the module registers it."
         ) from None
     except ModuleNotFoundError as failure:
         # For a `module:EnvId` gymnasium raises one without a name from the one that has it.
         name = getattr(failure.__cause__, "name", None) or failure.name
-        raise UserError(
+        raise NotHere(
             f"`env.id: {config.id}` needs the module {name!r}, which is not installed or "
             f"not on the path. {_extra_for(config.id)}"
         ) from None
@@ -207,6 +207,29 @@ def refuse_what_does_not_fit(config: TrialConfig, info: EnvInfo, *, own_network:
                 f"`model.{name}` means nothing where observations are {has}, as those of `env.id: {info.id}` "
                 f"are, but got {getattr(model, name)!r}. Leave it out, and set {use} for the network's size."
             )
+
+
+def malformed(name: str, what: str, value: Any, promised: str) -> UserError:
+    """The error for what an environment gave and must not.
+
+    Args:
+        name: the environment's id.
+        what: it gave.
+        value: of that.
+        promised: in its place.
+    """
+    found = f"shape {np.shape(value)}" if what == "observation" and _has_shape(value) else repr(value)[:200]
+    return UserError(
+        f"`env.id: {name}` gave the {what} {found} where {promised} is promised. Mend the environment."
+    )
+
+
+def _has_shape(value: Any) -> bool:
+    try:
+        np.shape(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _describe(config: EnvConfig, env: gymnasium.Env[Any, Any]) -> EnvInfo:

@@ -20,6 +20,18 @@ class UserError(ValueError):
         super().__init__(message)
 
 
+class NotHere(UserError):
+    """Something that this machine lacks: no trial would get any further here, whatever its values."""
+
+
+class ComesAgain(UserError):
+    """An error that came twice at the very same step: a trial repeats itself, so it would come each time."""
+
+
+class OutOfMemory(UserError):
+    """There was not enough memory, on the machine or on its GPU."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is torn, foreign, of other hyperparameters or not finite."""
 

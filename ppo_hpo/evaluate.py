@@ -10,6 +10,7 @@ from ppo_hpo.config import EnvConfig
 from ppo_hpo.envs import EnvInfo, make
 from ppo_hpo.normalize import ObservationNormalizer
 from ppo_hpo.rollout import Policy, sampling_noise
+from ppo_hpo.vector import number_of, put_obs
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ class Evaluator:
         n = len(self._envs)
         obs = np.zeros((n, *self._info.obs_shape), self._info.obs_dtype)
         for index, (env, seed) in enumerate(zip(self._envs, self._seeds, strict=True)):
-            obs[index], _ = env.reset(seed=seed)
+            first, _ = env.reset(seed=seed)
+            put_obs(self._info.id, first, obs[index])
         returns, lengths = np.zeros(n), np.zeros(n, np.int64)
-        running = np.arange(n)
+        running, length = np.arange(n), len(obs[0])
         while len(running):
             noise = None
             if stream is not None:
@@ -75,8 +77,17 @@ class Evaluator:
             actions = policy.act(normalizer(obs[running]), noise)
             still = []
             for index, action in zip(running.tolist(), self._info.to_env(actions), strict=True):
-                obs[index], reward, terminated, truncated, _ = self._envs[index].step(action)
-                returns[index] += float(reward)
+                seen, reward, terminated, truncated, _ = self._envs[index].step(action)
+                try:
+                    obs[index] = seen
+                    returns[index] += float(reward)
+                    # One number would be spread over the whole row without a word.
+                    if len(seen) != length:
+                        raise ValueError
+                except (TypeError, ValueError):
+                    number_of(self._info.id, reward)
+                    put_obs(self._info.id, seen, obs[index])
+                    raise
                 lengths[index] += 1
                 if not (terminated or truncated or lengths[index] >= self._max_steps):
                     still.append(index)

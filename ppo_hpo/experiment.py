@@ -11,13 +11,14 @@ from ppo_hpo.errors import UserError
 from ppo_hpo.space import leaves
 
 
-def open_experiment(name: str, config: str | None = None) -> Any:
+def open_experiment(name: str, config: str | None = None, mode: str = "r") -> Any:
     """Orion's client of an experiment that is in the database.
 
     Args:
         name: the experiment's name.
         config: Orion's configuration file of the hunt, for its storage; None uses Orion's own
             configuration, which `ORION_DB_TYPE` and `ORION_DB_ADDRESS` set.
+        mode: ``r`` to read, ``w`` to write as well.
 
     Raises:
         UserError: there is no such experiment.
@@ -36,7 +37,7 @@ def open_experiment(name: str, config: str | None = None) -> Any:
         from orion.client import get_experiment
         from orion.core.utils.exceptions import NoConfigurationError
     try:
-        return get_experiment(name, storage=storage)
+        return get_experiment(name, storage=storage, mode=mode)
     except NoConfigurationError:
         hint = (
             "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."

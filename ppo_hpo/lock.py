@@ -207,6 +207,36 @@ def newest(directory: Path) -> Holder | None:
         return Holder(number, *_read_record(place / "record.json"), stage, sign)
 
 
+def living(directory: Path) -> Holder | None:
+    """Who trains in a directory; None where nobody does.
+
+    Whoever cannot be seen from here is watched until it gives a sign of life, or has given none for long.
+    """
+    path = directory / "lock"
+    watch: _Watch | None = None
+    while True:
+        # In the order of `_wait`. Where there is no file nobody ever came, and none is made.
+        have = None
+        if path.exists():
+            flock = _Flock(path)
+            have = flock.attempt()
+            flock.release()
+        holder = newest(directory)
+        if holder is None:
+            return None
+        gone = holder.gone(bool(have))
+        if gone is not None:
+            return None if gone else holder
+        if watch is None:
+            watch, first = _Watch(), holder
+        quiet = watch(holder)
+        if have is False or (holder.number, holder.sign) != (first.number, first.sign):
+            return holder
+        if quiet >= _QUIET:
+            return None
+        time.sleep(_POLL_LAST)
+
+
 def _place(directory: Path, number: int) -> Path:
     return directory / "writer" / f"{number:06d}"
 

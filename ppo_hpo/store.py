@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_hpo.checkpoint import read_bytes, write_atomically
-from ppo_hpo.errors import CheckpointError, UserError
+from ppo_hpo.errors import CheckpointError, NotHere, UserError
 
 #: The store's URL where no other is given.
 VARIABLE = "PPO_HPO_STORE"
@@ -38,7 +38,7 @@ _PAUSES = (0.5, 2.0)
 _Result = TypeVar("_Result")
 
 
-class StoreError(UserError):
+class StoreError(NotHere):
     """A store that cannot be reached, or does not do what it is asked."""
 
 

@@ -6,6 +6,7 @@ Where the state comes from, the one rule for every algorithm, stands in `ppo_hpo
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -17,15 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import lock, results, yamlio
+from ppo_hpo import failure, lock, results, yamlio
 from ppo_hpo.checkpoint import remove_leftovers, writing
 from ppo_hpo.config import TrialConfig
-from ppo_hpo.errors import LostLock, UserError
+from ppo_hpo.errors import LostLock, NotHere, UserError
 from ppo_hpo.sources import TrialStorage
 from ppo_hpo.store import Store
 
 if TYPE_CHECKING:
     from ppo_hpo.envs import EnvInfo
+    from ppo_hpo.task import PPO
 
 # What is appended to, locked or emptied: in a directory of somebody else's a link would lead to other files.
 _WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", "lock", "writer")
@@ -105,7 +107,7 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
     except OSError as error:
         raise UserError(f"The directory {directory} cannot be made: {error.strerror}.") from None
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"The directory {directory} cannot be written. Choose another one.")
+        raise NotHere(f"The directory {directory} cannot be written. Choose another one.")
     for name in _WRITTEN_IN_PLACE:
         if (directory / name).is_symlink():
             raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
@@ -134,6 +136,7 @@ def run(
     takeover: bool = False,
     store: Store | None = None,
     parent: str | None = None,
+    retries: int = 0,
 ) -> Outcome:
     """Run one trial to its epochs, going on from whatever is there.
 
@@ -150,61 +153,108 @@ def run(
         takeover: end a process that has the trial, instead of waiting for it.
         store: a second place for checkpoints, which other machines reach.
         parent: Orion's id of the trial that this one comes from, to be looked for in the store.
+        retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
 
     Raises:
         UserError: bad input, a file that cannot be written, or a store that cannot be reached.
     """
+    if retries < 0:
+        raise UserError(f"`retries >= 0` must hold, but got {retries}.")
     info = check(config, directory, device)
     if store is not None:
         store.names()  # before torch is imported, as everything that may be wrong
+    trial = _Trial(
+        config, directory, info, device, uid, experiment, siblings, console, results_path, tick, store, parent,
+        retries,
+    )  # fmt: skip
     lost: LostLock | None = None
     while True:
         try:
             with lock.hold(directory, takeover=takeover, lost=lost) as claim:
-                return _run(
-                    config, directory, info, claim, lost, device, uid, experiment, siblings, console,
-                    results_path, tick, store, parent,
-                )  # fmt: skip
+                return trial.run(claim, lost)
         except LostLock as error:
             # Not an end of the process: Orion would stop the hunt, or call broken a trial that lives.
             lost, takeover = error, False
             logging.getLogger("ppo_hpo").warning("%s; waiting for what it leaves", error)
 
 
-def _run(
-    config: TrialConfig,
-    directory: Path,
-    info: EnvInfo,
-    claim: lock.Claim,
-    lost: LostLock | None,
-    device: str,
-    uid: str | None,
-    experiment: str | None,
-    siblings: Path | None,
-    console: bool,
-    results_path: Path | None,
-    tick: Callable[[], None],
-    store: Store | None,
-    parent: str | None,
-) -> Outcome:
-    """`run` by the one writer."""
+@dataclass(frozen=True)
+class _Trial:
+    """What `run` was asked to do; its arguments."""
 
-    def tick_as_writer() -> None:
-        claim.tick()
-        tick()
+    config: TrialConfig
+    directory: Path
+    info: EnvInfo
+    device: str
+    uid: str | None
+    experiment: str | None
+    siblings: Path | None
+    console: bool
+    results_path: Path | None
+    tick: Callable[[], None]
+    store: Store | None
+    parent: str | None
+    retries: int
 
-    with _logging_to(directory, uid, console) as log:
-        if lost is not None:
-            log.warning("%s; goes on from what is there", lost)
-        remove_leftovers(directory)
-        _warn_of_short_epochs(config, info, log)
+    def run(self, claim: lock.Claim, lost: LostLock | None) -> Outcome:
+        """`run` by the one writer.
+
+        Args:
+            claim: says that it is this process.
+            lost: how this process ceased to be the writer before, if it did.
+        """
+        config, directory, work = self.config, self.directory, failure.Work()
+
+        def tick() -> None:
+            claim.tick()
+            self.tick()
+            work.count(config.env.n_envs)
+
+        with _logging_to(directory, self.uid, self.console) as log:
+            if lost is not None:
+                log.warning("%s; goes on from what is there", lost)
+            remove_leftovers(directory)
+            _warn_of_short_epochs(config, self.info, log)
+            started = time.perf_counter()
+            before = failure.read_record(directory)
+            task, start = failure.persist(
+                functools.partial(self._attempt, claim, tick, work, log),
+                work,
+                self.retries,
+                None if before is None else before.place,
+                log,
+            )
+            outcome = _outcome(task, config, directory, start, work, time.perf_counter() - started)
+            # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
+            failure.forget(directory)
+            claim.write(directory / "results.json", results.to_bytes(outcome.entries))
+            if self.results_path is not None:
+                results.write(self.results_path, outcome.entries)
+            log.info(
+                "done: return %.1f +- %.1f after epoch %d; %s",
+                -outcome.objective if task.diverged else outcome.statistics["return_mean"],
+                outcome.statistics["return_std"],
+                outcome.statistics["epochs"],
+                directory,
+            )
+            return outcome
+
+    def _attempt(
+        self, claim: lock.Claim, tick: Callable[[], None], work: failure.Work, log: logging.Logger
+    ) -> tuple[PPO, int | None]:
+        """Go on from the last checkpoint to the trial's epochs.
+
+        Returns:
+            The task, and the epoch that it went on from; None where it began.
+        """
+        config, directory = self.config, self.directory
         storage = TrialStorage(
             config,
             directory,
-            uid=uid,
-            parent=parent,
-            siblings=siblings,
-            store=store,
+            uid=self.uid,
+            parent=self.parent,
+            siblings=self.siblings,
+            store=self.store,
             write=claim.write,
             log=log,
         )
@@ -212,58 +262,57 @@ def _run(
         # This imports torch: everything that could be wrong was looked at before.
         from ppo_hpo.task import PPO
 
-        task = PPO.from_config(config, device, storage=storage, logger=log, uid=uid)
-        task.tick = tick_as_writer
+        task = PPO.from_config(config, self.device, storage=storage, logger=log, uid=self.uid)
+        task.tick = tick
         if not task.lineage:
             storage.register()
         start = task.epoch if task.resumed() else None
-        _announce(task, config, start, experiment, log)
+        if not work.retries:
+            work.began = start
+        work.enter(task.epoch)
+        _announce(task, config, start, self.experiment, log)
         claim.write(directory / "config.yaml", yamlio.dump(config.to_mapping()).encode())
         _write_curve(directory, task, claim)
+        task.events.subscribe("start_epoch", lambda task, epoch: work.enter(epoch))
         task.events.subscribe("end_epoch", lambda task, epoch, row: _keep_records(directory, task, claim))
-        started = time.perf_counter()
         try:
             task.fit(config.task.epochs)
-        finally:
-            task.finish()
+        except BaseException:
+            # What is broken may fail once more as it is closed: that would only hide how it began.
+            with contextlib.suppress(Exception):
+                task.finish()
+            raise
+        task.finish()
         storage.finish()
         _write_curve(directory, task, claim)
-        outcome = _outcome(task, config, directory, start, time.perf_counter() - started)
-        # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
-        claim.write(directory / "results.json", results.to_bytes(outcome.entries))
-        if results_path is not None:
-            results.write(results_path, outcome.entries)
-        log.info(
-            "done: return %.1f +- %.1f after epoch %d; %s",
-            -outcome.objective if task.diverged else outcome.statistics["return_mean"],
-            outcome.statistics["return_std"],
-            outcome.statistics["epochs"],
-            directory,
-        )
-        return outcome
+        return task, start
 
 
 def _outcome(
-    task: Any, config: TrialConfig, directory: Path, start: int | None, wall_seconds: float
+    task: Any,
+    config: TrialConfig,
+    directory: Path,
+    start: int | None,
+    work: failure.Work,
+    wall_seconds: float,
 ) -> Outcome:
     report = task.report(config.task.epochs)
     objective = report.pop("objective")
-    epochs_here = task.epoch - (start or 0)
-    steps_here = task.env_steps - (start or 0) * config.task.steps_per_epoch
     seconds_here = sum(task.metrics.seconds.values())
-    trained_here = epochs_here * config.task.steps_per_epoch
+    trained_here = (task.epoch - (start or 0)) * config.task.steps_per_epoch
     statistics = {
         **report,
         "env_steps": min(task.epoch, config.task.epochs) * config.task.steps_per_epoch
         + (task.env_steps - task.epoch * config.task.steps_per_epoch),
-        "env_steps_here": steps_here,
+        "env_steps_here": work.steps,
         "eval_steps": sum(
             row["eval_steps"] for row in task.metrics.curve if row["epoch"] <= config.task.epochs
         ),
         "wall_seconds": wall_seconds,
         "steps_per_second": trained_here / seconds_here if seconds_here else 0.0,
-        "continued": float(start is not None),
-        "continued_from_epoch": float(start or 0),
+        "continued": float(work.began is not None),
+        "continued_from_epoch": float(work.began or 0),
+        "retries": float(work.retries),
         "forked": float(bool(task.lineage)),
     }
     return Outcome(objective, statistics, directory)

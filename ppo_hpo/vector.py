@@ -27,8 +27,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from numpy.typing import NDArray
 
 from ppo_hpo.config import EnvConfig
-from ppo_hpo.envs import EnvInfo, make
-from ppo_hpo.errors import UserError
+from ppo_hpo.envs import EnvInfo, make, malformed
+from ppo_hpo.errors import NotHere, UserError
 
 # One step of an environment in another process costs about so many seconds of waking and of pipes;
 # benchmarks/vectorization.py measures 120 to 240 microseconds.
@@ -128,14 +128,15 @@ class SyncEnvs:
         self._envs = [make(config) for _ in range(config.n_envs)]
         for env in self._envs:
             _quicken(env.unwrapped.action_space)
-        self._steps = [env.step for env in self._envs]
+        self._steps: list[Any] = [env.step for env in self._envs]
         self._info = info
         self._step = _buffers(config.n_envs, info)
 
     def reset(self, seeds: list[int]) -> NDArray[Any]:
         """Begin new episodes everywhere, one seed each; return the observations ``[N, D]``."""
         for index, (env, seed) in enumerate(zip(self._envs, seeds, strict=True)):
-            self._step.obs[index], _ = env.reset(seed=seed)
+            obs, _ = env.reset(seed=seed)
+            put_obs(self._info.id, obs, self._step.obs[index])
         return self._step.obs
 
     def step(self, actions: NDArray[Any]) -> Step:
@@ -145,14 +146,24 @@ class SyncEnvs:
             result.obs, result.reward, result.terminated, result.truncated
         )  # fmt: skip
         ended = False
+        length = len(all_obs[0])
         for index, action in enumerate(self._info.to_env(actions)):
-            obs, rewards[index], terminated, truncated, _ = self._steps[index](action)
-            terminations[index], truncations[index] = terminated, truncated
-            if terminated or truncated:
-                ended = True
-                result.final_obs[index] = obs
-                obs, _ = self._envs[index].reset()
-            all_obs[index] = obs
+            obs, reward, terminated, truncated, _ = self._steps[index](action)
+            try:
+                rewards[index] = reward + 0.0  # numpy makes None a NaN
+                terminations[index], truncations[index] = terminated, truncated
+                if terminated or truncated:
+                    ended = True
+                    put_obs(self._info.id, obs, result.final_obs[index])
+                    obs, _ = self._envs[index].reset()
+                all_obs[index] = obs
+                # One number would be spread over the whole row without a word.
+                if len(obs) != length:
+                    raise ValueError
+            except (TypeError, ValueError):
+                number_of(self._info.id, reward)
+                put_obs(self._info.id, obs, all_obs[index])
+                raise
         result.ended = ended
         return result
 
@@ -160,6 +171,38 @@ class SyncEnvs:
         """Close every environment."""
         for env in self._envs:
             env.close()
+
+
+def put_obs(name: str, obs: Any, row: NDArray[Any]) -> None:
+    """Copy an observation into its row of an array.
+
+    Args:
+        name: the environment's id.
+        obs: that it gave.
+        row: of the shape that its space promises.
+
+    Raises:
+        UserError: it has another shape, or holds something that is no number.
+    """
+    try:
+        if np.shape(obs) == row.shape:
+            row[...] = obs
+            return
+    except (TypeError, ValueError):
+        pass
+    raise malformed(name, "observation", obs, f"{row.dtype} of shape {row.shape}")
+
+
+def number_of(name: str, reward: Any) -> float:
+    """A reward as a number.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return float(reward)
+    except (TypeError, ValueError):
+        raise malformed(name, "reward", reward, "a number") from None
 
 
 def _quicken(space: Any) -> None:
@@ -235,7 +278,14 @@ def _make_in_worker(config: EnvConfig) -> gymnasium.Env[Any, Any]:
         """Hands out copies: the worker keeps the final observation while it resets."""
 
         def observation(self, observation: Any) -> Any:
-            return np.array(observation)
+            space = self.observation_space
+            copy: NDArray[Any] = np.empty(space.shape or (), space.dtype)
+            put_obs(config.id, observation, copy)
+            return copy
+
+        def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+            obs, reward, *rest = super().step(action)
+            return obs, number_of(config.id, reward), *rest
 
     return Copied(make(config))
 
@@ -374,7 +424,7 @@ class EnvPoolEnvs:
         try:
             import envpool
         except ImportError:
-            raise UserError(
+            raise NotHere(
                 "`env.vectorization: envpool` needs EnvPool. Install it with: pip install 'ppo-hpo[envpool]'"
             ) from None
         config = self._config

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import resource
+import signal
 import time
 from typing import Any, ClassVar
 
@@ -339,6 +343,59 @@ class Arcade(gymnasium.Env[Obs, int]):
         return np.zeros(128, np.uint8), {}
 
 
+class Fails(RandomWalk):
+    """`RandomWalk`, to which something happens after so many steps of all environments.
+
+    Args:
+        how: what, and how often in all processes of a trial, as in ``kill:1``; without a number always.
+            ``raise`` happens only in some states, so that it comes again at the same step. Empty is nothing.
+        at: the step from which on it happens. Evaluations are steps too.
+        notes: a file that counts how often it happened.
+    """
+
+    steps_of_all: ClassVar[int] = 0
+
+    def __init__(self, how: str = "", at: int = 0, notes: str = "") -> None:
+        self._how, _, times = how.partition(":")
+        self._times = int(times or 10**9)
+        self._at, self._notes = at, f"{notes}-{how}"
+
+    def step(self, action: int) -> StepResult:
+        Fails.steps_of_all += 1
+        result = super().step(action)
+        if not self._how or Fails.steps_of_all < self._at or (self._how == "raise" and self._place < 2.0):
+            return result
+        happened = os.path.getsize(self._notes) if os.path.exists(self._notes) else 0
+        if happened >= self._times:
+            return result
+        with open(self._notes, "ab") as notes:
+            notes.write(b"x")
+        return self._happen(*result)
+
+    def _happen(self, obs: Obs, reward: Any, terminated: bool, truncated: bool, info: Any) -> StepResult:
+        if self._how == "raise":
+            raise RuntimeError("the simulator fell over")
+        if self._how == "memory":
+            limit = _address_space() + (256 << 20), resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_AS, limit)
+            np.ones(1 << 28)
+        if self._how == "io":
+            raise OSError(errno.EIO, "Input/output error")
+        if self._how == "pipe":
+            raise EOFError
+        if self._how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._how == "short":
+            obs = obs[:1]
+        reward = {"word": "much", "none": None, "nan": float("nan")}.get(self._how, reward)
+        return obs, reward, terminated, truncated, info
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
 gymnasium.register("EndlessReward-v0", EndlessReward, max_episode_steps=5)
 gymnasium.register("Target-v0", Target, max_episode_steps=10)
 gymnasium.register("RandomWalk-v0", RandomWalk, max_episode_steps=10)
@@ -353,5 +410,6 @@ gymnasium.register("Eyes-v0", Eyes, max_episode_steps=12)
 gymnasium.register("Gray-v0", Gray)
 gymnasium.register("Arcade-v0", Arcade)
 gymnasium.register("Sleeps-v0", Sleeps, max_episode_steps=5)
+gymnasium.register("Fails-v0", Fails, max_episode_steps=10)
 gymnasium.register("Walks-v0", RandomWalk, vector_entry_point=Walks)
 gymnasium.register("Late-v0", RandomWalk, vector_entry_point=Late)

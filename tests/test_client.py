@@ -271,7 +271,7 @@ def test_a_trial_that_fails_is_released_as_broken(
     trial = client.suggest()
     interrupt_at(monkeypatch, 2, RuntimeError("the machine is on fire"))
     with pytest.raises(RuntimeError, match="on fire"):
-        run_trial(client, trial, space, console=False)
+        run_trial(client, trial, space, console=False, retries=0)
     assert client.get_trial(uid=trial.id).status == "broken"
     # It was let go, so another one can be had, and the client still works.
     monkeypatch.undo()
@@ -298,7 +298,8 @@ def test_bad_input_is_told_and_the_trial_released(
     trial = client.suggest()
     with pytest.raises(UserError, match=re.escape(message)):
         run_trial(client, trial, space, console=False, **options)
-    assert client.get_trial(uid=trial.id).status == "broken"
+    # Others would be refused by the same mistake.
+    assert client.get_trial(uid=trial.id).status == "interrupted"
 
 
 def test_another_space_than_the_experiments_is_told(tmp_path: Path, space: str) -> None:
@@ -306,7 +307,7 @@ def test_another_space_than_the_experiments_is_told(tmp_path: Path, space: str) 
     trial = client.suggest()
     with pytest.raises(UserError, match=r"searches `model\.depth`, but no value was proposed"):
         run_trial(client, trial, "classic-control", console=False)
-    assert client.get_trial(uid=trial.id).status == "broken"
+    assert client.get_trial(uid=trial.id).status == "interrupted"
 
 
 def test_errors_inside_workon_break_the_trial_and_only_it(
@@ -319,7 +320,7 @@ def test_errors_inside_workon_break_the_trial_and_only_it(
     def run_but_once(*arguments: Any, **options: Any) -> Any:
         calls.append(options)
         if len(calls) == 1:
-            raise UserError("the first one fails")
+            raise RuntimeError("the first one fails")
         return run(*arguments, **options)
 
     monkeypatch.setattr(ppo_hpo.trial, "run", run_but_once)
@@ -327,3 +328,31 @@ def test_errors_inside_workon_break_the_trial_and_only_it(
         client.workon(function, trial_arg="trial", max_trials=2, n_workers=1)
     assert len(client.fetch_trials_by_status("broken")) == 1
     assert len(client.fetch_trials_by_status("completed")) == 2
+
+
+def test_a_fault_that_passes_is_not_heard_of_by_orion(
+    tmp_path: Path, space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = build(tmp_path, space)
+    trial = client.suggest()
+    interrupt_at(monkeypatch, 2, MemoryError())
+    run_trial(client, trial, space, console=False)
+    done = client.get_trial(uid=trial.id)
+    assert done.status == "completed"
+    assert statistics(done)["retries"] == 1
+    assert statistics(done)["env_steps_here"] == 4 * STEPS
+    assert began_at(done) == [0, 2]
+
+
+@pytest.mark.parametrize("executor", ["singleexecutor", "joblib"])
+def test_a_mistake_that_others_would_share_stops_workon(
+    tmp_path: Path, space: str, executor: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = build(tmp_path, space)
+    function = objective(space, console=False, env="nosuchmodule:Env-v0")
+    options = {"n_workers": 2, "backend": "threading"} if executor == "joblib" else {}
+    with client.tmp_executor(executor, **options), pytest.raises(KeyboardInterrupt):
+        client.workon(function, trial_arg="trial", max_trials=4, n_workers=options.get("n_workers", 1))
+    assert not client.fetch_trials_by_status("broken")
+    assert client.fetch_trials_by_status("interrupted")
+    assert "the hunt stops: `env.id: nosuchmodule:Env-v0` needs the module 'nosuchmodule'" in caplog.text

@@ -31,8 +31,8 @@ LAYERS = {
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
         "events", "checkpoint", "store", "belonging", "guard", "task",
     ],
-    "trial": ["lock", "sources", "trial"],
-    "Orion edge": ["client", "experiment", "lineage", "clean", "report"],
+    "trial": ["failure", "lock", "sources", "trial"],
+    "Orion edge": ["client", "experiment", "lineage", "clean", "report", "retry"],
     "command line": ["cli", "warm", "warmserver"],
 }  # fmt: skip
 BELOW = {layer: list(LAYERS)[: index + 1] for index, layer in enumerate(LAYERS)}

@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_its_spaces_and_nothing_else(wheel: Path) ->
         (metadata,) = (name for name in archive.namelist() if name.endswith("dist-info/METADATA"))
         message = email.message_from_bytes(archive.read(metadata))
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "ppo-hpo = ppo_hpo.cli:main" in archive.read(entry_points).decode()
+        assert "ppo-hpo = ppo_hpo.__main__:main" in archive.read(entry_points).decode()
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     modules = {f"ppo_hpo/{path.name}" for path in (REPOSITORY / "ppo_hpo").glob("*.py")}
     spaces = {f"ppo_hpo/spaces/{path.name}" for path in (REPOSITORY / "spaces").glob("*.yaml")}
