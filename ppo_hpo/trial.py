@@ -164,8 +164,8 @@ def run(
     if store is not None:
         store.names()  # before torch is imported, as everything that may be wrong
     trial = _Trial(
-        config, directory, info, device, uid, experiment, siblings, console, results_path, tick, store, parent,
-        retries,
+        config, directory, info, device, uid, experiment, siblings, console, results_path, tick, store,
+        parent, retries,
     )  # fmt: skip
     lost: LostLock | None = None
     while True:
