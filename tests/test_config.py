@@ -267,7 +267,7 @@ def test_identity_is_everything_but_how_far_and_how_fast(group: str, item: datac
     other = BASE.replace(**{group: {item.name: _other_value(group, item, value)}})
     assert getattr(getattr(other, group), item.name) != value
     # The other vectorization is sync, which changes no result.
-    same = f"{group}.{item.name}" in ("task.epochs", "task.threads", "env.vectorization")
+    same = f"{group}.{item.name}" in ("task.epochs", "task.threads", "task.aggregate", "env.vectorization")
     assert (other.identity() == BASE.identity()) is same
     assert (other.own_mapping() == BASE.own_mapping()) is same
 
