@@ -111,10 +111,10 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
     for name in (*_WRITTEN_IN_PLACE, *filter(None, seeds.parts(config))):
         if (directory / name).is_symlink():
             raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
-    several = config.task.seeds > 1
-    if Storage(directory if several else directory / "seed-1").paths():
+    one = config.task.seeds == 1
+    if Storage(directory / "seed-1" if one else directory).paths():
         raise CheckpointError(
-            f"{directory} has the checkpoints of a trial of {'one seed' if several else 'several seeds'}, but "
+            f"{directory} has the checkpoints of a trial of {'several seeds' if one else 'one seed'}, but "
             f"`task.seeds` is {config.task.seeds}. Use another directory."
         )
     info = probe(config.env)

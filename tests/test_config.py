@@ -233,6 +233,7 @@ def _other_value(group: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "env.kwargs": {"g": 9.0},
         "env.max_episode_steps": 100,
         "task.steps_per_epoch": 1024,
+        "task.aggregate": "iqm",
         "model.activation": "relu",
         "lr_schedule.name": "linear",
         "ppo.clip_range_schedule": "linear",
