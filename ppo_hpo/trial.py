@@ -315,7 +315,7 @@ class _Trial:
             directory.mkdir(parents=True, exist_ok=True)
         # Of the trial, and where that has several seeds, of this one.
         for place, whole in {self.directory: self.config, directory: config}.items():
-            claim.write(place / "config.yaml", yamlio.dump(whole.to_mapping()).encode())
+            claim.write(place / "config.yaml", yamlio.dump(_written(whole)).encode())
         _write_curve(directory, task.metrics.curve, claim)
         task.events.subscribe("start_epoch", lambda task, epoch: work.enter(epoch))
         task.events.subscribe("end_epoch", lambda task, epoch, row: self._keep_records(part, task, claim))
@@ -418,6 +418,14 @@ def _warn_of_short_epochs(config: TrialConfig, info: EnvInfo, log: logging.Logge
 
 
 # ---------------------------------------------------------------------------- files
+
+
+def _written(config: TrialConfig) -> Mapping[str, Any]:
+    """What `config.yaml` says: everything, but of seeds only where there are several."""
+    mapping = config.to_mapping()
+    if config.task.seeds == 1:
+        del mapping["task"]["seeds"], mapping["task"]["aggregate"]
+    return mapping
 
 
 def _write_curve(directory: Path, curve: Sequence[results.Row], claim: lock.Claim) -> None:

@@ -226,6 +226,7 @@ def test_each_seed_is_the_trial_of_that_one_seed(through: Path, tmp_path: Path) 
 def test_one_seed_is_what_it_was(tmp_path: Path) -> None:
     run(tmp_path, {"task": {"seeds": 1, "aggregate": "worst"}})
     assert not list(tmp_path.glob("seed-*"))
+    assert not {"seeds", "aggregate"} & yamlio.load(tmp_path / "config.yaml")["task"].keys()
     assert not {name for name in told(tmp_path) if name.startswith("seed")}
     assert '"part"' not in (tmp_path / "timing.jsonl").read_text()
 
@@ -412,6 +413,11 @@ def test_a_link_in_the_place_of_a_seed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "1a" / "seed-2").symlink_to(tmp_path / "elsewhere" / "seed-2")
     outcome = run(tmp_path / "2a", uid="2a", siblings=tmp_path)
     assert outcome.statistics["env_steps_here"] == (3 * EPOCHS - 2) * STEPS
+    one, two = tmp_path / "others" / "1a", tmp_path / "others" / "2a"
+    run(one, {"task": {"epochs": 1}}, uid="1a", siblings=one.parent)
+    one.rename(tmp_path / "elsewhere" / "1a")
+    one.symlink_to(tmp_path / "elsewhere" / "1a")
+    assert run(two, uid="2a", siblings=one.parent).statistics["continued"] == 0.0
 
 
 # ---------------------------------------------------------------------------- under Orion
