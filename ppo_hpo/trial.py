@@ -248,6 +248,7 @@ class _Trial:
             The task, and the epoch that it went on from; None where it began.
         """
         config, directory = self.config, self.directory
+        write = failure.patiently(claim.write, self.retries, log)
         storage = TrialStorage(
             config,
             directory,
@@ -255,7 +256,7 @@ class _Trial:
             parent=self.parent,
             siblings=self.siblings,
             store=self.store,
-            write=claim.write,
+            write=write,
             log=log,
         )
 
@@ -271,10 +272,10 @@ class _Trial:
             work.began = start
         work.enter(task.epoch)
         _announce(task, config, start, self.experiment, log)
-        claim.write(directory / "config.yaml", yamlio.dump(config.to_mapping()).encode())
-        _write_curve(directory, task, claim)
+        write(directory / "config.yaml", yamlio.dump(config.to_mapping()).encode())
+        _write_curve(directory, task, write)
         task.events.subscribe("start_epoch", lambda task, epoch: work.enter(epoch))
-        task.events.subscribe("end_epoch", lambda task, epoch, row: _keep_records(directory, task, claim))
+        task.events.subscribe("end_epoch", lambda task, epoch, row: _keep_records(directory, task, write))
         try:
             task.fit(config.task.epochs)
         except BaseException:
@@ -284,7 +285,7 @@ class _Trial:
             raise
         task.finish()
         storage.finish()
-        _write_curve(directory, task, claim)
+        _write_curve(directory, task, write)
         return task, start
 
 
@@ -358,8 +359,8 @@ def _warn_of_short_epochs(config: TrialConfig, info: EnvInfo, log: logging.Logge
 # ---------------------------------------------------------------------------- files
 
 
-def _keep_records(directory: Path, task: Any, claim: lock.Claim) -> None:
-    _write_curve(directory, task, claim)
+def _keep_records(directory: Path, task: Any, write: Callable[[Path, bytes], None]) -> None:
+    _write_curve(directory, task, write)
     seconds = task.metrics.seconds[task.epoch]
     row = {
         "epoch": task.epoch,
@@ -375,10 +376,10 @@ def _keep_records(directory: Path, task: Any, claim: lock.Claim) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _write_curve(directory: Path, task: Any, claim: lock.Claim) -> None:
+def _write_curve(directory: Path, task: Any, write: Callable[[Path, bytes], None]) -> None:
     """The learning curve, one JSON line for each epoch; the checkpoint has it too, and heals it."""
     lines = "".join(json.dumps(row) + "\n" for row in task.metrics.curve)
-    claim.write(directory / "curve.jsonl", lines.encode())
+    write(directory / "curve.jsonl", lines.encode())
 
 
 class _LogFile(logging.FileHandler):
