@@ -228,7 +228,7 @@ def patiently(
 
 def _pause(number: int) -> float:
     """Seconds before a retry, the first of which is number 0."""
-    return min(_LONGEST, _PAUSE * 2**number)
+    return min(_LONGEST, _PAUSE * 2.0**number)
 
 
 def place(error: BaseException, work: Work) -> str:
