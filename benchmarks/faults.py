@@ -4,12 +4,12 @@
 
 Thirty trials of PPO on CartPole-v1 under ASHA (1, 3 and 9 epochs), by four workers, each an `orion hunt` of
 its own on one PickledDB, as on a cluster. Meanwhile an adversary with a seed does at random instants what
-`KINDS` says, and a supervisor does what its user would. It starts workers that ended again. Where a trial is
-broken or nothing goes on it says `ppo-hpo retry`, which puts trials back, and tells the algorithm a result that
-a worker stored but did not live to tell it (ASHA waits for it for ever). It releases the algorithm's lock where
-its holder was killed, sooner than `ppo-hpo retry`, which waits for two minutes. At the end nobody is disturbed
-any more, and what Orion proposed beyond the thirty is finished as well; a completed trial at which a second
-process was killed is run once more by hand, so that it tidies up. Then
+`KINDS` says, and a supervisor does what its user would. It starts workers that ended again. Where a trial
+is broken or nothing goes on it says `ppo-hpo retry`, which puts trials back, and tells the algorithm a result
+that a worker stored but did not live to tell it (ASHA waits for it for ever). It releases the algorithm's
+lock where its holder was killed, sooner than `ppo-hpo retry`, which waits for two minutes. At the end nobody
+is disturbed any more, and what Orion proposed beyond the thirty is finished as well; a completed trial at
+which a second process was killed is run once more by hand, so that it tidies up. Then
 
 - every trial that Orion has must be completed;
 - its objective, its curve's bytes and all arrays of its last checkpoint must equal those of one run of the
