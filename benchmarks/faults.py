@@ -4,11 +4,12 @@
 
 Thirty trials of PPO on CartPole-v1 under ASHA (1, 3 and 9 epochs), by four workers, each an `orion hunt` of
 its own on one PickledDB, as on a cluster. Meanwhile an adversary with a seed does at random instants what
-`KINDS` says, and a supervisor does by Orion's own calls what its user would: it starts workers that ended
-again, puts broken trials back, releases the algorithm's lock where its holder was killed, and tells the
-algorithm a result that a worker stored but did not live to tell it (ASHA waits for it for ever). At the end
-nobody is disturbed any more, and what Orion proposed beyond the thirty is finished as well; a completed trial
-at which a second process was killed is run once more by hand, so that it tidies up. Then
+`KINDS` says, and a supervisor does what its user would. It starts workers that ended again. Where a trial
+is broken or nothing goes on it says `ppo-hpo retry`, which puts trials back, and tells the algorithm a result
+that a worker stored but did not live to tell it (ASHA waits for it for ever). It releases the algorithm's
+lock where its holder was killed, sooner than `ppo-hpo retry`, which waits for two minutes. At the end nobody
+is disturbed any more, and what Orion proposed beyond the thirty is finished as well; a completed trial at
+which a second process was killed is run once more by hand, so that it tidies up. Then
 
 - every trial that Orion has must be completed;
 - its objective, its curve's bytes and all arrays of its last checkpoint must equal those of one run of the
@@ -153,6 +154,8 @@ class Sweep:
         self.stopped: set[int] = set()
         self.lock_seen: tuple[Any, float] = (None, 0.0)
         self.waiting_since = self.started
+        self.retrying: subprocess.Popen[bytes] | None = None
+        self.retried = self.folder / "retried.txt"
         (self.folder / "space.yaml").write_text(SPACE)
         (self.folder / "orion.yaml").write_text(
             f"experiment:\n  algorithm: {{asha: {{seed: {self.seed}, num_rungs: 3, num_brackets: 1}}}}\n"
@@ -215,15 +218,16 @@ class Sweep:
         trials = client.fetch_trials()
         self.completed = sum(trial.status == "completed" for trial in trials)
         self.proposed = len(trials)
-        for trial in trials:
-            if trial.status == "broken":
-                self.put_back(client, trial)
-            if trial.status == "reserved" and self.full is not None:
-                self.full.trials = sorted({*self.full.trials, Path(trial.working_dir).name})
+        if self.full is not None:
+            reserved = {Path(trial.working_dir).name for trial in trials if trial.status == "reserved"}
+            self.full.trials = sorted({*self.full.trials, *reserved})
         if self.completed != self.proposed or self.completed >= self.max_trials:
             self.waiting_since = time.monotonic()
-        elif time.monotonic() - self.waiting_since > 20:
-            self.tell_again(client, trials)
+        stands_still = time.monotonic() - self.waiting_since > 20
+        if stands_still:
+            self.waiting_since = time.monotonic()
+        if stands_still or any(trial.status == "broken" for trial in trials):
+            self.say_retry()
         # Its time says when it was last taken or given back.
         (lock,) = client.storage._db.read("algo", {"experiment": client.id})
         if not lock["locked"] or lock["heartbeat"] != self.lock_seen[0]:
@@ -233,19 +237,23 @@ class Sweep:
             client.storage.release_algorithm_lock(uid=client.id)
             self.counts["algorithm locks released"] += 1
 
-    def tell_again(self, client: Any, trials: list[Any]) -> None:
-        """Nothing is under way and nothing new comes: does the algorithm wait for a result that is there?"""
-        from orion.storage.base import LockAcquisitionTimeout
+    def say_retry(self) -> None:
+        """`ppo-hpo retry` in a process of its own, one at a time: the adversary does not wait for it."""
+        if self.retrying is not None and self.retrying.poll() is None:
+            return
+        self.counts["ppo-hpo retry"] += 1
+        self.retrying = subprocess.Popen(
+            [BIN / "ppo-hpo", "retry", NAME, "-c", "orion.yaml", "--status", "broken"],
+            cwd=self.folder, stdout=self.retried.open("ab"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
-        self.waiting_since = time.monotonic()
-        try:
-            with client._experiment.acquire_algorithm_lock() as algorithm:
-                for trial in trials:
-                    if trial.status == "completed" and not algorithm.has_observed(trial):
-                        algorithm.observe([trial])
-                        self.counts["results told again"] += 1
-        except LockAcquisitionTimeout:
-            pass  # it was left locked: that is seen to first
+    def count_retried(self) -> None:
+        """What `ppo-hpo retry` said that it did."""
+        if self.retrying is not None:
+            self.retrying.wait()
+        text = self.retried.read_text() if self.retried.exists() else ""
+        self.counts["broken put back"] += len(re.findall(r"  broken .*put back$", text, re.M))
+        self.counts["results told again"] += text.count("had not been told its result: told")
 
     def put_back(self, client: Any, trial: Any) -> None:
         from orion.storage.base import FailedUpdate
@@ -295,6 +303,7 @@ class Sweep:
         """Undisturbed: what Orion proposed beyond the thirty is finished too."""
         self.wait_for(lambda: all(worker.poll() is not None for worker in self.workers), "the workers")
         self.wait_for(lambda: not self.running(), "the orphans")
+        self.count_retried()
         for _ in range(20):
             client = self.client()
             trials = client.fetch_trials()

@@ -5,6 +5,9 @@ Here, `persist` goes on from the last checkpoint, a few times:
 - after a fault that may pass: memory, a hiccup of a file system or of a connection;
 - after any other error that is no sentence for people, unless it comes again at the very same step.
 
+A file that cannot be written for the moment needs less: `patiently` writes it again, and nothing is
+computed twice.
+
 For Orion, `stops_the_hunt` tells what would end other trials too from what is wrong with this one:
 
 - what the machine lacks (a package, a device, a directory that can be written) stops the hunt;
@@ -168,7 +171,7 @@ def persist(
                     f"{what}: came again at the very same step ({where}), and would come each time. "
                     f"Mend what raises it."
                 ) from error
-            if found in ("here", "permanent") or not left:
+            if found in ("here", "permanent") or getattr(error, "waited_for", False) or not left:
                 if not isinstance(error, UserError) and any(_of_memory(e) for e in _chain(error)):
                     raise OutOfMemory(
                         f"There is not enough memory ({what}). What was saved is whole; run fewer trials "
@@ -178,7 +181,7 @@ def persist(
                 raise
             last = where
         # Out here the error is gone, and with it the frames that held the attempt's memory.
-        pause = min(_LONGEST, _PAUSE * 2 ** (retries - left))
+        pause = _pause(retries - left)
         left -= 1
         work.retries += 1
         log.warning(
@@ -188,6 +191,46 @@ def persist(
         )  # fmt: skip
         _free_memory()
         sleep(pause)
+
+
+def patiently(
+    write: Callable[[Path, bytes], None],
+    retries: int,
+    log: logging.Logger,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Callable[[Path, bytes], None]:
+    """``write``, again after a pause where it fails by what may pass, as on a disk that is full.
+
+    Args:
+        write: writes a file whole, or not at all.
+        retries: how often again.
+        log: is told of each failure that is followed by another try.
+        sleep: waits.
+
+    Returns:
+        The same function; what it raises in the end is not tried again by `persist`.
+    """
+
+    def again(path: Path, content: bytes) -> None:
+        for number in range(retries + 1):
+            try:
+                write(path, content)
+                return
+            except UserError as error:
+                if not any(_is_hiccup(e) for e in _chain(error)):
+                    raise
+                if number == retries:
+                    error.__dict__["waited_for"] = retries > 0
+                    raise
+                log.warning("%s: tries again in %g s", one_line(error).rstrip("."), _pause(number))
+            sleep(_pause(number))
+
+    return again
+
+
+def _pause(number: int) -> float:
+    """Seconds before a retry, the first of which is number 0."""
+    return min(_LONGEST, _PAUSE * 2.0**number)
 
 
 def place(error: BaseException, work: Work) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # What is appended to, locked or emptied: in a directory of somebody else's a link would lead to other files.
 _WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", "lock", "writer")
+_Write = Callable[[Path, bytes], None]
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
 _EPISODES_PER_EPOCH = 5
@@ -218,7 +219,8 @@ class _Trial:
             before = failure.read_record(directory)
             known = None if before is None else before.place
             parts = seeds.parts(config)
-            done = [self._train(part, own, claim, known, log) for part, own in parts.items()]
+            write = failure.patiently(claim.write, self.retries, log)
+            done = [self._train(part, own, claim, write, known, log) for part, own in parts.items()]
             outcome = done[0][0]
             if len(parts) > 1:
                 each = [outcome.statistics for outcome, _ in done]
@@ -226,7 +228,7 @@ class _Trial:
                     *results.combine([outcome.objective for outcome, _ in done], each, config.task.aggregate),
                     directory,
                 )
-                _write_curve(directory, results.combine_curves([curve for _, curve in done]), claim)
+                _write_curve(directory, results.combine_curves([curve for _, curve in done]), write)
             # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
             failure.forget(directory)
             claim.write(directory / "results.json", results.to_bytes(outcome.entries))
@@ -242,7 +244,13 @@ class _Trial:
             return outcome
 
     def _train(
-        self, part: str, config: TrialConfig, claim: lock.Claim, known: str | None, log: logging.Logger
+        self,
+        part: str,
+        config: TrialConfig,
+        claim: lock.Claim,
+        write: _Write,
+        known: str | None,
+        log: logging.Logger,
     ) -> tuple[Outcome, Sequence[results.Row]]:
         """Train one seed to the trial's epochs.
 
@@ -250,6 +258,7 @@ class _Trial:
             part: see `seeds.parts`.
             config: of the seed.
             claim: of the trial.
+            write: a file of the trial.
             known: where an earlier process failed, if one did.
             log: of the trial.
 
@@ -265,18 +274,18 @@ class _Trial:
 
         if part:
             log.info("%s of %d: task.seed %d", part, self.config.task.seeds, config.task.seed)
-        attempt = functools.partial(self._attempt, part, config, claim, tick, work, log)
+        attempt = functools.partial(self._attempt, part, config, write, tick, work, log)
         task, start = failure.persist(attempt, work, self.retries, known, log)
         outcome = _outcome(task, config, self.directory / part, start, work, time.perf_counter() - started)
         if part:
-            claim.write(outcome.directory / "results.json", results.to_bytes(outcome.entries))
+            write(outcome.directory / "results.json", results.to_bytes(outcome.entries))
         return outcome, task.metrics.curve
 
     def _attempt(
         self,
         part: str,
         config: TrialConfig,
-        claim: lock.Claim,
+        write: _Write,
         tick: Callable[[], None],
         work: failure.Work,
         log: logging.Logger,
@@ -295,7 +304,7 @@ class _Trial:
             parent=self.parent,
             siblings=self.siblings,
             store=self.store,
-            write=claim.write,
+            write=write,
             log=log,
         )
 
@@ -315,10 +324,10 @@ class _Trial:
             directory.mkdir(parents=True, exist_ok=True)
         # Of the trial, and where that has several seeds, of this one.
         for place, whole in {self.directory: self.config, directory: config}.items():
-            claim.write(place / "config.yaml", yamlio.dump(_written(whole)).encode())
-        _write_curve(directory, task.metrics.curve, claim)
+            write(place / "config.yaml", yamlio.dump(_written(whole)).encode())
+        _write_curve(directory, task.metrics.curve, write)
         task.events.subscribe("start_epoch", lambda task, epoch: work.enter(epoch))
-        task.events.subscribe("end_epoch", lambda task, epoch, row: self._keep_records(part, task, claim))
+        task.events.subscribe("end_epoch", lambda task, epoch, row: self._keep_records(part, task, write))
         try:
             task.fit(config.task.epochs)
         except BaseException:
@@ -328,11 +337,11 @@ class _Trial:
             raise
         task.finish()
         storage.finish()
-        _write_curve(directory, task.metrics.curve, claim)
+        _write_curve(directory, task.metrics.curve, write)
         return task, start
 
-    def _keep_records(self, part: str, task: PPO, claim: lock.Claim) -> None:
-        _write_curve(self.directory / part, task.metrics.curve, claim)
+    def _keep_records(self, part: str, task: PPO, write: _Write) -> None:
+        _write_curve(self.directory / part, task.metrics.curve, write)
         seconds = task.metrics.seconds[task.epoch]
         row = {
             **({"part": part} if part else {}),
@@ -428,10 +437,10 @@ def _written(config: TrialConfig) -> Mapping[str, Any]:
     return mapping
 
 
-def _write_curve(directory: Path, curve: Sequence[results.Row], claim: lock.Claim) -> None:
+def _write_curve(directory: Path, curve: Sequence[results.Row], write: _Write) -> None:
     """The learning curve, one JSON line for each epoch; the checkpoint has it too, and heals it."""
     lines = "".join(json.dumps(row) + "\n" for row in curve)
-    claim.write(directory / "curve.jsonl", lines.encode())
+    write(directory / "curve.jsonl", lines.encode())
 
 
 class _LogFile(logging.FileHandler):

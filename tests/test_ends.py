@@ -593,9 +593,10 @@ def test_a_full_disk_stops_the_hunt(tmp_path: Path) -> None:
         cwd=hunt.directory, env=own_environment(), check=True, timeout=PATIENCE,
     )  # fmt: skip
     full = (hunt.directory / "full.txt").read_text()
-    # Tried again twice, and then left interrupted: a full disk would break all trials.
+    # Written again twice, and then left interrupted: a full disk would break all trials.
     assert (hunt.directory / "full-code.txt").read_text() == "130\n", full
-    assert full.count("goes on from the last checkpoint") == 2
+    assert re.findall(r"No space left on device\. .*: tries again in (\d) s", full) == ["1", "2"]
+    assert "goes on from the last checkpoint" not in full
     (sentence,) = (line for line in full.splitlines() if line.startswith("ppo-hpo: error: "))
     assert "cannot be written: No space left on device. What was saved before is whole" in sentence
     assert "The hunt stops here (exit code 130)" in sentence
@@ -607,6 +608,38 @@ def test_a_full_disk_stops_the_hunt(tmp_path: Path) -> None:
     assert [int(epoch) for epoch in _BEGAN.findall(after)] == [saved.epoch]
     (trial,) = hunt.trials()
     assert trial.status == "completed"
+    kept = hunt.directory / "kept" / Path(trial.working_dir).name
+    shutil.copytree(kept, trial.working_dir)
+    assert (kept / "curve.jsonl").read_bytes() == undisturbed(trial, tmp_path)
+
+
+FULL_FOR_A_WHILE = """
+mount -t tmpfs -o size=600k none "$1" || exit 99
+head -c 300000 /dev/zero > "$1/ballast"
+shift
+"$@" > full.txt 2>&1 &
+until grep -q "tries again in 1 s" full.txt; do sleep 0.05; kill -0 $! || exit 98; done
+rm trials/ballast
+wait $! || exit 97
+cp -a trials kept
+"""
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount a small disk, which is root's")
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
+    hunt = Hunt(tmp_path / "hunt", merged(SPACE, {"model": {"width": 64, "depth": 2}}))
+    hunt.trials_at.mkdir()
+    command = hunt.command("--retries", "4")
+    subprocess.run(
+        ["unshare", "-m", "sh", "-c", FULL_FOR_A_WHILE, "sh", str(hunt.trials_at), *command],
+        cwd=hunt.directory, env=own_environment(), check=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert "No space left on device" in (hunt.directory / "full.txt").read_text()
+    (trial,) = hunt.trials()
+    assert trial.status == "completed"
+    # Written again, and not computed again.
+    assert statistics(trial)["retries"] == 0
+    assert statistics(trial)["env_steps_here"] == statistics(trial)["env_steps"] == 768
     kept = hunt.directory / "kept" / Path(trial.working_dir).name
     shutil.copytree(kept, trial.working_dir)
     assert (kept / "curve.jsonl").read_bytes() == undisturbed(trial, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +124,54 @@ def test_stops_are_no_failures(error: BaseException) -> None:
     with pytest.raises(type(error)):
         trial.persist(2)
     assert not trial.work.retries
+
+
+def test_a_file_is_written_again_and_nothing_computed_twice(tmp_path: Path) -> None:
+    tries: list[str] = []
+    pauses: list[float] = []
+
+    def full(path: Path, content: bytes) -> None:
+        tries.append(path.name)
+        if len(tries) <= failures:
+            raise raised(UserError("cannot be written"), OSError(errno.ENOSPC, "full"))
+
+    def patiently(retries: int) -> None:
+        tries.clear()
+        pauses.clear()
+        log = logging.getLogger("tests")
+        failure.patiently(full, retries, log, sleep=pauses.append)(tmp_path / "name", b"")
+
+    failures = 2
+    patiently(2)
+    assert (tries, pauses) == (["name"] * 3, [1.0, 2.0])
+    failures = 99
+    with pytest.raises(UserError) as caught:
+        patiently(3)
+    assert (len(tries), pauses) == (4, [1.0, 2.0, 4.0])
+    # It was waited for already.
+    trial = Trial((0, 1, caught.value))
+    with pytest.raises(UserError, match="cannot be written"):
+        trial.persist(2)
+    assert not trial.work.retries
+    with pytest.raises(UserError):
+        patiently(0)
+    assert (len(tries), pauses) == (1, [])
+
+
+@pytest.mark.parametrize("error", [UserError("a rule"), LostLock(1, "taken")])
+def test_what_does_not_pass_is_not_written_again(error: BaseException, tmp_path: Path) -> None:
+    tries: list[Path] = []
+
+    def never(path: Path, content: bytes) -> None:
+        tries.append(path)
+        raise error
+
+    write = failure.patiently(
+        never, 2, logging.getLogger("tests"), sleep=lambda seconds: pytest.fail("waits")
+    )
+    with pytest.raises(type(error)):
+        write(tmp_path / "name", b"")
+    assert len(tries) == 1
 
 
 @pytest.fixture
