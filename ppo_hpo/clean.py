@@ -16,6 +16,7 @@ logs and results stay.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -81,11 +82,15 @@ def clean(
     client = open_experiment(name, config)
     trials = client.fetch_trials()
     reasons = obsolete(trials, highest(client), forking(client), is_done=_done(client, trials, finished))
-    best = [trial.id for trial in sorted(_completed(trials), key=_goodness)[:keep]]
     from ppo_hpo.sources import TRIALS
 
     # Listed once for all: a trial of several seeds has a name for each.
     keys = [] if store is None else store.names(TRIALS)
+    # Of one whose directory somebody removed there is nothing to keep.
+    ranked = (
+        t for t in sorted(_completed(trials), key=_goodness) if _files(t.id, Path(t.working_dir), store, keys)
+    )
+    best = [trial.id for trial in itertools.islice(ranked, keep)]
     found = [
         _clean_trial(trial, reasons.get(trial.id, ""), trial.id in best, dry_run, store, keys)
         for trial in trials
@@ -192,7 +197,7 @@ def _clean_trial(
     note = ""
     stays: set[tuple[str, str]] = set()
     if is_best:
-        note = "the best keeps its newest"
+        note = "one of the best: its newest stays"
         for part in {file.part for file in files}:
             own = [file for file in files if file.part == part]
             stays.add((part, _newest_whole([f.path for f in own if f.path], [f.name for f in own])))

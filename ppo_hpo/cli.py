@@ -59,7 +59,12 @@ def execute(arguments: argparse.Namespace) -> int:
     except BaseException as error:
         # Python turns what is raised while a class is being made, as during imports, into RuntimeError.
         if not _PENDING:
-            raise
+            if not type(error).__module__.startswith("orion."):
+                raise
+            # As of a database that is locked for longer than Orion waits.
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"ppo-hpo: error: Orion gives up: {text}", file=sys.stderr)
+            return 2
         return _stopped(error.signum if isinstance(error, Interrupted) else _PENDING[0])
 
 

@@ -21,7 +21,7 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
         mode: ``r`` to read, ``w`` to write as well.
 
     Raises:
-        UserError: there is no such experiment.
+        UserError: there is no such experiment, or its database cannot be opened.
     """
     storage = None
     if config is not None:
@@ -36,13 +36,35 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
         warnings.simplefilter("ignore")
         from orion.client import get_experiment
         from orion.core.utils.exceptions import NoConfigurationError
+    source = f"the storage in {config}" if storage else "Orion's own configuration"
+    _refuse_missing_file(storage, source)
     try:
         return get_experiment(name, storage=storage, mode=mode)
-    except NoConfigurationError:
+    except Exception as error:
+        if not isinstance(error, NoConfigurationError):
+            # Orion checks nothing: whatever is wrong there comes up as whatever it leads to.
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"The database of {source} cannot be opened ({text}).") from None
         hint = (
             "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."
         )
         raise UserError(f"There is no experiment {name!r} in the database.{hint}") from None
+
+
+def _refuse_missing_file(storage: Any, source: str) -> None:
+    """Orion would make the file of a mistyped name, and its directories, and find nothing in it."""
+    import orion.core
+
+    found: Any = storage or orion.core.config.storage.to_dict()
+    database: Any = found.get("database") if isinstance(found, Mapping) else None
+    if not isinstance(database, Mapping) or str(database.get("type")).lower() != "pickleddb":
+        return
+    host = database.get("host")  # nothing: Orion's own file, which it may make
+    if isinstance(host, str) and host and not Path(host).exists():
+        raise UserError(
+            f"The database {host} does not exist (from {source}). Name it with -c FILE, or set "
+            f"ORION_DB_ADDRESS."
+        )
 
 
 def statistics_of(trial: Any) -> dict[str, float]:

@@ -111,6 +111,7 @@ class Work:
     Attributes:
         steps: environment steps, those included that were lost by a failure and done again.
         retries: attempts after the first.
+        attempted: whether there was an attempt.
         began: epochs that were done when the process came to the trial; None where it began with nothing.
         epoch: done in the attempt under way.
         step: environment steps of the epoch under way.
@@ -119,6 +120,7 @@ class Work:
 
     steps: int = 0
     retries: int = 0
+    attempted: bool = False
     began: int | None = None
     epoch: int = 0
     step: int = 0
@@ -275,16 +277,22 @@ class Record:
 def read_record(directory: Path) -> Record | None:
     """Why a trial failed last; None where it did not, or nobody knows."""
     try:
-        with (directory / RECORD).open("rb") as file:
-            content: Any = json.loads(file.read(_MAX_RECORD))
+        from ppo_hpo.checkpoint import read_bytes
+
+        content: Any = json.loads(read_bytes(directory / RECORD, _MAX_RECORD))
         texts = [content["error"], content["at"], content["host"], content["place"] or ""]
         if not all(type(text) is str and text.isprintable() for text in texts):
             return None
         return Record(
             content["error"], content["place"], content["stopped"] is True, content["at"], content["host"]
         )
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # UserError is a ValueError
         return None
+
+
+def note(directory: Path, error: Exception) -> None:
+    """Write down why a trial failed that nobody but its user looks after; see `stops_the_hunt`."""
+    _write_record(directory, Record(one_line(error), _place_of(error), False, "", ""))
 
 
 def forget(directory: Path) -> None:

@@ -28,6 +28,9 @@ from ppo_hpo.experiment import open_experiment
 STUCK = ("broken", "reserved")
 # Seconds, two of Orion's heartbeats, and twice what Orion's workers wait for the algorithm's lock.
 _PATIENCE = 120.0
+_MOMENT = 10.0
+# Characters of the reason why a trial was broken; the rest is in its directory.
+_SHOWN = 200
 
 
 def retry(
@@ -91,14 +94,15 @@ def _put_back(client: Any, trial: Any, *, named: bool) -> str:
         return f"{line}{text}: left alone"
     if was == "reserved" and not named and (age := _age(trial.heartbeat)) < _PATIENCE:
         return (
-            f"{line}has a worker, seen {max(age, 0):.0f} s ago: left alone; --trial {trial.id[:8]} takes it"
+            f"{line}has a worker, seen {max(age, 0):.0f} s ago: left alone; if that one is gone, try again "
+            f"in {_PATIENCE - age:.0f} s, or take it with --trial {trial.id[:8]}"
         )
     try:
         client.storage.set_trial_status(trial, "interrupted", was=was)
     except FailedUpdate:
         return f"{line}was changed by somebody else just now: left alone"
     record = failure.read_record(directory)
-    why = f"{record.error} ({record.at})  " if record and was == "broken" else ""
+    why = f"{record.error[:_SHOWN]} ({record.at})  " if record and record.error and was == "broken" else ""
     return f"{line}{why}put back"
 
 
@@ -115,25 +119,30 @@ def _mend_algorithm(client: Any) -> list[str]:
     # Orion's own calls neither tell since when it is held nor release it only if that is so still.
     database = client.storage._db
     query, lines = {"experiment": client.id, "locked": 1}, []
+    text = ""
     if held := database.read("algo", query):
         since = held[0]["heartbeat"]
-        text, age = f"the algorithm's lock is held since {since:%Y-%m-%d %H:%M:%S} UTC", _age(since)
-        if age < _PATIENCE:
-            wait = f"if that stays so, try again in {_PATIENCE - age:.0f} s"
-            return [f"{text}, {max(age, 0):.0f} s: left alone; {wait}"]
-        now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-        data = {"locked": 0, "heartbeat": now}
-        if database.read_and_write("algo", query={**query, "heartbeat": since}, data=data) is None:
-            return [f"{text}, and was taken or released just now: left alone"]
-        lines.append(f"{text}, longer than anybody needs it: released")
+        age = _age(since)
+        text = f"the algorithm's lock is held since {since:%Y-%m-%d %H:%M:%S} UTC"
+        if age >= _PATIENCE:
+            now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+            data = {"locked": 0, "heartbeat": now}
+            if database.read_and_write("algo", query={**query, "heartbeat": since}, data=data) is None:
+                return [f"{text}, and was taken or released just now: left alone"]
+            lines.append(f"{text}, longer than anybody needs it: released")
+        else:
+            text += (
+                f", {max(age, 0):.0f} s: left alone; if that stays so, try again in {_PATIENCE - age:.0f} s"
+            )
     from orion.storage.base import LockAcquisitionTimeout
 
     try:
-        with client._experiment.acquire_algorithm_lock(timeout=_PATIENCE) as algorithm:
+        # Workers that live pass it on in a moment.
+        with client._experiment.acquire_algorithm_lock(timeout=_MOMENT) as algorithm:
             for trial in client.fetch_trials_by_status("completed"):
                 if not algorithm.has_observed(trial):
                     algorithm.observe([trial])
                     lines.append(f"{trial.id}  completed  the algorithm had not been told its result: told")
     except LockAcquisitionTimeout:
-        lines.append("the algorithm's lock was taken again: give this command again if nothing goes on")
+        lines.append(text or "the algorithm's lock is taken: give this command again if nothing goes on")
     return lines

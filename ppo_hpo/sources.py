@@ -250,6 +250,8 @@ class TrialStorage(MirroredStorage):
             failure = error
         found = self._from_parent(check, on_refused, most) or self._from_siblings(on_refused, most)
         if found is None and failure is not None and not self._set_torn_aside(on_refused):
+            if isinstance(failure, TornCheckpoint):
+                raise TornCheckpoint(f"{failure} None before it is whole: remove them to begin again.")
             raise failure
         if found is not None:
             check(found)
@@ -301,8 +303,10 @@ class TrialStorage(MirroredStorage):
         Returns:
             Whether that is so.
         """
-        index = None if self._siblings is None else self._siblings / INDEX / self._config.identity()[:32]
-        if index is None or not (index / self._trial.name).exists():
+        identity = self._config.identity()[:32]
+        index = None if self._siblings is None else self._siblings / INDEX / identity / self._trial.name
+        listed = index is not None and index.exists()
+        if not listed and (self.store is None or self.key not in self.store.names(IDENTITIES, identity)):
             return False
         torn: list[tuple[Path, TornCheckpoint]] = []
         for path in self.paths():
@@ -316,9 +320,8 @@ class TrialStorage(MirroredStorage):
             on_refused(reason)
             with writing(path):
                 path.replace(path.with_name(f"{path.name}.torn"))
-        if torn:
-            self._log.warning("no checkpoint is whole: starts again; the torn ones are kept as *.torn")
-        return bool(torn)
+        self._log.warning("no checkpoint is whole: starts again; torn ones that lie here are kept as *.torn")
+        return True
 
     def _from_siblings(self, on_refused: Callable[[CheckpointError], None], most: int) -> Checkpoint | None:
         """The most advanced checkpoint of the same identity that is not too far, copied to here."""

@@ -14,7 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 # What is appended to, locked or emptied: in a directory of somebody else's a link would lead to other files.
 _WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", "lock", "writer")
+_FILES = ("log.txt", "timing.jsonl", "lock", "failure.json", "curve.jsonl", "results.json", "config.yaml")
 _Write = Callable[[Path, bytes], None]
+_MAX_RETRIES = 1000
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
 _EPISODES_PER_EPOCH = 5
@@ -112,6 +114,11 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
     for name in (*_WRITTEN_IN_PLACE, *filter(None, seeds.parts(config))):
         if (directory / name).is_symlink():
             raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
+    for name, is_one in {**dict.fromkeys(_FILES, Path.is_file), "writer": Path.is_dir}.items():
+        # A pipe would wait for somebody at its other end.
+        if (directory / name).exists() and not is_one(directory / name):
+            kind = "directory" if name == "writer" else "file"
+            raise UserError(f"{directory / name} is no {kind}, as it has to be. Remove it.")
     one = config.task.seeds == 1
     if Storage(directory / "seed-1" if one else directory).paths():
         raise CheckpointError(
@@ -165,8 +172,8 @@ def run(
     Raises:
         UserError: bad input, a file that cannot be written, or a store that cannot be reached.
     """
-    if retries < 0:
-        raise UserError(f"`retries >= 0` must hold, but got {retries}.")
+    if not 0 <= retries <= _MAX_RETRIES:
+        raise UserError(f"`0 <= retries <= {_MAX_RETRIES}` must hold, but got {retries}.")
     info = check(config, directory, device)
     if store is not None:
         store.names()  # before torch is imported, as everything that may be wrong
@@ -202,6 +209,8 @@ class _Trial:
     store: Store | None
     parent: str | None
     retries: int
+    #: What this process did for each seed, also before it lost its lock.
+    works: dict[str, failure.Work] = field(default_factory=dict)
 
     def run(self, claim: lock.Claim, lost: LostLock | None) -> Outcome:
         """`run` by the one writer.
@@ -220,7 +229,14 @@ class _Trial:
             known = None if before is None else before.place
             parts = seeds.parts(config)
             write = failure.patiently(claim.write, self.retries, log)
-            done = [self._train(part, own, claim, write, known, log) for part, own in parts.items()]
+            try:
+                done = [self._train(part, own, claim, write, known, log) for part, own in parts.items()]
+            except Exception as error:
+                # Under Orion it is written down with what Orion is told; and what belongs to another trial
+                # stays as it is.
+                if self.uid is None and not isinstance(error, CheckpointError):
+                    failure.note(directory, error)
+                raise
             outcome = done[0][0]
             if len(parts) > 1:
                 each = [outcome.statistics for outcome, _ in done]
@@ -265,7 +281,7 @@ class _Trial:
         Returns:
             What became of it, and its learning curve.
         """
-        work, started = failure.Work(part=part), time.perf_counter()
+        work, started = self.works.setdefault(part, failure.Work(part=part)), time.perf_counter()
 
         def tick() -> None:
             claim.tick()
@@ -316,8 +332,8 @@ class _Trial:
         if not task.lineage:
             storage.register()
         start = task.epoch if task.resumed() else None
-        if not work.retries:
-            work.began = start
+        if not work.attempted:
+            work.attempted, work.began = True, start
         work.enter(task.epoch)
         _announce(task, config, start, self.experiment, log)
         with writing(directory):

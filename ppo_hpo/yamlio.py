@@ -17,6 +17,7 @@ from ppo_hpo.errors import UserError
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 10_000
 _MAX_DEPTH = 30
+_MAX_DIGITS = 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,6 +84,10 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
         raise UserError(
             f"Line {node.start_mark.line + 1}: write whole numbers in decimal digits, without leading "
             f"zeros, underscores or colons, but got {text!r}."
+        )
+    if len(digits) > _MAX_DIGITS:
+        raise UserError(
+            f"Line {node.start_mark.line + 1}: a number of {len(digits)} digits is no hyperparameter."
         )
     return int(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def test_only_what_can_not_be_promoted_is_removed(tmp_path: Path, capsys: pytest
     lines = said.splitlines()
     assert f"removed  {one.id[:8]}  2 checkpoints, 0.25 MiB  promoted, and completed as" in said
     assert f"removed  {worse.id[:8]}  2 checkpoints, 0.25 MiB  has the highest fidelity" in said
-    assert f"removed  {four.id[:8]}  1 checkpoint, 0.12 MiB  has the highest fidelity; the best keeps" in said
+    assert (
+        f"removed  {four.id[:8]}  1 checkpoint, 0.12 MiB  has the highest fidelity; one of the best" in said
+    )
     assert lines[-1] == "removed 7 checkpoints, 0.87 MiB in all; 7 checkpoints, 0.87 MiB of 4 trials stay"
     assert cli.main(["clean", "it", *config]) == 0
     assert "removed 0 checkpoints" in capsys.readouterr().out
@@ -123,6 +126,16 @@ def test_the_best_keeps_its_newest_that_is_whole(tmp_path: Path) -> None:
     assert (names(best), names(second)) == (["03"], [])
     with pytest.raises(UserError, match="`--keep >= 1` must hold, but got 0"):
         clean("it", config, keep=0)
+
+
+def test_the_best_that_has_one_keeps_it_where_a_better_ones_directory_is_gone(tmp_path: Path) -> None:
+    client = experiment(tmp_path)
+    best, second, third = (
+        insert(client, lr, 4, value) for lr, value in ((0.1, -10.0), (0.2, -5.0), (0.3, -1.0))
+    )
+    shutil.rmtree(best.working_dir)
+    assert "one of the best: its newest stays" in clean("it", str(tmp_path / "orion.yaml"))
+    assert (names(second), names(third)) == (["04"], [])
 
 
 def test_population_based_training_may_have_children_of_any_trial(tmp_path: Path) -> None:

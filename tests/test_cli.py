@@ -496,6 +496,26 @@ def test_main_can_be_called() -> None:
     assert stop.value.code == 0
 
 
+@pytest.mark.parametrize("name", ["log.txt", "timing.jsonl", "failure.json", "lock", "curve.jsonl", "writer"])
+def test_a_pipe_in_the_directory_is_refused_and_not_waited_for(
+    name: str, config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "trial").mkdir()
+    os.mkfifo(tmp_path / "trial" / name)
+    done = run("run", "--config", config, "--dir", "trial", cwd=tmp_path)
+    assert_one_sentence(done, f"trial/{name} is no ", "as it has to be. Remove it.")
+
+
+def test_why_a_trial_by_hand_failed_is_kept_until_it_ends_well(config: Path, tmp_path: Path) -> None:
+    settings = ["--set", "env.id=tests.envs:Fails-v0", "--set", "env.max_episode_steps=none"]
+    kwargs = ["--set", "env.kwargs={how: raise, at: 400}"]
+    done = run("run", "--config", config, "--dir", "trial", *settings, *kwargs, cwd=tmp_path)
+    assert done.returncode == 1
+    record = json.loads((tmp_path / "trial" / "failure.json").read_text())
+    assert record["error"] == "RuntimeError: the simulator fell over"
+    assert not record["stopped"]
+
+
 def test_a_signal_that_the_environment_swallows_stops_all_the_same(config: Path, tmp_path: Path) -> None:
     directory = tmp_path / "trial"
     options = ["--set", "env.id=tests.envs:Swallows-v0", "--set", "env.n_envs=1", "--set", "ppo.n_steps=256"]

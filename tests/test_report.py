@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,10 @@ def test_unknown_experiment(hunted: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_unknown_experiment_where_no_database_was_named(tmp_path: Path) -> None:
+    from orion.core.io.database.ephemeraldb import EphemeralDB
+
+    # What a PickledDB is.
+    (tmp_path / "orion.pkl").write_bytes(pickle.dumps(EphemeralDB()))
     own = {**os.environ, "ORION_DB_TYPE": "pickleddb", "ORION_DB_ADDRESS": str(tmp_path / "orion.pkl")}
     command = [sys.executable, "-m", "ppo_hpo", "report", "other"]
     done = subprocess.run(
@@ -177,6 +182,30 @@ def test_bad_configuration_of_orion(text: str | None, part: str, tmp_path: Path)
 
 
 # ------------------------------------------------------------- trials that are made up
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("storage: 3", "cannot be opened (AttributeError"),
+        ("storage: {type: legacy, database: {type: foo, host: x}}", "cannot be opened (NotImplementedError"),
+        ("storage: {type: legacy, database: {type: pickleddb, host: torn.pkl}}", "cannot be opened ("),
+        ("storage: {type: legacy, database: {type: pickleddb, host: no/a.pkl}}", "no/a.pkl does not exist"),
+    ],
+)  # fmt: skip
+def test_a_database_that_cannot_be_opened(
+    text: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "orion.yaml").write_text(text)
+    (tmp_path / "torn.pkl").write_bytes(b"\x80\x04" + bytes(range(200)))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["report", "mine", "-c", "orion.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ppo-hpo: error: The database ")
+    assert part in line
+    # Orion would make the file of a mistyped name; it leaves a lock beside one that is there.
+    assert {path for path in tmp_path.rglob("*") if path.suffix != ".lock"} == set(before)
 
 
 def insert(client: Any, lr: float, fidelity: int | None, objective_value: float, **more: float) -> None:

@@ -16,7 +16,9 @@ import pytest
 from ppo_hpo import trial
 from ppo_hpo.checkpoint import Checkpoint, Storage, arrays_digest, read
 from ppo_hpo.config import TrialConfig
+from ppo_hpo.errors import TornCheckpoint
 from ppo_hpo.report import read_curve
+from ppo_hpo.store import Store
 
 CONFIG = TrialConfig.from_mapping(
     {
@@ -112,6 +114,37 @@ def test_a_trial_with_a_torn_checkpoint_ends_where_it_would_have_ended(
             assert here.meta["curve"] == there.meta["curve"]
         assert (directory / "curve.jsonl").read_bytes() == (three / "curve.jsonl").read_bytes()
         assert outcome.objective == json.loads((three / "results.json").read_text())[0]["value"]
+
+
+def test_by_hand_a_trial_of_which_all_is_torn_says_what_to_do(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(trained[0], tmp_path / "torn")
+    for name in FILES[:2]:
+        path = tmp_path / "torn" / name
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TornCheckpoint, match=r"None before it is whole: remove them to begin again\.$"):
+        go_on(tmp_path / "torn", 3)
+
+
+def test_on_another_machine_a_trial_of_which_all_is_torn_starts_again(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def run(directory: Path) -> Path:
+        trial.run(
+            CONFIG, directory, device="cpu", console=False, uid="abc", store=Store(str(tmp_path / "store"))
+        )
+        return directory
+
+    run(tmp_path / "here")
+    objects = sorted((tmp_path / "store" / "trials" / "abc").iterdir())
+    assert len(objects) == 2
+    for path in objects:
+        path.write_bytes(path.read_bytes()[:-1])
+    there = run(tmp_path / "there")
+    assert (there / "curve.jsonl").read_bytes() == (trained[1] / "curve.jsonl").read_bytes()
+    # What it put into the store took the place of what was torn.
+    assert [read(path).epoch for path in objects] == [2, 3]
 
 
 @DAMAGE
