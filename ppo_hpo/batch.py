@@ -3,9 +3,9 @@
 Each trial is an ordinary one, in a directory of its own: killed with all of its workers, it goes on from its
 last checkpoint when the same list is asked for again, and one that has its result is only read.
 
-A worker is a new interpreter (``python -m ppo_hpo.batch``), never a fork, which would inherit torch's threads.
-It reads one trial at a time from its standard input, as a line of JSON, and answers with a line of JSON. It
-ends when its input does, and when the process that started it is gone.
+A worker is a new interpreter (``python -m ppo_hpo.batch``), never a fork, which would inherit torch's
+threads. It reads one trial at a time from its standard input, as a line of JSON, and answers with a line of
+JSON. It ends when its input does, and when the process that started it is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ppo_hpo import failure, yamlio
 from ppo_hpo.checkpoint import read_bytes
@@ -38,6 +38,8 @@ _MOST_RESULTS, _MOST_CURVE = 1 << 20, 16 << 20
 _DEATHS = 2
 # Seconds that a worker has to end its trial when it is asked to.
 _GRACE = 10.0
+# Empties the line that a terminal is in.
+_ERASE = "\r\x1b[K"
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ def run_all(
                 continue
             if isinstance(answer, str):
                 raise UserError(
-                    f"The trial in {job.directory} failed: {answer.rstrip('.')}. What is finished is kept; the "
-                    f"same command goes on."
+                    f"The trial in {job.directory} failed: {answer.rstrip('.')}. What is finished is kept; "
+                    f"the same command goes on."
                 )
             results[job.directory] = answer
             on_end(job, answer, len(results), len(unique))
@@ -148,6 +150,64 @@ def epochs_of(job: Job) -> int:
     except CheckpointError:
         return 0
     return max(0, min(curve.count(b"\n") - 1, job.config.task.epochs))
+
+
+class Progress:
+    """A line for each trial that ends; on a terminal, one more that says where the others are."""
+
+    def __init__(self, out: TextIO | None, jobs: Sequence[Job]) -> None:
+        """Tell ``out``, unless it is None, of these trials; `ended` and `look` are for `run_all`."""
+        self._out = out
+        self._lively = out is not None and out.isatty()
+        self._began = time.monotonic()
+        self._epochs = {job.directory: job.config.task.epochs for job in jobs}
+        self._ended: set[Path] = set()
+        self._read = self._epochs_read = 0
+
+    def ended(self, job: Job, result: Result, number: int, of: int) -> None:
+        """Take in a trial that ended."""
+        self._ended.add(job.directory)
+        if result.read:
+            self._read += 1
+            self._epochs_read += self._epochs[job.directory]
+            return
+        self._tell_read()
+        how = "  diverged" if result.statistics["diverged"] else ""
+        self._line(
+            f"{time.monotonic() - self._began:7.0f} s  {number:4} of {of}  {job.label:28}  "
+            f"return {result.score:8.1f}{how}"
+        )
+
+    def look(self, under_way: Sequence[Job]) -> None:
+        """Say where the trials are that are under way."""
+        self._tell_read()
+        if self._out is None or not self._lively:
+            return
+        now = [(job.label, epochs_of(job), job.config.task.epochs) for job in under_way]
+        done = sum(self._epochs[place] for place in self._ended) + sum(epoch for _, epoch, _ in now)
+        new, left = done - self._epochs_read, sum(self._epochs.values()) - done
+        minutes = (time.monotonic() - self._began) / 60 / new * left if new > 0 else None
+        text = "; ".join(f"{label}: epoch {epoch} of {of}" for label, epoch, of in now)[:150]
+        rest = "" if minutes is None else f"; about {max(1, round(minutes))} min left"
+        self._out.write(f"{_ERASE}{text}{rest}")
+        self._out.flush()
+
+    def close(self) -> None:
+        """Leave the terminal's line empty."""
+        self._tell_read()
+        if self._out is not None and self._lively:
+            self._out.write(_ERASE)
+            self._out.flush()
+
+    def _tell_read(self) -> None:
+        if self._read:
+            self._line(f"{self._read} of {len(self._epochs)} trials were done before")
+            self._read = 0
+
+    def _line(self, text: str) -> None:
+        if self._out is not None:
+            self._out.write((_ERASE if self._lively else "") + text + "\n")
+            self._out.flush()
 
 
 # ------------------------------------------------------------------------- the leader

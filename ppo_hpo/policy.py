@@ -153,9 +153,15 @@ class Policy(nn.Module):
         Raises:
             UserError: the file cannot be written.
         """
-        arrays = {f"{_MODEL}{name}": t.detach().cpu().numpy() for name, t in self.network.state_dict().items()}
+        arrays = {
+            f"{_MODEL}{name}": t.detach().cpu().numpy() for name, t in self.network.state_dict().items()
+        }
         arrays |= {f"{_NORMALIZER}{k}": np.asarray(v) for k, v in self._normalizer.moments.state().items()}
-        meta = {"kind": _KIND, "hyperparameters": self.config.own_mapping(), "interface": _to_plain(self.info)}
+        meta = {
+            "kind": _KIND,
+            "hyperparameters": self.config.own_mapping(),
+            "interface": _to_plain(self.info),
+        }
         write(Path(path), to_bytes(Checkpoint(self.epoch, arrays, meta)))
 
     def save_onnx(self, path: str | os.PathLike[str]) -> None:
@@ -228,7 +234,7 @@ def export_policy(
 ) -> Policy:
     """Write the policy of a trial's newest checkpoint to a file: ONNX if it ends in ``.onnx``.
 
-    The environment is made once, to look at its spaces. A trial of several seeds gives the policy of its first.
+    The environment is made once, to look at its spaces. A trial of several seeds gives its first one's policy.
 
     Args:
         directory: of the trial.

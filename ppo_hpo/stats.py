@@ -1,8 +1,8 @@
 """What is said of a few noisy numbers: the interquartile mean, and how far it can be trusted.
 
-The two functions are those of Agarwal et al. 2021 ("Deep reinforcement learning at the edge of the statistical
-precipice", https://arxiv.org/abs/2108.13264). Their library, rliable, had its last release in 2024 and brings
-arch, seaborn and statsmodels; here it is forty lines of numpy, held to exact answers by `tests/test_stats.py`.
+Both are those of Agarwal et al. 2021 ("Deep reinforcement learning at the edge of the statistical precipice",
+https://arxiv.org/abs/2108.13264). Their library, rliable, had its last release in 2024 and brings arch, seaborn
+and statsmodels; here it is forty lines of numpy, held to exact answers by `tests/test_stats.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def iqm_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return bootstrap([values], lambda groups: iqm(groups[0]), seed=seed)
 
 
-def advantage_interval(values: Sequence[float], others: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def advantage_interval(
+    values: Sequence[float], others: Sequence[float], seed: int = 0
+) -> tuple[float, float]:
     """The 95 % interval of the difference of two groups' interquartile means, the first less the second."""
     return bootstrap([values, others], lambda groups: iqm(groups[0]) - iqm(groups[1]), seed=seed)
 
@@ -74,3 +76,21 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     """The first and the third quartile, interpolated linearly."""
     low, high = np.percentile(np.asarray(values, np.float64), (25, 75))
     return float(low), float(high)
+
+
+def claimed_and_kept(scores: Values, tuning: Sequence[int]) -> tuple[int, float, float]:
+    """Tune on some runs, and judge what won by the others.
+
+    Args:
+        scores: ``[C, S]``, a row for each configuration, a column for each seed.
+        tuning: columns that tuning sees; at least one has to be left.
+
+    Returns:
+        The configuration of the highest mean over the tuning columns, the first among equals; that mean, which
+        is what tuning claims; and its mean over the other columns, which is what is left of it.
+    """
+    seen = np.zeros(scores.shape[1], np.bool_)
+    seen[list(tuning)] = True
+    claims = scores[:, seen].mean(axis=1)
+    winner = int(claims.argmax())
+    return winner, float(claims[winner]), float(scores[winner, ~seen].mean())
