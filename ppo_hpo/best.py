@@ -122,8 +122,8 @@ def best(
         progress: where to tell how far the test trials are.
 
     Raises:
-        UserError: there is no such experiment, nothing is completed yet, a trial's files are not there, a file
-            cannot be written, or a test trial failed.
+        UserError: there is no such experiment, nothing is completed yet, a trial's files are not there, a
+            file cannot be written, or a test trial failed.
     """
     for value, low, what in ((top, 1, "top"), (test_seeds, 0, "test-seeds"), (workers, 1, "workers")):
         if value < low:
@@ -244,9 +244,10 @@ def preset_of(config: TrialConfig) -> str | None:
 
     for name in list_spaces():
         space = read_space(name)
-        if not any(space.priors.values()):
-            if environment(TrialConfig.from_mapping(fill(space, {})).env) == environment(config.env):
-                return name
+        if any(space.priors.values()):
+            continue
+        if environment(TrialConfig.from_mapping(fill(space, {})).env) == environment(config.env):
+            return name
     return None
 
 
@@ -409,8 +410,8 @@ def _beware(found: Sequence[Candidate]) -> list[str]:
     if not forked:
         return []
     return [
-        f"beware      hyperparameters of {forked} changed in mid-life, as with PBT; from scratch, with the last "
-        f"ones throughout, it is another trial"
+        f"beware      hyperparameters of {forked} changed in mid-life, as with PBT; from scratch, with the "
+        f"last ones throughout, it is another trial"
     ]
 
 
@@ -524,8 +525,8 @@ def as_preset(candidate: Candidate, title: str) -> str:
     ]
     if task.epochs < config.max_epochs:
         lines.append(
-            f"# It was judged after {task.epochs} of {config.max_epochs} epochs; --epochs {config.max_epochs} "
-            f"trains it to the end."
+            f"# It was judged after {task.epochs} of {config.max_epochs} epochs; "
+            f"--epochs {config.max_epochs} trains it to the end."
         )
     if candidate.forked:
         lines.append("# Its hyperparameters changed in mid-life, as with PBT: these are the last ones.")

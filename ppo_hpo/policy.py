@@ -234,7 +234,7 @@ def export_policy(
 ) -> Policy:
     """Write the policy of a trial's newest checkpoint to a file: ONNX if it ends in ``.onnx``.
 
-    The environment is made once, to look at its spaces. A trial of several seeds gives its first one's policy.
+    The environment is made once, to look at its spaces. Of a trial of several seeds it is the first one's.
 
     Args:
         directory: of the trial.

@@ -1,8 +1,8 @@
 """What is said of a few noisy numbers: the interquartile mean, and how far it can be trusted.
 
 Both are those of Agarwal et al. 2021 ("Deep reinforcement learning at the edge of the statistical precipice",
-https://arxiv.org/abs/2108.13264). Their library, rliable, had its last release in 2024 and brings arch, seaborn
-and statsmodels; here it is forty lines of numpy, held to exact answers by `tests/test_stats.py`.
+https://arxiv.org/abs/2108.13264). Their library, rliable, had its last release in 2024 and brings arch and
+seaborn; here it is forty lines of numpy, held to exact answers by `tests/test_stats.py`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def claimed_and_kept(scores: Values, tuning: Sequence[int]) -> tuple[int, float,
         tuning: columns that tuning sees; at least one has to be left.
 
     Returns:
-        The configuration of the highest mean over the tuning columns, the first among equals; that mean, which
-        is what tuning claims; and its mean over the other columns, which is what is left of it.
+        The configuration of the highest mean over the tuning columns, the first among equals; that mean,
+        which is what tuning claims; and its mean over the other columns, which is what is left of it.
     """
     seen = np.zeros(scores.shape[1], np.bool_)
     seen[list(tuning)] = True

@@ -1,4 +1,4 @@
-"""Many trials on worker processes: what they come to, what is not done again, and processes that are killed."""
+"""Many trials on worker processes: what they come to, what is not done again, processes that are killed."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
 
 def test_a_worker_that_is_killed_each_time(tmp_path: Path) -> None:
     one = fails(tmp_path, "kill", tmp_path / "notes", at=100)
-    with pytest.raises(UserError, match=r"seed-0 failed: its worker process ended with code -9\. What is fin"):
+    with pytest.raises(
+        UserError, match=r"seed-0 failed: its worker process ended with code -9\. What is fin"
+    ):
         run_all([one], workers=2, device="cpu")
     assert (tmp_path / "notes-kill").stat().st_size == 3
 
@@ -135,8 +137,7 @@ def test_killed_with_its_workers_it_goes_on(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from ppo_hpo.batch import run_all
-from tests.test_batch import job
-from tests.test_batch import SLOW
+from tests.test_batch import SLOW, job
 run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], workers=2, device="cpu")
 """
     # No guard against being imported again is needed: workers are no copies of this script.

@@ -79,9 +79,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loaded_policy_acts_as_the_task(
-    case: str, trained: Callable[[str], Trained], tmp_path: Path
-) -> None:
+def test_loaded_policy_acts_as_the_task(case: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     one = trained(case)
     path = tmp_path / "policy.safetensors"
     export_policy(one.directory, path)
@@ -123,7 +121,9 @@ def test_loaded_policy_earns_what_the_trial_did(
     path = tmp_path / "policy.safetensors"
     export_policy(one.directory, path)
     policy: Any = Player(load_policy(path))
-    evaluator = Evaluator(one.config.env, one.task.info, seeding.evaluation_seeds(4), one.task.info.time_limit or 256)
+    evaluator = Evaluator(
+        one.config.env, one.task.info, seeding.evaluation_seeds(4), one.task.info.time_limit or 256
+    )
     as_it_is: Any = lambda obs: obs  # noqa: E731 - the normaliser is inside the policy
     evaluation: Evaluation = evaluator(policy, as_it_is, None)
     evaluator.close()
@@ -223,7 +223,9 @@ def test_the_first_of_several_seeds(trained: Callable[[str], Trained], tmp_path:
 
 def test_a_checkpoint_is_no_policy(trained: Callable[[str], Trained]) -> None:
     path = trained("discrete").task._storage.path_of(2)  # type: ignore[union-attr]
-    with pytest.raises(CheckpointError, match=r"is no policy: it is a checkpoint\. Use ppo_hpo\.export_policy"):
+    with pytest.raises(
+        CheckpointError, match=r"is no policy: it is a checkpoint\. Use ppo_hpo\.export_policy"
+    ):
         load_policy(path)
 
 
@@ -268,7 +270,9 @@ def _nothing(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [_larger, _missing, _wrong_bounds, _objects, _huge, _statistics, _nothing], ids=lambda f: f.__name__
+    "damage",
+    [_larger, _missing, _wrong_bounds, _objects, _huge, _statistics, _nothing],
+    ids=lambda f: f.__name__,
 )
 def test_a_file_of_somebody_else(
     damage: Callable[[Checkpoint], None], trained: Callable[[str], Trained], tmp_path: Path

@@ -33,8 +33,8 @@ def test_interquartile_mean_is_scipys_trimmed_mean(n: int) -> None:
 
 
 def test_interval_of_a_mean_is_that_of_all_resamples() -> None:
-    # Four draws from 0, 1, 2, 3: the sum is 0 in 1 of 256 cases, at most 1 in 5 (2.0 %), at most 2 in 15 (5.9 %).
-    # So the lower end, below which 2.5 % lie, is a sum of 2; the upper one is its mirror image.
+    # Four draws from 0, 1, 2, 3: the sum is at most 1 in 5 of 256 cases (2.0 %), at most 2 in 15 (5.9 %). So
+    # the lower end, below which 2.5 % lie, is a sum of 2; the upper one is its mirror image.
     sums = sorted(sum(draw) for draw in itertools.product(range(4), repeat=4))
     assert [sums.count(0), sums.count(1), sums.count(2)] == [1, 4, 10]
     found = bootstrap([[0.0, 1.0, 2.0, 3.0]], lambda groups: groups[0].mean(axis=1))
@@ -64,7 +64,7 @@ def test_interval_is_near_scipys() -> None:
     # Ends of 10,000 resamples differ by some hundredths of the interval from one drawing to another.
     width = expected.high - expected.low
     np.testing.assert_allclose(iqm_interval(values.tolist()), tuple(expected), atol=0.05 * width)
-    assert 5.0 < width < 20.0
+    assert 5.0 < width < 30.0
 
 
 def test_interval_is_the_same_each_time_and_of_one_run_a_point() -> None:
