@@ -346,7 +346,7 @@ def _crew(jobs: Sequence[Job], workers: int, device: str) -> Iterator[_Crew]:
 
 def serve(leader: int) -> None:
     """Run the trials of standard input, until it ends or the process ``leader`` does."""
-    # What an environment prints must not come between the answers.
+    # Answers are flushed each, and what an environment prints must not come between them.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -364,8 +364,13 @@ def serve(leader: int) -> None:
         for line in sys.stdin:
             answers.write(json.dumps(_answer(json.loads(line), tick)) + "\n")
             answers.flush()
+        # The leader sends SIGTERM to whoever is still there: too late to be an interruption.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except (Interrupted, BrokenPipeError):
         os._exit(128 + signal.SIGTERM)
+    # Taking torch down takes nearly half a second of CPU, and the kernel frees all of it anyway.
+    answers.close()
+    os._exit(0)
 
 
 def _answer(task: Mapping[str, Any], tick: Callable[[], None]) -> dict[str, Any]:

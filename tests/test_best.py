@@ -37,7 +37,7 @@ from ppo_hpo.stats import advantage_interval, iqm_interval
 REPOSITORY = Path(__file__).parent.parent
 NAME = "tiny<i>"
 SPACE = {
-    "env": {"id": "CartPole-v1", "n_envs": 2, "max_episode_steps": 50},
+    "env": {"id": "CartPole-v1", "n_envs": 2, "max_episode_steps": 300},
     "task": {
         "epochs": "orion~fidelity(1, 4, base=2)",
         "max_epochs": 4,
@@ -171,7 +171,7 @@ def test_stopped_it_goes_on(hunted: Path, tmp_path: Path) -> None:
     first = Path(trials_of(hunted)[0].working_dir)
     config = yamlio.load(first / "config.yaml")
     config["env"] |= {"id": "tests.envs:Sleeps-v0", "max_episode_steps": None}
-    config["task"] |= {"steps_per_epoch": 128, "epochs": 4}
+    config["task"] |= {"steps_per_epoch": 128, "epochs": 3}
     before = (first / "config.yaml").read_bytes()
     place = tmp_path / "best"
     command = [

@@ -15,6 +15,7 @@ import torch
 import ppo_hpo
 from ppo_hpo import PPO, CheckpointError, TrialConfig, UserError, export_policy, load_policy, seeding
 from ppo_hpo.checkpoint import Checkpoint, arrays_digest, from_bytes, to_bytes
+from ppo_hpo.envs import make
 from ppo_hpo.evaluate import Evaluation, Evaluator
 from ppo_hpo.results import evaluation_columns
 
@@ -32,7 +33,10 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "image": {
         "env": {"id": "tests.envs:Eyes-v0", "n_envs": 2, "kwargs": {"channels_first": True}},
-        "model": {"features_dim": 16},
+        "model": {"features_dim": 32},
+        "optimizer": {"lr": 2e-3},
+        "task": {"epochs": 2, "max_epochs": 3, "steps_per_epoch": 1024, "eval_episodes": 4},
+        "ppo": {"n_steps": 64, "batch_size": 32, "n_epochs": 4},
     },
     "from five": {"env": {"id": "tests.envs:FromFive-v0", "n_envs": 2}, "model": {"width": 8, "depth": 1}},
 }
@@ -57,7 +61,10 @@ class Trained:
         info, stream = self.task.info, np.random.default_rng(0)
         shape = (n, *info.obs_shape)
         if info.images:
-            return stream.integers(0, 256, shape, np.uint8)
+            env = make(self.config.env)
+            images = [env.reset(seed=seed)[0] for seed in range(n - 10)]
+            env.close()
+            return np.concatenate([images, stream.integers(0, 256, (10, *info.obs_shape), np.uint8)])
         return (stream.normal(size=shape) * np.geomspace(0.1, 30.0, n)[:, None]).astype(np.float32)
 
     def actions(self, observations: Any) -> Any:
