@@ -242,8 +242,8 @@ Written by `python benchmarks/winners_curse.py` on {about["date"]}, commit {abou
   last evaluation (10 episodes, the same for all), which is what Orion is told.
 - **claimed**: tuning sees some of the seeds; the configuration of the best mean over them wins, and this mean
   is what tuning claims. **kept**: the winner's mean over the other seeds. **drop**: claimed less kept. Means
-  over {len(rows[0].claimed)} repetitions, which differ in the seeds that tuning sees (of equals any one wins); then the least drop
-  and the most.
+  over {len(rows[0].claimed)} repetitions, which differ in the seeds that tuning sees (of equals any one
+  wins); then the least drop and the most.
 - Repetitions share their runs, so their spread is no confidence interval. **Over all draws**: claimed
   and kept, means over {DRAWS:,} draws of tuning seeds from the same runs.
 - Every score: `winners_curse.json`. `ppo-hpo best NAME --test-seeds 10` says the same of a sweep of your own
