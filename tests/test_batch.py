@@ -161,7 +161,7 @@ run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], workers=2, de
     assert [curve(one) for one in jobs] == [curve(one) for one in alone]
 
 
-def wait_until(condition: Any, seconds: float = 120.0) -> None:
+def wait_until(condition: Any, seconds: float = 300.0) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends
@@ -173,5 +173,5 @@ def test_an_idle_worker_ends_with_its_input(tmp_path: Path) -> None:
         [sys.executable, "-m", "ppo_hpo.batch", str(os.getpid())],
         cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    out, _ = worker.communicate("", timeout=60)
+    out, _ = worker.communicate("", timeout=120)
     assert (worker.returncode, out) == (0, "")
