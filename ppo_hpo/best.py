@@ -17,14 +17,13 @@ from ppo_hpo import yamlio
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import UserError
 from ppo_hpo.experiment import open_experiment, params_of, statistics_of
+from ppo_hpo.seeds import test_seeds
 from ppo_hpo.space import fill, list_spaces, read_space
 
 if TYPE_CHECKING:
     from ppo_hpo.batch import Job, Result
 
 TOP = 3
-# A test trial has one seed, whatever the trials of tuning have.
-_ONE_SEED = {"seeds": 1}
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def baseline(winner: TrialConfig, name: str | None = None) -> Candidate | None:
             "wrapper": env.wrapper,
         },
         task={
-            **_one_seed(own),
+            "seeds": 1,
             "epochs": task.epochs,
             "max_epochs": task.epochs,
             "steps_per_epoch": max(1, round(task.steps_per_epoch / rollout)) * rollout,
@@ -251,38 +250,15 @@ def preset_of(config: TrialConfig) -> str | None:
     return None
 
 
-def fresh_seeds(config: TrialConfig, n: int) -> list[int]:
-    """``n`` seeds that no trial of this configuration's experiment trains.
-
-    They lie at 2**32 and above, and are not `task.seed`, whatever that is. They depend on `task.seed` alone:
-    all configurations of an experiment are tested on the same ones.
-    """
-    import numpy as np
-
-    found: dict[int, None] = {}
-    index = 0
-    while len(found) < n:
-        sequence = np.random.SeedSequence(entropy=config.task.seed, spawn_key=(6, index))
-        number = 2**32 + int(sequence.generate_state(1, np.uint64)[0] >> 1) % 2**31
-        if number != config.task.seed:
-            found[number] = None
-        index += 1
-    return list(found)
-
-
 def jobs_of(candidate: Candidate, seeds: int, place: Path) -> list[Job]:
     """The test trials of one configuration, each of one seed, in a directory named after its identity."""
     from ppo_hpo.batch import Job
 
     found = []
-    for number, seed in enumerate(fresh_seeds(candidate.config, seeds), 1):
-        config = candidate.config.replace(task={"seed": seed, **_one_seed(candidate.config)})
+    for number, seed in enumerate(test_seeds(candidate.config, seeds), 1):
+        config = candidate.config.replace(task={"seed": seed, "seeds": 1})
         found.append(Job(f"{candidate.label}, seed {number}", config, place / config.identity()[:32]))
     return found
-
-
-def _one_seed(config: TrialConfig) -> dict[str, int]:
-    return {key: value for key, value in _ONE_SEED.items() if hasattr(config.task, key)}
 
 
 def retrain(

@@ -17,6 +17,7 @@ logs and results stay.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # Their children may have any trial of a lower generation for a parent.
 _FORKING = {"pbt", "pb2"}
+_SEED = re.compile(r"seed-[1-9]\d*", re.ASCII)
 _UNDER_WAY = ("new", "reserved", "interrupted", "suspended")
 
 
@@ -80,8 +82,13 @@ def clean(
     trials = client.fetch_trials()
     reasons = obsolete(trials, highest(client), forking(client), is_done=_done(client, trials, finished))
     best = [trial.id for trial in sorted(_completed(trials), key=_goodness)[:keep]]
+    from ppo_hpo.sources import TRIALS
+
+    # Listed once for all: a trial of several seeds has a name for each.
+    keys = [] if store is None else store.names(TRIALS)
     found = [
-        _clean_trial(trial, reasons.get(trial.id, ""), trial.id in best, dry_run, store) for trial in trials
+        _clean_trial(trial, reasons.get(trial.id, ""), trial.id in best, dry_run, store, keys)
+        for trial in trials
     ]
     return to_text(found, dry_run=dry_run)
 
@@ -171,38 +178,71 @@ def _done(client: Any, trials: Sequence[Any], finished: bool) -> str:
     return "the experiment is finished"
 
 
-def _clean_trial(trial: Any, reason: str, is_best: bool, dry_run: bool, store: Store | None) -> Cleaned:
+def _clean_trial(
+    trial: Any, reason: str, is_best: bool, dry_run: bool, store: Store | None, keys: Sequence[str]
+) -> Cleaned:
     from ppo_hpo import lock
-    from ppo_hpo.checkpoint import Storage
-    from ppo_hpo.sources import TRIALS
+    from ppo_hpo.sources import TRIALS, part_key
 
     directory = Path(trial.working_dir)
-    paths = [path for path in Storage(directory).paths() if not path.is_symlink()]
-    there = _names_in(store, trial.id)
-    sizes = [_size(path) for path in paths] + [store.size(TRIALS, trial.id, n) for n in there if store]
-    everything = (len(sizes), sum(sizes))
-    if not reason or not sizes:
+    files = _files(trial.id, directory, store, keys)
+    everything = _sum(files)
+    if not reason or not files:
         return Cleaned(trial.id, reason, (0, 0), everything)
     note = ""
-    stays: set[str] = set()
+    stays: set[tuple[str, str]] = set()
     if is_best:
-        stays, note = {_newest_whole([*paths], there)}, "the best keeps its newest"
-    gone = [(path, _size(path)) for path in paths if path.name not in stays]
+        note = "the best keeps its newest"
+        for part in {file.part for file in files}:
+            own = [file for file in files if file.part == part]
+            stays.add((part, _newest_whole([f.path for f in own if f.path], [f.name for f in own])))
+    gone = [file for file in files if (file.part, file.name) not in stays]
     with lock.at_rest(directory) as free:
         if not free:
             return Cleaned(trial.id, reason, (0, 0), everything, "a process has it")
-        if not dry_run:
-            for path, _ in gone:
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as error:
-                    raise UserError(f"{path} cannot be removed: {error.strerror}.") from None
-    away = [(name, store.size(TRIALS, trial.id, name)) for name in there if store and name not in stays]
-    if store is not None and not dry_run:
-        for name, _ in away:
-            store.remove(TRIALS, trial.id, name)
-    removed = (len(gone) + len(away), sum(size for _, size in gone) + sum(size for _, size in away))
+        for path in [file.path for file in gone if file.path and not dry_run]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"{path} cannot be removed: {error.strerror}.") from None
+    for file in gone:
+        if store is not None and file.path is None and not dry_run:
+            store.remove(TRIALS, part_key(trial.id, file.part), file.name)
+    removed = _sum(gone)
     return Cleaned(trial.id, reason, removed, (everything[0] - removed[0], everything[1] - removed[1]), note)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint: of which seed (see `ppo_hpo.seeds.parts`), and where; no path means in the store."""
+
+    part: str
+    name: str
+    size: int
+    path: Path | None = None
+
+
+def _files(trial: str, directory: Path, store: Store | None, keys: Sequence[str]) -> list[_File]:
+    """A trial's checkpoints, of each seed newest first; ``keys`` are the names of all trials in the store."""
+    from ppo_hpo.checkpoint import Storage, epoch_of
+    from ppo_hpo.sources import TRIALS
+
+    found = []
+    for folder in (directory, *sorted(directory.glob("seed-*"))):
+        part = "" if folder == directory else folder.name
+        if not part or (_SEED.fullmatch(part) and not folder.is_symlink()):
+            paths = [path for path in Storage(folder).paths() if not path.is_symlink()]
+            found += [_File(part, path.name, _size(path), path) for path in paths]
+    for key in keys:
+        whose, _, part = key.partition("-")
+        if store is not None and whose == trial and (not part or _SEED.fullmatch(part)):
+            names = [name for name in store.names(TRIALS, key) if epoch_of(name) is not None]
+            found += [_File(part, name, store.size(TRIALS, key, name)) for name in names]
+    return found
+
+
+def _sum(files: Sequence[_File]) -> tuple[int, int]:
+    return len(files), sum(file.size for file in files)
 
 
 def _newest_whole(paths: Sequence[Path], there: Sequence[str]) -> str:
@@ -216,15 +256,6 @@ def _newest_whole(paths: Sequence[Path], there: Sequence[str]) -> str:
             continue
         return path.name
     return max([*there, *(path.name for path in paths)])
-
-
-def _names_in(store: Store | None, key: str) -> list[str]:
-    from ppo_hpo.checkpoint import epoch_of
-    from ppo_hpo.sources import TRIALS
-
-    if store is None:
-        return []
-    return [name for name in store.names(TRIALS, key) if epoch_of(name) is not None]
 
 
 def _size(path: Path) -> int:

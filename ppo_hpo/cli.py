@@ -351,10 +351,14 @@ def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[
 
 
 def _outcome_text(outcome: Any) -> str:
+    from ppo_hpo.results import seeds_text
+
     stats = outcome.statistics
+    seeds = seeds_text(stats)
     lines = [
         f"return      {stats['return_mean']:.2f} +- {stats['return_std']:.2f} "
         f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps",
+        *([f"            {seeds}"] if seeds else []),
         f"objective   {outcome.objective:.6g}{'  (diverged)' if stats['diverged'] else ''}",
         f"trained     {stats['env_steps']:,.0f} steps, {stats['env_steps_here']:,.0f} of them now, "
         f"at {stats['steps_per_second']:,.0f} steps/s",

@@ -197,6 +197,10 @@ class TaskConfig(_Checked):
     )
     steps_per_epoch: int = _integer(20480, 1, "environment steps in one epoch, over all n_envs", high=10**10)
     seed: int = _integer(0, 0, "every random stream of the trial derives from it", high=(1 << 63) - 1)
+    seeds: int = _integer(1, 1, "seeds that are trained, one after another: `seed` and others", high=1000)
+    aggregate: Literal["mean", "median", "iqm", "worst"] = _word(
+        "mean", ("mean", "median", "iqm", "worst"), "what makes one objective of the seeds' returns"
+    )
     threads: int = _integer(1, 1, "threads of torch and BLAS", high=1024)
     eval_episodes: int = _integer(10, 1, "episodes of each evaluation", high=100_000)
     eval_deterministic: bool = _flag(True, "evaluate the most probable action, not a sample")
@@ -459,18 +463,19 @@ class TrialConfig:
         """What makes a trial the trial it is: everything but how far it is to go.
 
         `task.epochs` is left out, because a promoted trial is the same trial, and `task.threads`,
-        because it is the machine's affair. So is `env.vectorization` where it changes no result.
-        What came later, `env.wrapper` and `model.features_dim`, is left out at its default: trials begun
-        before it was there go on.
+        because it is the machine's affair. So are `env.vectorization` where it changes no result, and
+        `task.aggregate`, which says what is made of it.
+        What came later, `env.wrapper`, `model.features_dim` and `task.seeds`, is left out at its default:
+        trials begun before it was there go on.
         """
         mapping = self.to_mapping()
-        for group, key in (("env", "wrapper"), ("model", "features_dim")):
+        for group, key in (("env", "wrapper"), ("model", "features_dim"), ("task", "seeds")):
             if mapping[group][key] == getattr(GROUPS[group](), key):
                 del mapping[group][key]
         if mapping["env"]["vectorization"] in ("auto", "sync", "async"):
             del mapping["env"]["vectorization"]
         mapping["task"]["max_epochs"] = self.max_epochs
-        del mapping["task"]["epochs"], mapping["task"]["threads"]
+        del mapping["task"]["epochs"], mapping["task"]["threads"], mapping["task"]["aggregate"]
         return mapping
 
     def identity(self) -> str:

@@ -114,6 +114,7 @@ class Work:
         began: epochs that were done when the process came to the trial; None where it began with nothing.
         epoch: done in the attempt under way.
         step: environment steps of the epoch under way.
+        part: what of the trial it is, where it has several seeds.
     """
 
     steps: int = 0
@@ -121,6 +122,7 @@ class Work:
     began: int | None = None
     epoch: int = 0
     step: int = 0
+    part: str = ""
 
     def count(self, steps: int) -> None:
         """Take in environment steps that are about to be taken."""
@@ -237,7 +239,8 @@ def place(error: BaseException, work: Work) -> str:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     line = "" if traceback is None else f", {traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
-    return f"epoch {work.epoch + 1}, step {work.step}, {type(error).__name__}{line}"
+    part = f"{work.part}, " if work.part else ""
+    return f"{part}epoch {work.epoch + 1}, step {work.step}, {type(error).__name__}{line}"
 
 
 def _free_memory() -> None:

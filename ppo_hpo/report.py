@@ -11,7 +11,7 @@ from typing import Any
 
 from ppo_hpo.errors import CheckpointError, UserError
 from ppo_hpo.experiment import open_experiment, params_of, statistics_of
-from ppo_hpo.results import is_row
+from ppo_hpo.results import is_row, seeds_text
 
 # Ten thousand epochs, twice; and a line of one of them.
 _MAX_CURVE, _MAX_LINE = 16 << 20, 16 << 10
@@ -130,6 +130,8 @@ def to_text(summary: Summary) -> str:
         f"            return {stats['return_mean']:.1f} +- {stats['return_std']:.1f} after "
         f"{stats['epochs']:.0f} of {summary.max_epochs} epochs, {stats['env_steps']:,.0f} steps",
     ]
+    if seeds := seeds_text(stats):
+        lines.append(f"            {seeds}")
     curve = read_curve(Path(best.working_dir))
     if len(curve) > 1:
         lines.append(f"            return by epoch {curve_text([row['return_mean'] for row in curve])}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics as stats
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ Row = Mapping[str, Any]
 _LARGEST = 1e300
 # Statistics of one evaluation, in the names of the curve's columns.
 _EVALUATION = ("return_mean", "return_std", "return_median", "episode_length")
+# Of several seeds: what is added up, and what holds for a trial where it holds for one of them.
+_ADDED = ("env_steps", "env_steps_here", "eval_steps", "wall_seconds", "retries")
+_ANY = ("diverged", "continued", "forked")
 
 
 def evaluation_columns(returns: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
@@ -73,6 +77,81 @@ def statistics(curve: Sequence[Row], epochs: int, *, diverged: bool) -> dict[str
         "epochs": float(last["epoch"]),
         "diverged": float(diverged),
     }
+
+
+def aggregate(scores: Sequence[float], how: str) -> float:
+    """One number for the returns of several seeds, higher being better.
+
+    Args:
+        scores: one for each seed.
+        how: ``mean``, ``median``, ``worst``, or ``iqm``, the interquartile mean: of what is left when the
+            lowest and the highest quarter are cut off, each rounded down to whole seeds, as
+            ``scipy.stats.trim_mean(scores, 0.25)`` and rliable (https://arxiv.org/abs/2108.13264) do. With
+            fewer than four seeds nothing is cut off.
+    """
+    ordered = sorted(scores)
+    if how == "worst":
+        return ordered[0]
+    if how == "median":
+        return stats.median(ordered)
+    cut = len(ordered) // 4 if how == "iqm" else 0
+    return stats.fmean(ordered[cut : len(ordered) - cut])
+
+
+def combine(
+    objectives: Sequence[float], each: Sequence[Mapping[str, float]], how: str
+) -> tuple[float, dict[str, float]]:
+    """What several seeds come to.
+
+    Args:
+        objectives: of each seed.
+        each: their statistics, of the same names.
+        how: see `aggregate`.
+
+    Returns:
+        The objective, and the statistics: sums of what was spent, the epochs that every seed has, and means
+        of the rest; and in addition ``seeds``, their number, ``seed_N``, the return that the N-th counts
+        with, and ``seeds_std``, the (population) standard deviation of those.
+    """
+    scores = [-value for value in objectives]
+    found: dict[str, float] = {}
+    for name in each[0]:
+        values = [one[name] for one in each]
+        if name in _ADDED:
+            found[name] = sum(values)
+        elif name in _ANY:
+            found[name] = max(values)
+        elif name == "epochs":
+            found[name] = min(values)
+        elif name == "steps_per_second":
+            # Seeds that were done before have none.
+            found[name] = stats.fmean([value for value in values if value] or [0.0])
+        else:
+            found[name] = stats.fmean(values)
+    found |= {"seeds": float(len(scores)), "seeds_std": stats.pstdev(scores)}
+    found |= {f"seed_{number}": score for number, score in enumerate(scores, 1)}
+    return -aggregate(scores, how), found
+
+
+def combine_curves(curves: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+    """The learning curve of several seeds, as far as each has one: sums of steps, means of the rest."""
+    return [
+        {
+            "epoch": rows[0]["epoch"],
+            **{name: sum(row[name] for row in rows) for name in ("env_steps", "eval_steps")},
+            **{name: stats.fmean(row[name] for row in rows) for name in _EVALUATION},
+        }
+        for rows in zip(*curves, strict=False)
+    ]
+
+
+def seeds_text(values: Mapping[str, float]) -> str:
+    """What each seed of a trial came to, in words; empty where there is only one."""
+    number = int(values.get("seeds", 1))
+    if number == 1:
+        return ""
+    scores = ", ".join(f"{values[f'seed_{index}']:.1f}" for index in range(1, number + 1))
+    return f"of {number} seeds: {scores}; standard deviation {values['seeds_std']:.1f}"
 
 
 def entries(objective_value: float, extra: Mapping[str, float]) -> list[dict[str, Any]]:

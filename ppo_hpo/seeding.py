@@ -11,10 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["init", "train", "action", "shuffle", "eval"]
+Purpose = Literal["init", "train", "action", "shuffle", "eval", "tune", "test"]
 
 # The numbers are part of every result: a changed number changes every trial.
-_PURPOSES: dict[Purpose, int] = {"init": 0, "train": 1, "action": 2, "shuffle": 3, "eval": 4}
+_PURPOSES: dict[Purpose, int] = {
+    "init": 0, "train": 1, "action": 2, "shuffle": 3, "eval": 4, "tune": 5, "test": 6,
+}  # fmt: skip
 
 # Environments take one integer. Training seeds lie below this bound and evaluation seeds above it,
 # so that no trial can ever be judged on an episode it was trained on.

@@ -14,6 +14,9 @@ Siblings are found through `<Orion's working directory>/.ppo_hpo/<identity>/`, w
 for each trial directory of that identity, and in the store through `identities/<identity>/`. A forked
 trial is listed in neither: its hyperparameters do not tell its history. The identity is ours and not
 Orion's `hash_params`, because it also covers what the space file fixes.
+
+Where a trial has several seeds, the rule holds for each of them: they are trials of one seed with an identity
+of their own, in the folder `seed-N` of the trial's directory, and in the store under `ID-seed-N`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,11 @@ from ppo_hpo.store import Store, StoreError
 INDEX = ".ppo_hpo"
 TRIALS, IDENTITIES = "trials", "identities"
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
+
+
+def part_key(key: str, part: str) -> str:
+    """The name in the store of a part of the trial ``key``; of the trial itself, where the part is ``""``."""
+    return f"{key}-{part}" if part else key
 
 
 class MirroredStorage(Storage):
@@ -188,6 +196,7 @@ class TrialStorage(MirroredStorage):
         self,
         config: TrialConfig,
         directory: Path,
+        part: str = "",
         *,
         uid: str | None = None,
         parent: str | None = None,
@@ -199,8 +208,9 @@ class TrialStorage(MirroredStorage):
         """Checkpoints of the trial ``config`` in ``directory``.
 
         Args:
-            config: the trial.
-            directory: its own.
+            config: the trial, of one seed.
+            directory: its own; of a trial of several seeds, theirs.
+            part: the folder in there that is this seed's.
             uid: Orion's id of it.
             parent: Orion's id of the trial that it comes from, to be looked for in the store.
             siblings: the directory in which the directories of the experiment's other trials lie.
@@ -208,10 +218,12 @@ class TrialStorage(MirroredStorage):
             write: `write_atomically`, or as good.
             log: gets what was found where.
         """
-        super().__init__(directory, store, uid or config.identity()[:32], write, log)
+        key = part_key(uid, part) if uid else config.identity()[:32]
+        super().__init__(directory / part, store, key, write, log)
         if parent is not None and not _KEY.fullmatch(parent):
             raise UserError(f"`--parent` must be the id of a trial, but got {parent!r}.")
-        self._config, self._parent, self._siblings = config, parent, siblings
+        self._config, self._siblings, self._trial, self._part = config, siblings, directory, part
+        self._parent = parent and part_key(parent, part)
 
     def load(
         self,
@@ -252,11 +264,11 @@ class TrialStorage(MirroredStorage):
             UserError: the index cannot be written.
         """
         identity = self._config.identity()[:32]
-        if self._siblings is not None and self.directory.parent == self._siblings:
+        if self._siblings is not None and self._trial.parent == self._siblings:
             index = self._siblings / INDEX / identity
             try:
                 index.mkdir(parents=True, exist_ok=True)
-                (index / self.directory.name).touch()
+                (index / self._trial.name).touch()
             except OSError as error:
                 raise UserError(f"{index} cannot be written: {error.strerror}.") from None
         if self.store is not None and self.key not in self.store.names(IDENTITIES, identity):
@@ -290,7 +302,7 @@ class TrialStorage(MirroredStorage):
             Whether that is so.
         """
         index = None if self._siblings is None else self._siblings / INDEX / self._config.identity()[:32]
-        if index is None or not (index / self.directory.name).exists():
+        if index is None or not (index / self._trial.name).exists():
             return False
         torn: list[tuple[Path, TornCheckpoint]] = []
         for path in self.paths():
@@ -312,7 +324,7 @@ class TrialStorage(MirroredStorage):
         """The most advanced checkpoint of the same identity that is not too far, copied to here."""
         identity, places = self._config.identity(), list[tuple[int, int, str, str]]()
         if self._siblings is not None:
-            for directory in self._listed(self._siblings, identity):
+            for directory in self._listed(self._siblings, identity, self._part):
                 for path in Storage(directory).paths():
                     places.append((epoch_of(path.name) or 0, 0, str(directory), path.name))
         if self.store is not None:
@@ -338,10 +350,11 @@ class TrialStorage(MirroredStorage):
         return None
 
     @staticmethod
-    def _listed(siblings: Path, identity: str) -> list[Path]:
+    def _listed(siblings: Path, identity: str, part: str) -> list[Path]:
         """Directories of trials of one identity; links, which would lead elsewhere, are not followed."""
         index = siblings / INDEX / identity[:32]
         if not index.is_dir() or index.is_symlink() or index.parent.is_symlink():
             return []
-        found = [siblings / entry.name for entry in index.iterdir()]
+        trials = [siblings / entry.name for entry in index.iterdir()]
+        found = [path / part for path in trials if not path.is_symlink()]
         return [path for path in found if path.is_dir() and not path.is_symlink()]

@@ -279,7 +279,7 @@ def _check_prior(group: str, key: str, text: str) -> None:
             f"`task.epochs` is the fidelity and not searched otherwise, but got {text!r}. "
             f"Write orion~fidelity(1, 16, base=4) or a number."
         )
-    if name in ("task.seed", "task.max_epochs", "task.steps_per_epoch", "task.threads"):
+    if group == "task" and key in ("seed", "seeds", "aggregate", "max_epochs", "steps_per_epoch", "threads"):
         raise UserError(f"`{name}` must be the same for every trial, but got the prior {text!r}.")
     for option in prior.options:
         if option not in _OPTIONS:

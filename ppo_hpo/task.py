@@ -296,6 +296,11 @@ class PPO:
                 f"`ppo.clip_range_vf` belongs to the squared error and must be none with a criterion "
                 f"of your own, but got {config.ppo.clip_range_vf!r}."
             )
+        if config.task.seeds != 1:
+            raise UserError(
+                f"`task.seeds` must be 1 for a PPO task, but got {config.task.seeds}. Several seeds are the "
+                f"trial runner's: ppo-hpo run, or ppo_hpo.objective."
+            )
         self.config = config
         self._uid = uid
         self.info: EnvInfo = probe(config.env)

@@ -13,15 +13,15 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import failure, lock, results, yamlio
-from ppo_hpo.checkpoint import remove_leftovers, writing
+from ppo_hpo import failure, lock, results, seeds, yamlio
+from ppo_hpo.checkpoint import Storage, remove_leftovers, writing
 from ppo_hpo.config import TrialConfig
-from ppo_hpo.errors import LostLock, NotHere, UserError
+from ppo_hpo.errors import CheckpointError, LostLock, NotHere, UserError
 from ppo_hpo.sources import TrialStorage
 from ppo_hpo.store import Store
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # What is appended to, locked or emptied: in a directory of somebody else's a link would lead to other files.
 _WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", "lock", "writer")
+_Write = Callable[[Path, bytes], None]
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
 _EPISODES_PER_EPOCH = 5
@@ -96,7 +97,7 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
 
     Raises:
         UserError: the environment cannot be made or is not supported, the directory cannot be
-            written, or the device's name is none.
+            written or has a trial of another number of seeds, or the device's name is none.
     """
     from ppo_hpo.envs import probe, refuse_what_does_not_fit
 
@@ -108,9 +109,15 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
         raise UserError(f"The directory {directory} cannot be made: {error.strerror}.") from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise NotHere(f"The directory {directory} cannot be written. Choose another one.")
-    for name in _WRITTEN_IN_PLACE:
+    for name in (*_WRITTEN_IN_PLACE, *filter(None, seeds.parts(config))):
         if (directory / name).is_symlink():
             raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
+    one = config.task.seeds == 1
+    if Storage(directory / "seed-1" if one else directory).paths():
+        raise CheckpointError(
+            f"{directory} has the checkpoints of a trial of {'several seeds' if one else 'one seed'}, but "
+            f"`task.seeds` is {config.task.seeds}. Use another directory."
+        )
     info = probe(config.env)
     refuse_what_does_not_fit(config, info)
     return info
@@ -203,28 +210,25 @@ class _Trial:
             claim: says that it is this process.
             lost: how this process ceased to be the writer before, if it did.
         """
-        config, directory, work = self.config, self.directory, failure.Work()
-
-        def tick() -> None:
-            claim.tick()
-            self.tick()
-            work.count(config.env.n_envs)
-
+        config, directory = self.config, self.directory
         with _logging_to(directory, self.uid, self.console) as log:
             if lost is not None:
                 log.warning("%s; goes on from what is there", lost)
             remove_leftovers(directory)
             _warn_of_short_epochs(config, self.info, log)
-            started = time.perf_counter()
             before = failure.read_record(directory)
-            task, start = failure.persist(
-                functools.partial(self._attempt, claim, tick, work, log),
-                work,
-                self.retries,
-                None if before is None else before.place,
-                log,
-            )
-            outcome = _outcome(task, config, directory, start, work, time.perf_counter() - started)
+            known = None if before is None else before.place
+            parts = seeds.parts(config)
+            write = failure.patiently(claim.write, self.retries, log)
+            done = [self._train(part, own, claim, write, known, log) for part, own in parts.items()]
+            outcome = done[0][0]
+            if len(parts) > 1:
+                each = [outcome.statistics for outcome, _ in done]
+                outcome = Outcome(
+                    *results.combine([outcome.objective for outcome, _ in done], each, config.task.aggregate),
+                    directory,
+                )
+                _write_curve(directory, results.combine_curves([curve for _, curve in done]), write)
             # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
             failure.forget(directory)
             claim.write(directory / "results.json", results.to_bytes(outcome.entries))
@@ -232,26 +236,70 @@ class _Trial:
                 results.write(self.results_path, outcome.entries)
             log.info(
                 "done: return %.1f +- %.1f after epoch %d; %s",
-                -outcome.objective if task.diverged else outcome.statistics["return_mean"],
+                -outcome.objective,
                 outcome.statistics["return_std"],
                 outcome.statistics["epochs"],
                 directory,
             )
             return outcome
 
+    def _train(
+        self,
+        part: str,
+        config: TrialConfig,
+        claim: lock.Claim,
+        write: _Write,
+        known: str | None,
+        log: logging.Logger,
+    ) -> tuple[Outcome, Sequence[results.Row]]:
+        """Train one seed to the trial's epochs.
+
+        Args:
+            part: see `seeds.parts`.
+            config: of the seed.
+            claim: of the trial.
+            write: a file of the trial.
+            known: where an earlier process failed, if one did.
+            log: of the trial.
+
+        Returns:
+            What became of it, and its learning curve.
+        """
+        work, started = failure.Work(part=part), time.perf_counter()
+
+        def tick() -> None:
+            claim.tick()
+            self.tick()
+            work.count(config.env.n_envs)
+
+        if part:
+            log.info("%s of %d: task.seed %d", part, self.config.task.seeds, config.task.seed)
+        attempt = functools.partial(self._attempt, part, config, write, tick, work, log)
+        task, start = failure.persist(attempt, work, self.retries, known, log)
+        outcome = _outcome(task, config, self.directory / part, start, work, time.perf_counter() - started)
+        if part:
+            write(outcome.directory / "results.json", results.to_bytes(outcome.entries))
+        return outcome, task.metrics.curve
+
     def _attempt(
-        self, claim: lock.Claim, tick: Callable[[], None], work: failure.Work, log: logging.Logger
+        self,
+        part: str,
+        config: TrialConfig,
+        write: _Write,
+        tick: Callable[[], None],
+        work: failure.Work,
+        log: logging.Logger,
     ) -> tuple[PPO, int | None]:
-        """Go on from the last checkpoint to the trial's epochs.
+        """Go on from the last checkpoint of one seed to the trial's epochs.
 
         Returns:
             The task, and the epoch that it went on from; None where it began.
         """
-        config, directory = self.config, self.directory
-        write = failure.patiently(claim.write, self.retries, log)
+        directory = self.directory / part
         storage = TrialStorage(
             config,
-            directory,
+            self.directory,
+            part,
             uid=self.uid,
             parent=self.parent,
             siblings=self.siblings,
@@ -272,10 +320,14 @@ class _Trial:
             work.began = start
         work.enter(task.epoch)
         _announce(task, config, start, self.experiment, log)
-        write(directory / "config.yaml", yamlio.dump(config.to_mapping()).encode())
-        _write_curve(directory, task, write)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        # Of the trial, and where that has several seeds, of this one.
+        for place, whole in {self.directory: self.config, directory: config}.items():
+            write(place / "config.yaml", yamlio.dump(_written(whole)).encode())
+        _write_curve(directory, task.metrics.curve, write)
         task.events.subscribe("start_epoch", lambda task, epoch: work.enter(epoch))
-        task.events.subscribe("end_epoch", lambda task, epoch, row: _keep_records(directory, task, write))
+        task.events.subscribe("end_epoch", lambda task, epoch, row: self._keep_records(part, task, write))
         try:
             task.fit(config.task.epochs)
         except BaseException:
@@ -285,8 +337,26 @@ class _Trial:
             raise
         task.finish()
         storage.finish()
-        _write_curve(directory, task, write)
+        _write_curve(directory, task.metrics.curve, write)
         return task, start
+
+    def _keep_records(self, part: str, task: PPO, write: _Write) -> None:
+        _write_curve(self.directory / part, task.metrics.curve, write)
+        seconds = task.metrics.seconds[task.epoch]
+        row = {
+            **({"part": part} if part else {}),
+            "epoch": task.epoch,
+            "seconds": round(seconds, 4),
+            "steps_per_second": round(task.config.task.steps_per_epoch / seconds, 1),
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "device": str(task.device),
+        }
+        # One for the trial, whatever seeds it has: it shows how far the trial is.
+        path = self.directory / "timing.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def _outcome(
@@ -359,26 +429,17 @@ def _warn_of_short_epochs(config: TrialConfig, info: EnvInfo, log: logging.Logge
 # ---------------------------------------------------------------------------- files
 
 
-def _keep_records(directory: Path, task: Any, write: Callable[[Path, bytes], None]) -> None:
-    _write_curve(directory, task, write)
-    seconds = task.metrics.seconds[task.epoch]
-    row = {
-        "epoch": task.epoch,
-        "seconds": round(seconds, 4),
-        "steps_per_second": round(task.config.task.steps_per_epoch / seconds, 1),
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "device": str(task.device),
-    }
-    path = directory / "timing.jsonl"
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def _written(config: TrialConfig) -> Mapping[str, Any]:
+    """What `config.yaml` says: everything, but of seeds only where there are several."""
+    mapping = config.to_mapping()
+    if config.task.seeds == 1:
+        del mapping["task"]["seeds"], mapping["task"]["aggregate"]
+    return mapping
 
 
-def _write_curve(directory: Path, task: Any, write: Callable[[Path, bytes], None]) -> None:
+def _write_curve(directory: Path, curve: Sequence[results.Row], write: _Write) -> None:
     """The learning curve, one JSON line for each epoch; the checkpoint has it too, and heals it."""
-    lines = "".join(json.dumps(row) + "\n" for row in task.metrics.curve)
+    lines = "".join(json.dumps(row) + "\n" for row in curve)
     write(directory / "curve.jsonl", lines.encode())
 
 

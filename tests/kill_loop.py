@@ -1,12 +1,12 @@
 """Run a trial in child processes that are killed (SIGKILL) at random moments; then let it get through.
 
-    python -m tests.kill_loop CONFIG DIRECTORY KILLS SEED
+    python -m tests.kill_loop CONFIG DIRECTORY KILLS SEED [EVERY]
 
 Children are forked after torch was imported once, so that the kills fall into training, evaluating and
 saving rather than into importing. A child is killed at a random environment step, or before that at a random
-amount of processor time, which lies anywhere. Only in every seventh attempt may the random step come after an
-epoch's end, so that the trial gets on but is not done before its kills are used up. Prints how many children
-were killed.
+amount of processor time, which lies anywhere. Only in every seventh attempt, or as EVERY says, may the random
+step come after an epoch's end, so that the trial gets on but is not done before its kills are used up. Prints
+how many children were killed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def kill_after(pid: int, seconds: float) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    path, directory, kills, seed = sys.argv[1:]
+    path, directory, kills, seed, every = [*sys.argv[1:], "7"][:5]
     config = TrialConfig.from_mapping(yamlio.load(Path(path)))
     chance = random.Random(seed)
     ticks = config.task.steps_per_epoch // config.env.n_envs
@@ -72,14 +72,14 @@ def main() -> None:
         whole = time.process_time() - begun
     killed = 0
     for attempt in range(1, int(kills) + 1):
-        may_finish_an_epoch = attempt % 7 == 0
+        may_finish_an_epoch = attempt % int(every) == 0
         last_step = chance.randint(1, ticks) + ticks * may_finish_an_epoch
         pid = fork(config, Path(directory), last_step)
         if attempt % 2:
             kill_after(pid, chance.uniform(0.0, 0.3) * whole)
         _, status = os.waitpid(pid, 0)
         killed += os.WIFSIGNALED(status)
-        for checkpoint in Path(directory).glob("checkpoint-*.safetensors"):
+        for checkpoint in Path(directory).rglob("checkpoint-*.safetensors"):
             read(checkpoint)  # raises if it is not whole
     _, status = os.waitpid(fork(config, Path(directory), None), 0)
     if status:

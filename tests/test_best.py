@@ -23,7 +23,7 @@ from ppo_hpo.best import (
     best,
     candidates,
     conclusions,
-    fresh_seeds,
+    jobs_of,
     preset_of,
     summarise,
     table,
@@ -31,6 +31,8 @@ from ppo_hpo.best import (
 from ppo_hpo.client import objective
 from ppo_hpo.experiment import open_experiment, params_of
 from ppo_hpo.results import entries
+from ppo_hpo.seeds import test_seeds as fresh_seeds
+from ppo_hpo.seeds import tuning_seeds
 from ppo_hpo.space import fill, get_space, read_space
 from ppo_hpo.stats import advantage_interval, iqm_interval
 
@@ -192,7 +194,7 @@ def test_stopped_it_goes_on(hunted: Path, tmp_path: Path) -> None:
         assert "Traceback" not in said
         assert not list(place.glob("*/results.json"))
         done = subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300
         )
     finally:
         (first / "config.yaml").write_bytes(before)
@@ -321,18 +323,15 @@ def test_nothing_is_hunted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 # -------------------------------------------------------------------------------- parts
 
 
-def test_fresh_seeds_are_no_seeds_of_tuning() -> None:
-    config = TrialConfig()
-    seeds = fresh_seeds(config, 50)
-    assert len(set(seeds)) == 50
-    assert seeds[:10] == fresh_seeds(config, 10)
-    assert min(seeds) >= 2**32
-    # Another learning rate has the same ones, another tuning seed others.
-    assert fresh_seeds(config.replace(optimizer={"lr": 0.01}), 50) == seeds
-    assert not set(fresh_seeds(config.replace(task={"seed": 1}), 50)) & set(seeds)
-    # A tuning seed among them is passed over.
-    taken = config.replace(task={"seed": 2**32 + 5})
-    assert 2**32 + 5 not in fresh_seeds(taken, 50)
+def test_one_seed_each_that_tuning_has_not(tmp_path: Path) -> None:
+    config = winner().replace(task={"seeds": 3, "aggregate": "worst"})
+    found = jobs_of(Candidate("1. aaaa", config, 1.0, "aaaa"), 4, tmp_path)
+    assert [one.config.task.seed for one in found] == fresh_seeds(config, 4)
+    assert {one.config.task.seeds for one in found} == {1}
+    assert not set(tuning_seeds(config)) & {one.config.task.seed for one in found}
+    assert len({one.directory for one in found}) == 4
+    # More of them: the first stay where they are.
+    assert jobs_of(Candidate("1. aaaa", config, 1.0, "aaaa"), 5, tmp_path)[:4] == found
 
 
 def winner(**groups: dict[str, Any]) -> TrialConfig:

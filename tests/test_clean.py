@@ -13,7 +13,7 @@ from ppo_hpo.checkpoint import Checkpoint, Storage
 from ppo_hpo.clean import clean, forking, highest, obsolete
 from ppo_hpo.errors import UserError
 from ppo_hpo.results import entries
-from ppo_hpo.sources import MirroredStorage
+from ppo_hpo.sources import MirroredStorage, part_key
 from ppo_hpo.store import Store
 
 ASHA = {"asha": {"seed": 1, "num_rungs": 3, "num_brackets": 1}}
@@ -38,9 +38,14 @@ def experiment(root: Path, algorithm: dict[str, Any] = ASHA, space: dict[str, An
 
 
 def insert(
-    client: Any, lr: float, epochs: int | None, value: float | None, store: Store | None = None
+    client: Any,
+    lr: float,
+    epochs: int | None,
+    value: float | None,
+    store: Store | None = None,
+    parts: tuple[str, ...] = ("",),
 ) -> Any:
-    """A trial with two checkpoints; completed, if it has a value."""
+    """A trial with two checkpoints, of each seed where it has several; completed, if it has a value."""
     groups: dict[str, Any] = {"optimizer": {"lr": lr}}
     if epochs is not None:
         groups["task"] = {"epochs": epochs}
@@ -50,10 +55,11 @@ def insert(
     client.insert(groups, results=None if value is None else entries(value, statistics))
     (trial,) = (t for t in client.fetch_trials() if (t.params["optimizer"]["lr"], _epochs(t)) == (lr, epochs))
     directory = Path(trial.working_dir)
-    storage = MirroredStorage(directory, store, trial.id) if store else Storage(directory)
-    for epoch in (done - 1, done):
-        content = Checkpoint(epoch, {"w": np.zeros(SIZE - 500, np.uint8)}, {"uid": trial.id})
-        storage.save(content)
+    for part in parts:
+        storage = MirroredStorage(directory / part, store, part_key(trial.id, part))
+        for epoch in (done - 1, done):
+            content = Checkpoint(epoch, {"w": np.zeros(SIZE - 500, np.uint8)}, {"uid": trial.id})
+            storage.save(content)
     with lock.hold(directory):
         pass  # as a trial that was here and ended
     return trial
@@ -176,6 +182,32 @@ def test_the_store_is_cleaned_too(tmp_path: Path) -> None:
     clean("it", str(tmp_path / "orion.yaml"), store=store)
     assert [len(store.names("trials", trial.id)) for trial in (best, other, low)] == [1, 0, 2]
     assert [len(names(trial)) for trial in (best, other, low)] == [1, 0, 2]
+
+
+def test_of_several_seeds_each_is_cleaned(tmp_path: Path) -> None:
+    client, store = experiment(tmp_path), Store(str(tmp_path / "store"))
+    parts = ("seed-1", "seed-2")
+    best, other = (insert(client, lr, 4, -v, store, parts) for lr, v in ((0.1, 9.0), (0.2, 8.0)))
+    waits = insert(client, 0.3, 1, None, store, parts)
+    for folder in ("seed-2-backup", "seed-x"):
+        Storage(Path(other.working_dir) / folder).save(Checkpoint(4, {}, {"uid": other.id}))
+    # The newest of the best's second seed is torn here: the one before stays, here and there.
+    newest = Storage(Path(best.working_dir) / "seed-2").path_of(4)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    said = clean("it", str(tmp_path / "orion.yaml"), store=store)
+    assert f"removed  {other.id[:8]}  8 checkpoints, 1.00 MiB" in said
+    assert f"removed  {best.id[:8]}  4 checkpoints, 0.50 MiB" in said
+    kept = {"seed-1": "04", "seed-2": "03"}
+    for part, epoch in kept.items():
+        name = f"checkpoint-0000{epoch}.safetensors"
+        assert [path.name for path in Storage(Path(best.working_dir) / part).paths()] == [name]
+        assert store.names("trials", f"{best.id}-{part}") == [name]
+        assert len(store.names("trials", f"{waits.id}-{part}")) == 2
+        assert len(Storage(Path(waits.working_dir) / part).paths()) == 2
+    assert {path.parent.name for path in Path(other.working_dir).rglob("checkpoint-*")} == {
+        "seed-2-backup",
+        "seed-x",
+    }
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:

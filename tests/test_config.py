@@ -233,6 +233,7 @@ def _other_value(group: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "env.kwargs": {"g": 9.0},
         "env.max_episode_steps": 100,
         "task.steps_per_epoch": 1024,
+        "task.aggregate": "iqm",
         "model.activation": "relu",
         "lr_schedule.name": "linear",
         "ppo.clip_range_schedule": "linear",
@@ -267,7 +268,7 @@ def test_identity_is_everything_but_how_far_and_how_fast(group: str, item: datac
     other = BASE.replace(**{group: {item.name: _other_value(group, item, value)}})
     assert getattr(getattr(other, group), item.name) != value
     # The other vectorization is sync, which changes no result.
-    same = f"{group}.{item.name}" in ("task.epochs", "task.threads", "env.vectorization")
+    same = f"{group}.{item.name}" in ("task.epochs", "task.threads", "task.aggregate", "env.vectorization")
     assert (other.identity() == BASE.identity()) is same
     assert (other.own_mapping() == BASE.own_mapping()) is same
 

@@ -25,7 +25,7 @@ TINY = {
 
 # Every module of the package, lowest layer first; each may import those of its own layer and below.
 LAYERS = {
-    "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "stats", "components"],
+    "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "stats", "components", "seeds"],
     "numbers": ["gae", "normalize", "losses", "networks", "adam"],
     "loop": [
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
