@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ppo_hpo.config import TrialConfig
     from ppo_hpo.errors import BadResume, CheckpointError, UserError
     from ppo_hpo.guard import BadResumeGuard
+    from ppo_hpo.policy import Policy, export_policy, load_policy
     from ppo_hpo.space import get_space, list_spaces
     from ppo_hpo.task import PPO
 
@@ -27,11 +28,14 @@ _HOMES = {
     "LRSchedule": "components",
     "Optimizer": "components",
     "PPO": "task",
+    "Policy": "policy",
     "RolloutLoader": "components",
     "TrialConfig": "config",
     "UserError": "errors",
+    "export_policy": "policy",
     "get_space": "space",
     "list_spaces": "space",
+    "load_policy": "policy",
     "objective": "client",
     "run_trial": "client",
 }
@@ -44,11 +48,14 @@ __all__ = [
     "CheckpointError",
     "LRSchedule",
     "Optimizer",
+    "Policy",
     "RolloutLoader",
     "TrialConfig",
     "UserError",
+    "export_policy",
     "get_space",
     "list_spaces",
+    "load_policy",
     "objective",
     "run_trial",
 ]

@@ -176,6 +176,31 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
     report.set_defaults(command=_report)
 
+    best = commands.add_parser(
+        "best",
+        help="the best trials: again on fresh seeds, as a preset, as a policy",
+        description="Print the best trials of an experiment of Orion's. With --test-seeds each is trained "
+        "again from scratch on fresh seeds, beside the environment's preset or the default, and what is left "
+        "of its score is told. Stopped, the same command goes on where it was.",
+    )
+    best.add_argument("name", metavar="NAME", help="the experiment's name")
+    best.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    best.add_argument("--top", type=int, default=3, metavar="K", help="so many configurations (default: 3)")
+    best.add_argument("--test-seeds", type=int, default=0, metavar="N",
+                      help="train each from scratch on N fresh seeds; 10 are a good number")  # fmt: skip
+    best.add_argument("--workers", type=int, default=2, metavar="N",
+                      help="processes that train (default: 2)")  # fmt: skip
+    best.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    best.add_argument("--dir", metavar="DIR", help="where test trials go (default: best in the experiment's "
+                      "working directory)")  # fmt: skip
+    best.add_argument("--against", metavar="PRESET", help="what is trained beside them: a preset, a file, "
+                      "default or none (default: the environment's preset, else default)")  # fmt: skip
+    best.add_argument("--html", metavar="FILE", help="also write a page with a picture of the test scores")
+    best.add_argument("--export", metavar="FILE", help="write the best configuration as a preset")
+    best.add_argument("--policy", metavar="FILE",
+                      help="write the best trial's policy; ONNX if FILE ends in .onnx")  # fmt: skip
+    best.set_defaults(command=_best)
+
     clean = commands.add_parser(
         "clean",
         help="remove checkpoints of trials that can no longer be promoted",
@@ -435,6 +460,23 @@ def _report(arguments: argparse.Namespace) -> int:
     from ppo_hpo.report import report
 
     print(report(arguments.name, arguments.config, html=arguments.html))
+    return 0
+
+
+def _best(arguments: argparse.Namespace) -> int:
+    # `python -m` would find the modules of environments beside the user; a console script has to be told.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    if arguments.test_seeds:
+        _raise_on_signals()
+    from ppo_hpo.best import best
+
+    print(best(
+        arguments.name, arguments.config, top=arguments.top, test_seeds=arguments.test_seeds,
+        workers=arguments.workers, device=arguments.device, directory=arguments.dir,
+        against=arguments.against, export=arguments.export, policy=arguments.policy, html=arguments.html,
+        progress=sys.stderr,
+    ))  # fmt: skip
     return 0
 
 

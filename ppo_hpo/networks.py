@@ -119,7 +119,7 @@ class NatureCNN(nn.Module):
         self._channels_last = channels_last
         generator = torch.Generator().manual_seed(seed)
         height, width, channels = image_shape if channels_last else (*image_shape[1:], image_shape[0])
-        rows, columns = (_after_convolutions(length) for length in (height, width))
+        rows, columns = (after_convolutions(length) for length in (height, width))
         with torch.random.fork_rng(devices=[]):
             self.convolutions = nn.Sequential(
                 nn.Conv2d(channels, 32, 8, stride=4), nn.ReLU(),
@@ -161,7 +161,8 @@ class NatureCNN(nn.Module):
         return self.dense(self.convolutions(pixels))  # type: ignore[no-any-return]
 
 
-def _after_convolutions(length: int) -> int:
+def after_convolutions(length: int) -> int:
+    """Rows or columns that the convolutions leave of so many."""
     for size, stride in ((8, 4), (4, 2), (3, 1)):
         length = (length - size) // stride + 1
     return length

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_EPSILON = 1e-8
+EPSILON = 1e-8
 
 
 class RunningMoments:
@@ -80,7 +80,7 @@ class ObservationNormalizer:
         """Observations ``[..., D]`` in single precision, or images, as the networks see them."""
         if not self.enabled:
             return obs if self._images else np.asarray(obs, np.float32)
-        scaled = (obs - self.moments.mean) / np.sqrt(self.moments.var + _EPSILON)
+        scaled = (obs - self.moments.mean) / np.sqrt(self.moments.var + EPSILON)
         return np.clip(scaled, -self._clip, self._clip).astype(np.float32)
 
 
@@ -109,5 +109,5 @@ class RewardScaler:
         self._return = self._return * self._gamma + reward
         self.moments.update(self._return)
         self._return[done] = 0.0
-        scaled = reward / np.sqrt(self.moments.var + _EPSILON)
+        scaled = reward / np.sqrt(self.moments.var + EPSILON)
         return np.clip(scaled, -self._clip, self._clip)

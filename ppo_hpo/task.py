@@ -306,7 +306,7 @@ class PPO:
         self.info: EnvInfo = probe(config.env)
         own = None if isinstance(self._model, ActorCritic) else self._model
         refuse_what_does_not_fit(config, self.info, own_network=own is not None)
-        learner = self._learner(own or _network(config, self.info))
+        learner = self._learner(own or build_network(config, self.info))
         rules = config.normalize
         self._agent = Agent(
             learner,
@@ -749,7 +749,7 @@ class PPO:
             self._evaluator = None
 
 
-def _network(config: TrialConfig, info: EnvInfo) -> nn.Module:
+def build_network(config: TrialConfig, info: EnvInfo) -> nn.Module:
     """The one place that decides which network is trained: images take the convolutional one."""
     model = config.model
     common: dict[str, Any] = {

@@ -25,14 +25,14 @@ TINY = {
 
 # Every module of the package, lowest layer first; each may import those of its own layer and below.
 LAYERS = {
-    "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "components", "seeds"],
+    "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "stats", "components", "seeds"],
     "numbers": ["gae", "normalize", "losses", "networks", "adam"],
     "loop": [
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
-        "events", "checkpoint", "store", "belonging", "guard", "task",
+        "events", "checkpoint", "store", "belonging", "guard", "task", "policy",
     ],
-    "trial": ["failure", "lock", "sources", "trial"],
-    "Orion edge": ["client", "experiment", "lineage", "clean", "report", "retry"],
+    "trial": ["failure", "lock", "sources", "trial", "batch"],
+    "Orion edge": ["client", "experiment", "lineage", "clean", "report", "best", "retry"],
     "command line": ["cli", "warm", "warmserver"],
 }  # fmt: skip
 BELOW = {layer: list(LAYERS)[: index + 1] for index, layer in enumerate(LAYERS)}
