@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ppo_hpo.errors import BadResume, CheckpointError, UserError
     from ppo_hpo.guard import BadResumeGuard
     from ppo_hpo.space import get_space, list_spaces
+    from ppo_hpo.sweep import Cost, SweepInterrupted, SweepResult, sweep
     from ppo_hpo.task import PPO
 
 __version__ = "0.1.0"
@@ -24,16 +25,20 @@ _HOMES = {
     "BadResume": "errors",
     "BadResumeGuard": "guard",
     "CheckpointError": "errors",
+    "Cost": "sweep",
     "LRSchedule": "components",
     "Optimizer": "components",
     "PPO": "task",
     "RolloutLoader": "components",
+    "SweepInterrupted": "sweep",
+    "SweepResult": "sweep",
     "TrialConfig": "config",
     "UserError": "errors",
     "get_space": "space",
     "list_spaces": "space",
     "objective": "client",
     "run_trial": "client",
+    "sweep": "sweep",
 }
 
 __all__ = [
@@ -42,15 +47,19 @@ __all__ = [
     "BadResume",
     "BadResumeGuard",
     "CheckpointError",
+    "Cost",
     "LRSchedule",
     "Optimizer",
     "RolloutLoader",
+    "SweepInterrupted",
+    "SweepResult",
     "TrialConfig",
     "UserError",
     "get_space",
     "list_spaces",
     "objective",
     "run_trial",
+    "sweep",
 ]
 
 

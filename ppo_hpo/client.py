@@ -6,6 +6,8 @@ Neither Orion nor torch is imported before a trial runs.
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_hpo import failure
 from ppo_hpo.components import merge
 from ppo_hpo.config import TrialConfig
+from ppo_hpo.errors import Interrupted
 from ppo_hpo.space import Space, fill, read_space, with_fidelities
 
 if TYPE_CHECKING:
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
     from orion.core.worker.trial import Trial
 
 Overrides = Mapping[str, Mapping[str, Any]]
+
+#: While it is set, trials that run in threads of this process stop: nothing else reaches a thread.
+STOPPING = threading.Event()
+
+
+def _stop_if_asked() -> None:
+    if STOPPING.is_set():
+        raise Interrupted(signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,10 @@ class Objective:
             from orion.core.worker.consumer import ExecutionError
 
             logging.getLogger("ppo_hpo").error("the hunt stops: %s", error)
-            raise ExecutionError(orion.core.config.worker.interrupt_signal_code) from error
+            stop = ExecutionError(orion.core.config.worker.interrupt_signal_code)
+            # Between processes its cause is lost.
+            stop.reason = str(error)
+            raise stop from error
 
     def run(self, trial: Trial | None, params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The same, but what goes wrong is raised as it is."""
@@ -97,6 +111,7 @@ class Objective:
             uid=uid,
             siblings=siblings,
             console=self.console,
+            tick=_stop_if_asked,
             store=open_store(self.store),
             parent=parent,
             retries=self.retries,

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import re
+import resource
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -215,7 +217,7 @@ class _Trial:
                 log.warning("%s; goes on from what is there", lost)
             remove_leftovers(directory)
             _warn_of_short_epochs(config, self.info, log)
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), _cpu_seconds()
             before = failure.read_record(directory)
             task, start = failure.persist(
                 functools.partial(self._attempt, claim, tick, work, log),
@@ -224,7 +226,8 @@ class _Trial:
                 None if before is None else before.place,
                 log,
             )
-            outcome = _outcome(task, config, directory, start, work, time.perf_counter() - started)
+            wall = time.perf_counter() - started
+            outcome = _outcome(task, config, directory, start, work, wall, _cpu_seconds() - cpu)
             # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
             failure.forget(directory)
             claim.write(directory / "results.json", results.to_bytes(outcome.entries))
@@ -296,6 +299,7 @@ def _outcome(
     start: int | None,
     work: failure.Work,
     wall_seconds: float,
+    cpu_seconds: float,
 ) -> Outcome:
     report = task.report(config.task.epochs)
     objective = report.pop("objective")
@@ -309,7 +313,13 @@ def _outcome(
         "eval_steps": sum(
             row["eval_steps"] for row in task.metrics.curve if row["epoch"] <= config.task.epochs
         ),
+        "eval_steps_here": sum(
+            row["eval_steps"]
+            for row in task.metrics.curve
+            if (-1 if start is None else start) < row["epoch"] <= config.task.epochs
+        ),
         "wall_seconds": wall_seconds,
+        "cpu_seconds": cpu_seconds,
         "steps_per_second": trained_here / seconds_here if seconds_here else 0.0,
         "continued": float(work.began is not None),
         "continued_from_epoch": float(work.began or 0),
@@ -317,6 +327,14 @@ def _outcome(
         "forked": float(bool(task.lineage)),
     }
     return Outcome(objective, statistics, directory)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and the children it has seen end; where trials run in threads, of this thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return time.thread_time()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _announce(
