@@ -36,6 +36,8 @@ from ppo_hpo.space import MARK, Space, read_space, with_fidelities
 
 if TYPE_CHECKING:
     import pandas
+
+    from ppo_hpo.executors import Stop
     from orion.client import ExperimentClient
 
 Document = dict[str, dict[str, Any]]
@@ -198,7 +200,9 @@ def sweep(
             raise UserError(f"`{what}` must be a whole number of at least 1, but got {number!r}.")
     name = _name(name, env, space, wanted)
     place = Path(directory or name).absolute()
-    with _quiet():
+    from ppo_hpo.executors import Stop
+
+    with _quiet(), Stop() as stop:
         with _script_on_path():
             plan = _Plan.of(name, place, storage, wanted)
             document = plan.document(env, space, seeds, epochs, overrides)
@@ -208,7 +212,7 @@ def sweep(
         if warm_start is not None and not client.fetch_trials():
             _insert(client, run_space, _configurations(warm_start))
         function = Objective(run_space, device=device, console=False, store=store)
-        _run(client, function, executor, n_workers, progress, where)
+        _run(client, function, executor, n_workers, progress, where, stop)
         return _result(client, where)
 
 
@@ -567,11 +571,13 @@ def _run(
     n_workers: int | None,
     progress: bool,
     place: Path,
+    stop: Stop,
 ) -> None:
     """Run trials until as many as were asked for are completed."""
     from orion.core.utils.exceptions import BrokenExperiment, LazyWorkers
 
-    from ppo_hpo import executors, retry
+    from ppo_hpo import retry
+    from ppo_hpo.executors import Watched, make
     from ppo_hpo.progress import Progress, default_stream
 
     retry.mend(client)
@@ -585,11 +591,9 @@ def _run(
         function.space.max_epochs or function.space.fixed.get("task", {}).get("epochs", 0),
         default_stream() if progress else None,
     )  # fmt: skip
-    with executors.Stop() as stop, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         stack.callback(shown.close)
-        watched = executors.Watched(
-            executors.make(executor, n_workers, retries=failure.RETRIES, threads=threads), stop, shown
-        )
+        watched = Watched(make(executor, n_workers, retries=failure.RETRIES, threads=threads), stop, shown)
         try:
             with client.tmp_executor(watched):
                 while not client.is_done and not stop.signum:
@@ -602,6 +606,8 @@ def _run(
                         )  # fmt: skip
                     except LazyWorkers:
                         _refuse_to_wait_in_vain(client, place)
+            if stop.signum and not client.is_done:
+                raise KeyboardInterrupt
         except BrokenExperiment:
             raise UserError(
                 f"Too many trials failed ({len(client.fetch_trials_by_status('broken'))} are broken). "
