@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import sys
 import threading
@@ -64,6 +65,8 @@ def make(executor: Any, n_workers: int | None, *, retries: int = 0, threads: int
         if name == "dask":
             return _dask(n_workers, options)
         if name in ("workers", "ray"):
+            # Found without the entry point too, which an old `*.egg-info` in the current directory hides.
+            importlib.import_module("ppo_hpo.workers" if name == "workers" else "ppo_hpo.rayexecutor")
             options.setdefault("retries", retries)
         if n_workers is None:
             n_workers = -1 if "address" in options else 1
