@@ -47,6 +47,7 @@ class Objective:
         store: URL of a second place for checkpoints; None is that of the environment variable
             ``PPO_HPO_STORE``, and '' is none.
         retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
+        log_stops: log why a hunt is stopped; whoever catches the ExecutionError has it as its ``reason``.
     """
 
     space: Space
@@ -56,6 +57,7 @@ class Objective:
     console: bool = True
     store: str | None = None
     retries: int = failure.RETRIES
+    log_stops: bool = True
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial, checked."""
@@ -84,7 +86,8 @@ class Objective:
             import orion.core
             from orion.core.worker.consumer import ExecutionError
 
-            logging.getLogger("ppo_hpo").error("the hunt stops: %s", error)
+            if self.log_stops:
+                logging.getLogger("ppo_hpo").error("the hunt stops: %s", error)
             stop = ExecutionError(orion.core.config.worker.interrupt_signal_code)
             # Between processes its cause is lost.
             stop.reason = str(error)

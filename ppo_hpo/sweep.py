@@ -211,7 +211,7 @@ def sweep(
         run_space = read_space(str(where / "space.yaml"))
         if warm_start is not None and not client.fetch_trials():
             _insert(client, run_space, _configurations(warm_start))
-        function = Objective(run_space, device=device, console=False, store=store)
+        function = Objective(run_space, device=device, console=False, store=store, log_stops=False)
         _run(client, function, executor, n_workers, progress, where, stop)
         return _result(client, where)
 
@@ -612,7 +612,7 @@ def _run(
             raise UserError(
                 f"Too many trials failed ({len(client.fetch_trials_by_status('broken'))} are broken). "
                 f"{'. '.join(shown.errors[-1:])}. Mend it, give `ppo-hpo retry {client.name} -c "
-                f"{place / 'orion.yaml'}`, and the same call goes on."
+                f"{_orion_yaml(place)}`, and the same call goes on."
             ) from None
         except (KeyboardInterrupt, Exception) as error:
             if stop.signum:
@@ -637,10 +637,10 @@ def _interrupted(client: ExperimentClient, signum: int) -> SweepInterrupted:
 
     _let_go(client)
     waiting = len(client.fetch_trials_by_status("interrupted"))
-    trials = f"{waiting} trial{'' if waiting == 1 else 's'}"
+    trials, them = (f"{waiting} trials", "them") if waiting != 1 else ("1 trial", "it")
     return SweepInterrupted(
-        f"stopped by {signal.Signals(signum).name}; the sweep {client.name!r} has {trials} interrupted, and the "
-        f"same command goes on with them",
+        f"stopped by {signal.Signals(signum).name}; the sweep {client.name!r} has {trials} interrupted, and "
+        f"the same command goes on{f' with {them}' if waiting else ''}",
         signum,
     )
 
@@ -659,7 +659,7 @@ def _refuse_to_wait_in_vain(client: ExperimentClient, place: Path) -> None:
     broken = len(client.fetch_trials_by_status("broken"))
     raise UserError(
         f"The algorithm has no trial to propose, and none is running: {client.name!r} is exhausted"
-        + (f", or waits for its {broken} broken trials: ppo-hpo retry {client.name} -c {place / 'orion.yaml'} "
+        + (f", or waits for its {broken} broken trials: ppo-hpo retry {client.name} -c {_orion_yaml(place)} "
            f"puts them back." if broken else ". Its space may have no other configuration.")
     )  # fmt: skip
 
@@ -720,13 +720,19 @@ def _was_promoted(trial: Any) -> bool:
     return bool(trial.parent)
 
 
+def _orion_yaml(place: Path) -> Path:
+    """As it is typed from here."""
+    file = place / "orion.yaml"
+    with contextlib.suppress(ValueError):
+        return file.relative_to(Path.cwd())
+    return file
+
+
 def _commands(name: str, place: Path) -> tuple[str, ...]:
     prefix = ""
     if shutil.which("ppo-hpo") is None:
         prefix = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
-    file = place / "orion.yaml"
-    with contextlib.suppress(ValueError):
-        file = file.relative_to(Path.cwd())
+    file = _orion_yaml(place)
     at = f"-n {shlex.quote(name)} -c {shlex.quote(str(file))}"
     return (
         f"{prefix}orion hunt {at}",
