@@ -217,8 +217,9 @@ def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="tune PPO on an environment, or go on with it: the whole sweep in one command",
-        description="Tune PPO on an environment with Orion, or go on with that. Everything lies in a directory "
-        "named after the sweep; the same command goes on, and so does `orion hunt`, as it says in the end.",
+        description="Tune PPO on an environment with Orion, or go on with that. Everything lies in a "
+        "directory named after the sweep; the same command goes on, and so does `orion hunt`, as it says in "
+        "the end.",
     )
     sweep.add_argument("what", nargs="?", metavar="FILE|ENV", help="a space's file (ending in .yaml), or an "
                        "environment's id; left out, --name says which sweep goes on")  # fmt: skip
@@ -232,16 +233,17 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument("--dir", metavar="DIR", help="where everything goes (default: the sweep's name)")
     sweep.add_argument("--storage", metavar="FILE|URL",
                        help="Orion's database (default: orion.pkl in the sweep's directory)")  # fmt: skip
-    sweep.add_argument("--executor", metavar="NAME|ADDRESS", help="what runs the trials: workers, single, joblib, "
-                       "poolexecutor, dask, ray, tcp://..., ray://..., with options as {ray: {num_gpus: 0.5}} "
-                       "(default: workers; docs/distributed.md)")  # fmt: skip
+    sweep.add_argument("--executor", metavar="NAME|ADDRESS", help="what runs the trials: workers, single, "
+                       "joblib, poolexecutor, dask, ray, tcp://..., ray://..., with options as "
+                       "{ray: {num_gpus: 0.5}} (default: workers; docs/distributed.md)")  # fmt: skip
     sweep.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     sweep.add_argument("--warm-start", action="append", metavar="PRESET",
                        help="a preset or a configuration's file, to be tried first; repeatable")  # fmt: skip
     sweep.add_argument("--epochs", metavar="PRIOR",
-                       help="replaces the space's fidelity: 'fidelity(1, 16, base=4)', or a number")  # fmt: skip
-    sweep.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
-                       help="fix a value; repeatable")  # fmt: skip
+                       help="replaces the space's fidelity: 'fidelity(1, 16, base=4)', or a number"
+                       )  # fmt: skip
+    sweep.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE",
+                       dest="settings", help="fix a value; repeatable")  # fmt: skip
     sweep.add_argument("--store", metavar="URL", help="keep checkpoints there too, for workers that share no "
                        "file system")  # fmt: skip
     sweep.add_argument("--quiet", action="store_true", help="print only what was found")

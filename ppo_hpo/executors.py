@@ -1,14 +1,14 @@
-"""Executors for sweeps: Orion's by their names, made so that their traps are shut, and watched while they run.
+"""Executors for sweeps: Orion's by their names, their traps shut, and watched while they run.
 
-| name | what runs a trial | traps, and what is done about them |
-|---|---|---|
-| `workers` | processes of their own (`workers`), the default | |
-| `single` | this process | |
-| `joblib`, `poolexecutor` | forks of this process | no daemons, so that environments may have processes; a worker that dies is noticed, and the sweep ends instead of waiting for ever; more than one thread for each trial after torch was imported is refused |
-| the same with ``backend: threading`` | threads of this process | told to stop by `client.STOPPING` |
-| `dask` | a cluster of Dask's, its address or a local one | no daemons in a local one |
-| `ray` | a cluster of Ray's, its address or a local one | |
-"""  # noqa: E501 - a table
+- `workers`: processes of their own (`workers`), the default.
+- `single`: this process.
+- `joblib`, `poolexecutor`: forks of this process. They are no daemons, so that environments may have processes.
+  A worker that dies is noticed, and the sweep ends instead of waiting for ever. More than one thread for each
+  trial is refused once torch is imported here: what its threads held when they were forked stays held.
+- the same with ``backend: threading``: threads of this process, which `client.STOPPING` tells to stop.
+- `dask`: a cluster of Dask's, by its address, or a local one, whose workers are no daemons either.
+- `ray`: a cluster of Ray's, by its address, or a local one.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def make(executor: Any, n_workers: int | None, *, retries: int = 0, threads: int
     """An executor of Orion's.
 
     Args:
-        executor: None for our own; a name of the table; the address of a cluster (``tcp://...``, ``ray://...``);
-            a mapping of one of the two to options; or an executor.
+        executor: None for our own; a name of the list above; the address of a cluster (``tcp://...``,
+            ``ray://...``); a mapping of one of the two to options; or an executor.
         n_workers: trials at a time; None: one here, and as many as there are on a cluster.
         retries: how often a trial whose worker died is given to another one, where the executor can.
         threads: of each trial.
@@ -143,6 +143,7 @@ class Stop:
             signal.signal(number, before)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
+        """What a signal does."""
         again, self.signum = bool(self.signum), signum
         if self.at_once and not again:
             raise Interrupted(signum)

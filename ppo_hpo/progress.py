@@ -40,7 +40,7 @@ class Progress:
         self._began, self._done_before, self._steps = time.monotonic(), done, 0.0
         self._shown = self._began
         self._running: dict[str, Any] = {}
-        # Of each running trial: epoch and steps when it was first seen, for what it goes on from is not of here.
+        # Of each running trial epoch and steps when it was first seen: those were not trained here.
         self._at: dict[str, tuple[int, float] | None] = {}
 
     def started(self, trial: Any) -> None:
@@ -61,9 +61,10 @@ class Progress:
         self.done += 1
         found = -values["objective"]
         self.best = found if self.best is None else max(self.best, found)
+        epochs = f"{values.get('continued_from_epoch', 0):.0f} -> {values.get('epochs', 0):.0f}"
         self._line(
-            f"{self._clock()}  trial {self.done:3}  {trial.id[:8]}  epoch {values.get('continued_from_epoch', 0):.0f} -> "
-            f"{values.get('epochs', 0):.0f}  return {found:8.1f}  best {self.best:8.1f}"
+            f"{self._clock()}  trial {self.done:3}  {trial.id[:8]}  epoch {epochs}  return {found:8.1f}  "
+            f"best {self.best:8.1f}"
         )
 
     def _failed(self, trial: Any, error: Exception, traceback: str) -> None:

@@ -60,8 +60,8 @@ class Ray(BaseExecutor):  # type: ignore[misc]
 
     Args:
         n_workers: how many trials run at a time; 0 and less: as many as the cluster has CPUs.
-        address: of a cluster (``auto``, ``host:6379``, ``ray://host:10001``); None starts one on this machine,
-            unless the process has one already.
+        address: of a cluster (``auto``, ``host:6379``, ``ray://host:10001``); None starts one on this
+            machine, unless the process has one already.
         num_cpus: that each trial is given.
         num_gpus: that each trial is given; may be a fraction.
         retries: how often a trial whose worker process died is started again.

@@ -1,7 +1,7 @@
 """A whole sweep in one call: build the experiment or go on with it, run its trials, say what was found.
 
-A sweep is an experiment of Orion's as `orion hunt ... ppo-hpo run --config space.yaml` makes it, so that either
-goes on with what the other began. Its directory, named after it, has all there is:
+A sweep is an experiment of Orion's as `orion hunt ... ppo-hpo run --config space.yaml` makes it, so that
+either goes on with what the other began. Its directory, named after it, has all there is:
 
 | file | what it is |
 |---|---|
@@ -16,6 +16,7 @@ Neither Orion nor torch is imported before a sweep runs.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -115,7 +116,7 @@ class SweepResult:
 
     @property
     def best_params(self) -> dict[str, Any]:
-        """Hyperparameters of the best trial by dotted name, as far as they were searched; empty without one."""
+        """What was searched, of the best trial, by dotted name; empty where none is completed."""
         return {} if self.best is None else params_of(self.best)
 
     @property
@@ -164,25 +165,25 @@ def sweep(
         result = ppo_hpo.sweep("Acrobot-v1", space="classic-control", max_trials=20, n_workers=2)
         print(result)
 
-    Calling it again goes on: with more ``max_trials``, after an interruption, beside others that work on the same
-    sweep. What is left out (None) is then as it was; a new sweep has the defaults given here.
+    Calling it again goes on: with more ``max_trials``, after an interruption, beside others that work on the
+    same sweep. What is left out (None) is then as it was; a new sweep has the defaults given here.
 
     Args:
         env: the environment's id; None is that of the space.
         space: a shipped space's name, or the path of a file; ``default``.
-        algorithm: Orion's name of it, or ``{name: options}``; ``asha``, or ``random`` where nothing is searched
-            in fidelity.
+        algorithm: Orion's name of it, or ``{name: options}``; ``asha``, or ``random`` where the space has no
+            fidelity.
         max_trials: to be completed in all, over all calls; 40.
         n_workers: trials at a time; 1, or as many as a cluster has room for.
         seeds: train each trial on so many seeds: ``task.seeds``.
-        storage: a file for Orion's database, or Orion's own configuration of one; ``orion.pkl`` in the sweep's
-            directory.
+        storage: a file for Orion's database, a URL, or Orion's own configuration of one; ``orion.pkl`` in the
+            sweep's directory.
         executor: what runs the trials: None for worker processes of ours, ``single``, ``joblib``,
-            ``poolexecutor``, ``dask``, ``ray``, a cluster's address (``tcp://host:8786``, ``ray://host:10001``),
-            ``{name: options}``, or an executor of Orion's.
+            ``poolexecutor``, ``dask``, ``ray``, a cluster's address (``tcp://host:8786``,
+            ``ray://host:10001``), ``{name: options}``, or an executor of Orion's.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        warm_start: configurations to be tried first, in a new sweep: a preset's name or file, a nested mapping, or
-            a list of these. What they leave out is PPO's default, and only what is searched counts.
+        warm_start: configurations to be tried first, in a new sweep: a preset's name or file, a nested
+            mapping, or a list of these. What they leave out is PPO's default, and only what is searched counts.
         name: of the sweep and its directory; from environment and algorithm.
         epochs: replaces the space's fidelity, as in ``fidelity(1, 16, base=4)``; a number fixes it.
         overrides: group to key to value: fixes what the space searches or fixes otherwise.
@@ -191,7 +192,7 @@ def sweep(
         progress: print to standard error how far it is.
 
     Raises:
-        UserError: bad input, another sweep of the same name, or trials that fail by what others would fail by too.
+        UserError: bad input, another sweep of the same name, or trials that fail by what others would too.
         SweepInterrupted: a KeyboardInterrupt: it was told to stop.
     """
     wanted = None if algorithm is None else _algorithm(algorithm)
@@ -220,7 +221,7 @@ def sweep(
 
 
 def _algorithm(algorithm: str | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Orion's configuration of an algorithm, with what it needs to be told."""
+    """Name to options, those that were given."""
     if isinstance(algorithm, str):
         name, options = algorithm, {}
     elif isinstance(algorithm, Mapping) and len(algorithm) == 1:
@@ -228,7 +229,12 @@ def _algorithm(algorithm: str | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         options = dict(given or {})
     else:
         raise UserError(f"An algorithm is a name or {{name: options}}, but got {algorithm!r}.")
-    return {name: {**_SETTINGS.get(name.lower(), {}), **options}}
+    return {str(name): options}
+
+
+def _with_settings(algorithm: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """With what a new one needs to be told."""
+    return {name: {**_SETTINGS.get(name.lower(), {}), **options} for name, options in algorithm.items()}
 
 
 def _name(name: str | None, env: str | None, space: str | None, algorithm: Mapping[str, Any] | None) -> str:
@@ -295,7 +301,6 @@ class _Plan:
         ((name, options),) = wanted.items()
         ((other, settings),) = have.items()
         if name.lower() == other.lower():
-            # A seed and the like that were left out are those that it has.
             changed = [k for k, v in options.items() if k in settings and settings[k] != v]
             if not changed:
                 return
@@ -340,8 +345,8 @@ class _Plan:
             base = _with_epochs(base, self.name, epochs)
         if own is not None and (difference := _difference(own, base)):
             raise UserError(
-                f"The sweep {self.name!r} has another space: {difference}. Give the new one a name of its own, or "
-                f"leave out what it has already."
+                f"The sweep {self.name!r} has another space: {difference}. Give the new one a name of its own, "
+                f"or leave out what it has already."
             )
         return base
 
@@ -352,8 +357,9 @@ class _Plan:
         content = parser.get("config_file_data")
         if not isinstance(content, Mapping) or not content or not set(content) <= set(GROUPS):
             raise UserError(
-                f"There is an experiment {self.name!r} in the database already, but neither `sweep` nor `orion hunt "
-                f"... ppo-hpo run --config FILE` made it. Choose another name, or go on with it as it was begun."
+                f"There is an experiment {self.name!r} in the database already, but neither `sweep` nor `orion "
+                f"hunt ... ppo-hpo run --config FILE` made it. Choose another name, or go on with it as it was "
+                f"begun."
             )
         # Orion reads 1e-4 as a word.
         return {
@@ -383,12 +389,13 @@ class _Plan:
         if self.stored is None:
             if algorithm is None:
                 algorithm = _algorithm("asha" if space.max_epochs else "random")
+            algorithm = _with_settings(algorithm)
             user_args = ["ppo-hpo", "run", "--config", str(path)]
             user_args += [] if device == "auto" else ["--device", device]
             user_args += [] if store is None else ["--store", store, "--parent", "{trial.parent}"]
             metadata = resolve_config.fetch_metadata(user_args=user_args)
             settings: dict[str, Any] = {
-                "space": metadata["priors"], "metadata": metadata, "algorithm": dict(algorithm),
+                "space": metadata["priors"], "metadata": metadata, "algorithm": algorithm,
                 "max_trials": max_trials or MAX_TRIALS, "working_dir": str(self.place / "trials"),
             }  # fmt: skip
         else:
@@ -460,7 +467,7 @@ def _write_files(place: Path, storage: Mapping[str, Any], n_workers: int | None)
 
 @contextlib.contextmanager
 def _script_on_path() -> Iterator[None]:
-    """Orion looks for `ppo-hpo` whenever it opens the experiment; Python may run without its `bin` on the path."""
+    """Orion looks for `ppo-hpo` whenever it opens the experiment; Python's own `bin` may not be on the path."""
     before = os.environ.get("PATH", "")
     beside = Path(sys.executable).parent
     if shutil.which("ppo-hpo") is None and (beside / "ppo-hpo").is_file():
@@ -475,7 +482,7 @@ def _script_on_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orion's imports warn of pkg_resources, it warns of git, and logs each failure, which is told here as well.
+    """Orion warns of pkg_resources and of git, and logs each failure, which is told here as well.
 
     Who has set up logging gets all of it.
     """
@@ -654,8 +661,11 @@ def _let_go(client: ExperimentClient) -> None:
 
 
 def _refuse_to_wait_in_vain(client: ExperimentClient, place: Path) -> None:
-    if client.fetch_trials_by_status("reserved"):
-        return  # somebody else's, and the algorithm waits for it
+    from ppo_hpo import retry
+
+    retry.mend(client)
+    if any(client.fetch_trials_by_status(status) for status in ("reserved", "interrupted", "new")):
+        return  # somebody else's, and the algorithm waits for it; or put back just now
     broken = len(client.fetch_trials_by_status("broken"))
     raise UserError(
         f"The algorithm has no trial to propose, and none is running: {client.name!r} is exhausted"
@@ -701,11 +711,16 @@ def cost_of(trials: Sequence[Any]) -> Cost:
     def total(name: str) -> float:
         return sum(values.get(name, 0.0) for values in all_statistics)
 
-    saved = sum(
-        values["env_steps"] / values["epochs"] * values["continued_from_epoch"]
-        for trial, values in zip(trials, all_statistics, strict=True)
-        if values["epochs"] and values["continued"] and not values["forked"] and _was_promoted(trial)
-    )
+    # Of one configuration each rung above the lowest went on from where one below had ended.
+    rungs: dict[str, list[float]] = {}
+    for trial, values in zip(trials, all_statistics, strict=True):
+        rungs.setdefault(_configuration(trial), []).append(values["epochs"])
+    saved = 0.0
+    for trial, values in zip(trials, all_statistics, strict=True):
+        below = [epochs for epochs in rungs[_configuration(trial)] if epochs < values["epochs"]]
+        if below and not values["forked"]:
+            again = min(values["continued_from_epoch"], max(below))
+            saved += again * values["env_steps"] / values["epochs"]
     evaluation = total("eval_steps_here")
     return Cost(
         env_steps=int(total("env_steps_here") + evaluation),
@@ -716,8 +731,10 @@ def cost_of(trials: Sequence[Any]) -> Cost:
     )
 
 
-def _was_promoted(trial: Any) -> bool:
-    return bool(trial.parent)
+def _configuration(trial: Any) -> str:
+    """What trials of one configuration have in common."""
+    kept = {name: value for name, value in params_of(trial).items() if name != "task.epochs"}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _orion_yaml(place: Path) -> Path:

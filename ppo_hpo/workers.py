@@ -1,8 +1,8 @@
 """An executor of Orion's whose workers are processes of their own, and may die.
 
 Orion's own pools fork: a worker that has torch's threads half copied hangs, it is a daemon and may have no
-children, and when it dies `workon` waits for ever. Here each worker is a new interpreter that runs one function
-at a time:
+children, and when it dies `workon` waits for ever. Here each worker is a new interpreter that runs one
+function at a time:
 
 - started by a command of its own, so that scripts need no ``if __name__ == "__main__"``;
 - in a session of its own: Ctrl-C reaches only the process that leads, which then ends its workers;
@@ -131,7 +131,7 @@ class Workers(BaseExecutor):  # type: ignore[misc]
     """Worker processes for ``workon``; see the module's text.
 
     Args:
-        n_workers: how many at most; 0 and less: as many as there are cores. Each is started when it is needed.
+        n_workers: how many at most, each started when it is needed; 0 and less: as many as there are cores.
         retries: how often a call whose worker died is given to another one. 0 is right for what must not run
             twice; a trial goes on from its checkpoint.
         **config: nothing else is known.
@@ -140,7 +140,7 @@ class Workers(BaseExecutor):  # type: ignore[misc]
     def __init__(self, n_workers: int = -1, retries: int = 0, **config: Any) -> None:
         if config:
             raise TypeError(f"`workers` takes n_workers and retries, but got {', '.join(config)}")
-        super().__init__(n_workers if n_workers > 0 else len(os.sched_getaffinity(0)))
+        super().__init__(n_workers if n_workers > 0 else _cores())
         self.retries = retries
         self._workers: list[_Worker] = []
         self._queue: collections.deque[_Task] = collections.deque()
@@ -269,3 +269,9 @@ class Workers(BaseExecutor):  # type: ignore[misc]
 
     def __del__(self) -> None:
         self.close()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
