@@ -183,7 +183,7 @@ def sweep(
             ``ray://host:10001``), ``{name: options}``, or an executor of Orion's.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         warm_start: configurations to be tried first, in a new sweep: a preset's name or file, a nested
-            mapping, or a list of these. What they leave out is PPO's default, and only what is searched counts.
+            mapping, or a list of these. What they leave out is PPO's default; only what is searched counts.
         name: of the sweep and its directory; from environment and algorithm.
         epochs: replaces the space's fidelity, as in ``fidelity(1, 16, base=4)``; a number fixes it.
         overrides: group to key to value: fixes what the space searches or fixes otherwise.
@@ -301,16 +301,14 @@ class _Plan:
         ((name, options),) = wanted.items()
         ((other, settings),) = have.items()
         if name.lower() == other.lower():
-            changed = [k for k, v in options.items() if k in settings and settings[k] != v]
+            changed = [key for key in options if key in settings and settings[key] != options[key]]
             if not changed:
                 return
-            name, other = (
-                f"{name} with {changed[0]} = {options[changed[0]]}",
-                f"{other} with {settings[changed[0]]}",
-            )
+            key = changed[0]
+            name, other = f"{name} with {key} = {options[key]}", f"{other} with {key} = {settings[key]}"
         raise UserError(
-            f"The sweep {self.name!r} is run by {other}, but {name} was asked for, and Orion cannot change that "
-            f"under way. Give the new one a name of its own."
+            f"The sweep {self.name!r} is run by {other}, but {name} was asked for, and Orion cannot change "
+            f"that under way. Give the new one a name of its own."
         )
 
     def document(
@@ -345,8 +343,8 @@ class _Plan:
             base = _with_epochs(base, self.name, epochs)
         if own is not None and (difference := _difference(own, base)):
             raise UserError(
-                f"The sweep {self.name!r} has another space: {difference}. Give the new one a name of its own, "
-                f"or leave out what it has already."
+                f"The sweep {self.name!r} has another space: {difference}. Give the new one a name of its "
+                f"own, or leave out what it has already."
             )
         return base
 
@@ -357,9 +355,9 @@ class _Plan:
         content = parser.get("config_file_data")
         if not isinstance(content, Mapping) or not content or not set(content) <= set(GROUPS):
             raise UserError(
-                f"There is an experiment {self.name!r} in the database already, but neither `sweep` nor `orion "
-                f"hunt ... ppo-hpo run --config FILE` made it. Choose another name, or go on with it as it was "
-                f"begun."
+                f"There is an experiment {self.name!r} in the database already, but neither `sweep` nor "
+                f"`orion hunt ... ppo-hpo run --config FILE` made it. Choose another name, or go on with it as "
+                f"it was begun."
             )
         # Orion reads 1e-4 as a word.
         return {
@@ -467,7 +465,7 @@ def _write_files(place: Path, storage: Mapping[str, Any], n_workers: int | None)
 
 @contextlib.contextmanager
 def _script_on_path() -> Iterator[None]:
-    """Orion looks for `ppo-hpo` whenever it opens the experiment; Python's own `bin` may not be on the path."""
+    """Orion looks for `ppo-hpo` whenever it opens the experiment, and Python's `bin` may not be on the path."""
     before = os.environ.get("PATH", "")
     beside = Path(sys.executable).parent
     if shutil.which("ppo-hpo") is None and (beside / "ppo-hpo").is_file():

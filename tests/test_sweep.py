@@ -310,7 +310,7 @@ def test_the_command_tells_how_far_it_is(tmp_path: Path, space: str) -> None:
     ("options", "message"),
     [
         ({"algorithm": "tpe"}, "is run by random, but tpe was asked for"),
-        ({"algorithm": {"random": {"seed": 2}}}, "is run by random with 5, but random with seed = 2 was asked"),
+        ({"algorithm": {"random": {"seed": 2}}}, "by random with seed = 5, but random with seed = 2 was"),
         ({"env": "Acrobot-v1"}, "`env.id` is CartPole-v1, but Acrobot-v1 was asked for"),
         ({"space": "classic-control"}, "has another space"),
         ({"overrides": {"optimizer": {"lr": 1e-3}}}, "`optimizer.lr` is orion~loguniform"),
