@@ -3,8 +3,8 @@
 - `workers`: processes of their own (`workers`), the default.
 - `single`: this process.
 - `joblib`, `poolexecutor`: forks of this process. They are no daemons, so that environments may have
-  processes. A worker that dies is noticed, and the sweep ends instead of waiting for ever. More than one thread
-  for each trial is refused once torch is imported here: what its threads held when they were forked stays held.
+  processes. A worker that dies is noticed, and the sweep ends instead of waiting for ever. More than one
+  thread for each trial is refused once torch is imported here: what its threads held in the fork stays held.
 - the same with ``backend: threading``: threads of this process, which `client.STOPPING` tells to stop.
 - `dask`: a cluster of Dask's, by its address, or a local one, whose workers are no daemons either.
 - `ray`: a cluster of Ray's, by its address, or a local one.

@@ -356,8 +356,8 @@ class _Plan:
         if not isinstance(content, Mapping) or not content or not set(content) <= set(GROUPS):
             raise UserError(
                 f"There is an experiment {self.name!r} in the database already, but neither `sweep` nor "
-                f"`orion hunt ... ppo-hpo run --config FILE` made it. Choose another name, or go on with it as "
-                f"it was begun."
+                f"`orion hunt ... ppo-hpo run --config FILE` made it. Choose another name, or go on with it "
+                f"as it was begun."
             )
         # Orion reads 1e-4 as a word.
         return {
@@ -465,7 +465,7 @@ def _write_files(place: Path, storage: Mapping[str, Any], n_workers: int | None)
 
 @contextlib.contextmanager
 def _script_on_path() -> Iterator[None]:
-    """Orion looks for `ppo-hpo` whenever it opens the experiment, and Python's `bin` may not be on the path."""
+    """Orion looks for `ppo-hpo` when it opens the experiment, and Python's `bin` may not be on the path."""
     before = os.environ.get("PATH", "")
     beside = Path(sys.executable).parent
     if shutil.which("ppo-hpo") is None and (beside / "ppo-hpo").is_file():
