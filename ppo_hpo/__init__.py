@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ppo_hpo.errors import BadResume, CheckpointError, UserError
     from ppo_hpo.guard import BadResumeGuard
     from ppo_hpo.space import get_space, list_spaces
-    from ppo_hpo.sweep import Cost, SweepInterrupted, SweepResult, sweep
+    from ppo_hpo.sweeps import Cost, SweepInterrupted, SweepResult, sweep
     from ppo_hpo.task import PPO
 
 __version__ = "0.1.0"
@@ -25,20 +25,20 @@ _HOMES = {
     "BadResume": "errors",
     "BadResumeGuard": "guard",
     "CheckpointError": "errors",
-    "Cost": "sweep",
+    "Cost": "sweeps",
     "LRSchedule": "components",
     "Optimizer": "components",
     "PPO": "task",
     "RolloutLoader": "components",
-    "SweepInterrupted": "sweep",
-    "SweepResult": "sweep",
+    "SweepInterrupted": "sweeps",
+    "SweepResult": "sweeps",
     "TrialConfig": "config",
     "UserError": "errors",
     "get_space": "space",
     "list_spaces": "space",
     "objective": "client",
     "run_trial": "client",
-    "sweep": "sweep",
+    "sweep": "sweeps",
 }
 
 __all__ = [

@@ -424,7 +424,7 @@ def _warm(arguments: argparse.Namespace) -> int:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from ppo_hpo import yamlio
-    from ppo_hpo.sweep import SweepInterrupted, sweep
+    from ppo_hpo.sweeps import SweepInterrupted, sweep
 
     env, space = arguments.what, arguments.space
     if env is not None and env.endswith((".yaml", ".yml")):

@@ -34,7 +34,7 @@ LAYERS = {
     "trial": ["failure", "lock", "sources", "trial"],
     "Orion edge": [
         "client", "experiment", "lineage", "clean", "report", "retry", "progress", "worker", "executors",
-        "sweep",
+        "sweeps",
     ],
     # What Orion imports by its entry points: for every user of it, whatever they do.
     "Orion plugins": ["workers", "rayexecutor"],

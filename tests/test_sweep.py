@@ -319,12 +319,31 @@ def test_the_command_tells_how_far_it_is(tmp_path: Path, space: str) -> None:
     ids=["algorithm", "seed", "environment", "space", "override", "epochs"],
 )
 def test_another_sweep_under_the_same_name_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any], message: str, begun: Path
+    options: dict[str, Any], message: str, begun: Path
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         ppo_hpo.sweep(name="begun", progress=False, **options)
     # What was refused has changed nothing.
     assert len(ppo_hpo.sweep(name="begun", progress=False, algorithm="random", env="CartPole-v1").trials) == 1
+
+
+def test_a_space_that_was_edited_is_not_written_over(begun: Path) -> None:
+    path = begun / "begun" / "space.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("eval_episodes: 1", "eval_episodes: 2"))
+    try:
+        with pytest.raises(UserError, match=r"not the space that the sweep began with any more: `task\.eval_ep"):
+            ppo_hpo.sweep(name="begun", progress=False)
+        with pytest.raises(UserError, match="has a sweep of another space"):
+            ppo_hpo.sweep("Acrobot-v1", name="other", directory="begun", progress=False)
+    finally:
+        path.write_text(before)
+    ppo_hpo.sweep(name="begun", progress=False)
+
+
+def test_the_name_is_the_functions_whatever_was_imported_first() -> None:
+    code = "import ppo_hpo; ppo_hpo.SweepResult; import ppo_hpo.sweeps; assert callable(ppo_hpo.sweep)"
+    run(sys.executable, "-c", code)
 
 
 @pytest.fixture(scope="module")

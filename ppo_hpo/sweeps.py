@@ -276,6 +276,7 @@ class _Plan:
 
     @classmethod
     def of(cls, name: str, place: Path, storage: Any, algorithm: Mapping[str, Any] | None) -> _Plan:
+        from orion.core.io.database import DatabaseError
         from orion.core.io.experiment_builder import ExperimentBuilder
 
         try:
@@ -287,8 +288,10 @@ class _Plan:
             stored = ExperimentBuilder(configuration).fetch_config_from_db(name) or None
         except NotImplementedError as error:
             raise UserError(f"Orion has no such storage: {str(error).splitlines()[0]}.") from None
-        except OSError as error:
-            raise UserError(f"The database of {configuration} cannot be used: {error}.") from None
+        except (OSError, DatabaseError) as error:
+            raise UserError(
+                f"The database of {configuration} cannot be used: {' '.join(str(error).split())}."
+            ) from None
         plan = cls(name, place, configuration, stored)
         if stored is not None and algorithm is not None:
             plan._refuse_another_algorithm(algorithm)
@@ -325,6 +328,13 @@ class _Plan:
             UserError: it is another one, or a bad one.
         """
         own = self._own_document()
+        path = self.place / "space.yaml"
+        there = _to_document(read_space(str(path))) if path.is_file() else None
+        if own is not None and there is not None and (difference := _difference(own, there)):
+            raise UserError(
+                f"{path} is not the space that the sweep began with any more: {difference}. A sweep keeps its "
+                f"space: put that back, or copy the file and give the new sweep a name of its own."
+            )
         if space is None and own is not None:
             base = own
         else:
@@ -345,6 +355,11 @@ class _Plan:
             raise UserError(
                 f"The sweep {self.name!r} has another space: {difference}. Give the new one a name of its "
                 f"own, or leave out what it has already."
+            )
+        if own is None and there is not None and (difference := _difference(there, base)):
+            raise UserError(
+                f"{self.place} has a sweep of another space: {difference}. Give the new one a directory of its "
+                f"own."
             )
         return base
 
@@ -695,7 +710,7 @@ def _result(client: ExperimentClient, place: Path) -> SweepResult:
         name=client.name,
         directory=place,
         best=best,
-        trials=pandas.DataFrame(rows),
+        trials=pandas.DataFrame(rows, columns=None if rows else ["id", "status", "parent", "objective"]),
         cost=cost_of(completed),
         commands=_commands(client.name, place),
         client=client,
