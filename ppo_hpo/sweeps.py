@@ -37,9 +37,9 @@ from ppo_hpo.space import MARK, Space, read_space, with_fidelities
 
 if TYPE_CHECKING:
     import pandas
+    from orion.client import ExperimentClient
 
     from ppo_hpo.executors import Stop
-    from orion.client import ExperimentClient
 
 Document = dict[str, dict[str, Any]]
 
@@ -332,8 +332,8 @@ class _Plan:
         there = _to_document(read_space(str(path))) if path.is_file() else None
         if own is not None and there is not None and (difference := _difference(own, there)):
             raise UserError(
-                f"{path} is not the space that the sweep began with any more: {difference}. A sweep keeps its "
-                f"space: put that back, or copy the file and give the new sweep a name of its own."
+                f"{path} is not the space that the sweep began with any more: {difference}. A sweep keeps "
+                f"its space: put that back, or copy the file and give the new sweep a name of its own."
             )
         if space is None and own is not None:
             base = own
@@ -358,8 +358,8 @@ class _Plan:
             )
         if own is None and there is not None and (difference := _difference(there, base)):
             raise UserError(
-                f"{self.place} has a sweep of another space: {difference}. Give the new one a directory of its "
-                f"own."
+                f"{self.place} has a sweep of another space: {difference}. Give the new one a directory of "
+                f"its own."
             )
         return base
 
@@ -389,6 +389,23 @@ class _Plan:
         store: str | None,
     ) -> tuple[ExperimentClient, Path]:
         """Orion's client of the experiment, and the directory with the sweep's files."""
+        path = self.place / "space.yaml"
+        new = not path.exists()
+        try:
+            return self._build(document, algorithm, max_trials, device, store), self.place
+        except BaseException:
+            if new:
+                path.unlink(missing_ok=True)  # of a sweep that there is not
+            raise
+
+    def _build(
+        self,
+        document: Document,
+        algorithm: Mapping[str, Any] | None,
+        max_trials: int | None,
+        device: str,
+        store: str | None,
+    ) -> ExperimentClient:
         from orion.client.experiment import ExperimentClient
         from orion.core.io import resolve_config
         from orion.core.io.experiment_builder import ExperimentBuilder
@@ -421,7 +438,7 @@ class _Plan:
             raise UserError(
                 f"Orion refuses this algorithm on this space: {' '.join(str(error).split())}"
             ) from error
-        return ExperimentClient(experiment), self.place
+        return ExperimentClient(experiment)
 
 
 def _is_word(value: Any) -> bool:

@@ -135,7 +135,7 @@ def test_python_then_hunt_then_python(tmp_path: Path, space: str) -> None:
     assert second.cost.env_steps == trained + evaluated
     assert second.cost.eval_steps == evaluated
     assert second.cost.saved_steps == sum(statistics_of(t)["continued_from_epoch"] for t in promoted) * STEPS
-    assert 0 < second.cost.cpu_seconds
+    assert second.cost.cpu_seconds > 0
     assert second.cost.wall_seconds == pytest.approx(second.trials["wall_seconds"].sum())
     # Nothing is left to do: the same call reads what is there.
     again = ppo_hpo.sweep(name="mine", progress=False)
@@ -332,7 +332,9 @@ def test_a_space_that_was_edited_is_not_written_over(begun: Path) -> None:
     before = path.read_text()
     path.write_text(before.replace("eval_episodes: 1", "eval_episodes: 2"))
     try:
-        with pytest.raises(UserError, match=r"not the space that the sweep began with any more: `task\.eval_ep"):
+        with pytest.raises(
+            UserError, match=r"not the space that the sweep began with any more: `task\.eval_ep"
+        ):
             ppo_hpo.sweep(name="begun", progress=False)
         with pytest.raises(UserError, match="has a sweep of another space"):
             ppo_hpo.sweep("Acrobot-v1", name="other", directory="begun", progress=False)
@@ -389,6 +391,8 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)):
         ppo_hpo.sweep(progress=False, **options)
+    if not {"warm_start", "executor"} & options.keys():
+        assert not list(tmp_path.glob("*/space.yaml"))
 
 
 def test_a_mistake_that_all_trials_share_is_one_sentence(space: str) -> None:
