@@ -51,11 +51,9 @@ class FlatAdam:
         ):
             parameter.data = value
             parameter.grad = grad
-        # On the CPU numpy's functions over the same memory take a third of the time of torch's.
-        self._arrays = None
-        if self.flat.device.type == "cpu":
-            buffers = (self.flat, self.grad, self._exp_avg, self._exp_avg_sq, self._work)
-            self._arrays = tuple(buffer.numpy() for buffer in buffers)
+        self._steps = torch.zeros((), device=self.flat.device)
+        # On the CPU numpy's norm over the same memory takes a fraction of the time of torch's.
+        self._grad = self.grad.numpy() if self.flat.device.type == "cpu" else None
 
     def step(self, max_norm: float) -> Tensor | float:
         """Take one step along the gradient, scaled down where its norm exceeds ``max_norm``.
@@ -64,33 +62,37 @@ class FlatAdam:
             The norm before clipping, a scalar.
         """
         self.n_steps += 1
+        if self._grad is not None:
+            return self._step_fused(max_norm)
         beta1, beta2 = self._betas
         # theta -= lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with sqrt(c2) multiplied through.
         root2 = math.sqrt(1.0 - beta2**self.n_steps)
         rate, eps = self.lr * root2 / (1.0 - beta1**self.n_steps), self.eps * root2
-        if self._arrays is None:
-            return self._step_torch(max_norm, rate, eps)
-        return self._step_numpy(max_norm, rate, eps)
+        return self._step_torch(max_norm, rate, eps)
 
-    def _step_numpy(self, max_norm: float, rate: float, eps: float) -> float:
-        assert self._arrays is not None
-        flat, grad, exp_avg, exp_avg_sq, work = self._arrays
-        beta1, beta2 = self._betas
+    def _step_fused(self, max_norm: float) -> float:
+        assert self._grad is not None
+        grad, beta1, beta2 = self._grad, *self._betas
         norm = math.sqrt(float(np.dot(grad, grad)))
         if not norm <= max_norm:  # also where it is NaN
             grad *= np.float32(max_norm / (norm + 1e-6))
-        exp_avg *= np.float32(beta1)
-        np.multiply(grad, np.float32(1.0 - beta1), out=work)
-        exp_avg += work
-        np.multiply(grad, grad, out=work)
-        work *= np.float32(1.0 - beta2)
-        exp_avg_sq *= np.float32(beta2)
-        exp_avg_sq += work
-        np.sqrt(exp_avg_sq, out=work)
-        work += np.float32(eps)
-        np.divide(exp_avg, work, out=work)
-        work *= np.float32(rate)
-        flat -= work
+        # What `torch.optim.Adam(fused=True)` calls: one pass over the buffers, a third of the time that
+        # numpy's twelve passes take.
+        torch._fused_adam_(
+            [self.flat],
+            [self.grad],
+            [self._exp_avg],
+            [self._exp_avg_sq],
+            [],
+            [self._steps.fill_(self.n_steps)],
+            lr=self.lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
         grad.fill(0.0)
         return norm
 

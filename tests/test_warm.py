@@ -450,8 +450,10 @@ def test_what_a_process_inherits_chooses_the_server(place: Place) -> None:
     (place.folder / "seen.json").unlink()
     done = place.run("--warm", directory="masked", umask=0o027)
     assert done.returncode == 0
-    assert place.seen()["umask"] == 0o027
-    assert len(place.servers()) == len(before) + 2
+    masked = place.seen()
+    assert masked["umask"] == 0o027
+    # Others may have ended meanwhile, as servers do that have nothing to do.
+    assert masked["ppid"] in set(place.servers()) - {*before, seen["ppid"]}
 
 
 def test_two_threads_are_run_by_the_client(place: Place) -> None:
