@@ -76,7 +76,7 @@ def one(way: str, trials: int) -> dict[str, Any]:
         if way == "hunts":
             # The first trial makes the experiment.
             subprocess.run([*me, "1", "--sweep", "single"], cwd=directory, env=environment, check=True)
-            hunt = f"orion hunt -n it -c it/orion.yaml --exp-max-trials {trials} > hunt-$i.log 2>&1 &"
+            hunt = f"orion hunt -n it -c it/orion.yaml --n-workers 1 --exp-max-trials {trials} > hunt-$i.log 2>&1 &"
             # The shell waits for each of them, and ends with the worst of their codes.
             lines = [f"for i in $(seq {HUNTS}); do {hunt} pids=\"$pids $!\"; done", "code=0",
                      "for p in $pids; do wait $p || code=$?; done", "exit $code"]  # fmt: skip

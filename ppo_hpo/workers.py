@@ -9,6 +9,8 @@ function at a time:
 - on a line to the leader: when that is gone, however it went, the worker stops as by SIGTERM;
 - seen by the leader when it dies: what it ran is given to a new one, ``retries`` times, and fails then.
 
+`concurrent.futures` and loky would do for all but the last: there the death of one ends what all others run.
+
 Orion knows it as ``workers``. What this module imports, every user of Orion imports with it.
 """
 
