@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ways", nargs="*", metavar="WAY", help=f"of {', '.join(WAYS)} (default: all)")
     parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--hunts", type=int, default=HUNTS, help="processes of `orion hunt` (default: 8)")
     parser.add_argument("--sweep", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.sweep:
@@ -55,9 +56,9 @@ def main() -> None:
         if package and importlib.util.find_spec(package) is None:
             print(f"{way:13} is not installed", flush=True)
             continue
-        rows[way] = row = one(way, arguments.trials)
+        rows[way] = row = one(way, arguments.trials, arguments.hunts)
         print(f"{way:13} " + "  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    if not arguments.ways and arguments.trials == TRIALS:
+    if not arguments.ways and (arguments.trials, arguments.hunts) == (TRIALS, HUNTS):
         content = {"machine": machine.describe(), "commit": machine.commit(), "trials": TRIALS, "ways": rows}
         (RESULTS / "executors.json").write_text(json.dumps(content, indent=1) + "\n")
     bad = [way for way, row in rows.items() if row["duplicates"] or row["in another state"] or row["locked"]]
@@ -65,7 +66,7 @@ def main() -> None:
         raise SystemExit(f"trials were lost, doubled or stuck: {', '.join(bad)}")
 
 
-def one(way: str, trials: int) -> dict[str, Any]:
+def one(way: str, trials: int, hunts: int) -> dict[str, Any]:
     """All trials in one way, and what became of them."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
@@ -76,10 +77,12 @@ def one(way: str, trials: int) -> dict[str, Any]:
         if way == "hunts":
             # The first trial makes the experiment.
             subprocess.run([*me, "1", "--sweep", "single"], cwd=directory, env=environment, check=True)
-            hunt = f"orion hunt -n it -c it/orion.yaml --n-workers 1 --exp-max-trials {trials} > hunt-$i.log 2>&1 &"
+            hunt = f"orion hunt -n it -c it/orion.yaml --n-workers 1 --exp-max-trials {trials}"
             # The shell waits for each of them, and ends with the worst of their codes.
-            lines = [f"for i in $(seq {HUNTS}); do {hunt} pids=\"$pids $!\"; done", "code=0",
-                     "for p in $pids; do wait $p || code=$?; done", "exit $code"]  # fmt: skip
+            lines = [
+                f'for i in $(seq {hunts}); do {hunt} > hunt-$i.log 2>&1 & pids="$pids $!"; done',
+                "code=0; for p in $pids; do wait $p || code=$?; done; exit $code",
+            ]
             command = ["sh", "-c", "\n".join(lines)]
         else:
             command = [*me, str(trials), "--sweep", way]

@@ -236,6 +236,20 @@ def test_twenty_trials_on_a_cluster_of_rays(space: str) -> None:
     assert_each_once(result, 20)
 
 
+def test_two_that_begin_at_once_share_the_trials(space: str) -> None:
+    command = ["ppo-hpo", "sweep", space, "--name", "shared", "--max-trials", "8", "--executor", "single",
+               "--algorithm", "random", "--quiet"]  # fmt: skip
+    both = [
+        subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=PATIENCE)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    result = ppo_hpo.sweep(name="shared", progress=False)
+    assert 8 <= len(result.trials) <= 9
+    assert_each_once(result, len(result.trials))
+
+
 def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path, space: str) -> None:
     kwargs = {"how": "kill:1", "at": 600, "notes": str(tmp_path / "notes")}
     env = {"id": "tests.envs:Fails-v0", "n_envs": 2, "kwargs": kwargs}
