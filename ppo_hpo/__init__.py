@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ppo_hpo.guard import BadResumeGuard
     from ppo_hpo.policy import Policy, export_policy, load_policy
     from ppo_hpo.space import get_space, list_spaces
+    from ppo_hpo.sweeps import Cost, SweepInterrupted, SweepResult, sweep
     from ppo_hpo.task import PPO
 
 __version__ = "0.1.0"
@@ -25,11 +26,14 @@ _HOMES = {
     "BadResume": "errors",
     "BadResumeGuard": "guard",
     "CheckpointError": "errors",
+    "Cost": "sweeps",
     "LRSchedule": "components",
     "Optimizer": "components",
     "PPO": "task",
     "Policy": "policy",
     "RolloutLoader": "components",
+    "SweepInterrupted": "sweeps",
+    "SweepResult": "sweeps",
     "TrialConfig": "config",
     "UserError": "errors",
     "export_policy": "policy",
@@ -38,6 +42,7 @@ _HOMES = {
     "load_policy": "policy",
     "objective": "client",
     "run_trial": "client",
+    "sweep": "sweeps",
 }
 
 __all__ = [
@@ -46,10 +51,13 @@ __all__ = [
     "BadResume",
     "BadResumeGuard",
     "CheckpointError",
+    "Cost",
     "LRSchedule",
     "Optimizer",
     "Policy",
     "RolloutLoader",
+    "SweepInterrupted",
+    "SweepResult",
     "TrialConfig",
     "UserError",
     "export_policy",
@@ -58,6 +66,7 @@ __all__ = [
     "load_policy",
     "objective",
     "run_trial",
+    "sweep",
 ]
 
 

@@ -147,6 +147,8 @@ def _build_parser() -> argparse.ArgumentParser:
                      "each epoch (default: 2 under Orion, else 0)")  # fmt: skip
     run.set_defaults(command=_run, served=False)
 
+    _add_sweep(commands)
+
     warm = commands.add_parser("warm", help="list or stop the processes that `run --warm` has started")
     warm.add_argument("--stop", action="store_true", help="end each when its trials have ended")
     warm.set_defaults(command=_warm)
@@ -241,6 +243,43 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="tune PPO on an environment, or go on with it: the whole sweep in one command",
+        description="Tune PPO on an environment with Orion, or go on with that. Everything lies in a "
+        "directory named after the sweep; the same command goes on, and so does `orion hunt`, as it says in "
+        "the end.",
+    )
+    sweep.add_argument("what", nargs="?", metavar="FILE|ENV", help="a space's file (ending in .yaml), or an "
+                       "environment's id; left out, --name says which sweep goes on")  # fmt: skip
+    sweep.add_argument("--space", metavar="NAME", help="a shipped space or a file (default: default)")
+    sweep.add_argument("--algorithm", metavar="NAME", help="Orion's name of it, or with its options: "
+                       "'{asha: {seed: 2, num_rungs: 3}}' (default: asha)")  # fmt: skip
+    sweep.add_argument("--max-trials", type=int, metavar="N", help="to be completed in all (default: 40)")
+    sweep.add_argument("--workers", type=int, metavar="N", help="trials at a time (default: 1)")
+    sweep.add_argument("--seeds", type=int, metavar="N", help="seeds that each trial trains")
+    sweep.add_argument("--name", metavar="NAME", help="of the sweep (default: environment and algorithm)")
+    sweep.add_argument("--dir", metavar="DIR", help="where everything goes (default: the sweep's name)")
+    sweep.add_argument("--storage", metavar="FILE|URL",
+                       help="Orion's database (default: orion.pkl in the sweep's directory)")  # fmt: skip
+    sweep.add_argument("--executor", metavar="NAME|ADDRESS", help="what runs the trials: workers, single, "
+                       "joblib, poolexecutor, dask, ray, tcp://..., ray://..., with options as "
+                       "{ray: {num_gpus: 0.5}} (default: workers; docs/distributed.md)")  # fmt: skip
+    sweep.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    sweep.add_argument("--warm-start", action="append", metavar="PRESET",
+                       help="a preset or a configuration's file, to be tried first; repeatable")  # fmt: skip
+    sweep.add_argument("--epochs", metavar="PRIOR",
+                       help="replaces the space's fidelity: 'fidelity(1, 16, base=4)', or a number"
+                       )  # fmt: skip
+    sweep.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE",
+                       dest="settings", help="fix a value; repeatable")  # fmt: skip
+    sweep.add_argument("--store", metavar="URL", help="keep checkpoints there too, for workers that share no "
+                       "file system")  # fmt: skip
+    sweep.add_argument("--quiet", action="store_true", help="print only what was found")
+    sweep.set_defaults(command=_sweep)
+
+
 # ------------------------------------------------------------------------------ run
 
 
@@ -323,12 +362,7 @@ def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[
         raise UserError(f"{path} must map groups ({', '.join(GROUPS)}) to hyperparameters.")
     mapping: dict[str, dict[str, Any]] = content
     for setting in arguments.settings:
-        name, equals, text = setting.partition("=")
-        group, dot, key = name.partition(".")
-        if not (equals and dot and key):
-            raise UserError(
-                f"--set takes GROUP.KEY=VALUE, as in --set optimizer.lr=3e-4, but got {setting!r}."
-            )
+        group, key, text = _setting(setting)
         # env.kwargs.NAME reaches into the environment's own arguments.
         target = mapping.setdefault(group, {})
         if group == "env" and key.startswith("kwargs."):
@@ -337,7 +371,7 @@ def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[
             target, key = target["kwargs"], key.removeprefix("kwargs.")
             if not isinstance(target, dict):
                 raise UserError(f"`env.kwargs` must map argument names to values, but got {target!r}.")
-        target[key] = yamlio.parse(text, f"--set {name}")
+        target[key] = yamlio.parse(text, f"--set {group}.{key}")
     task = mapping.setdefault("task", {})
     if task.get("max_epochs") in (None, "none"):
         task.pop("max_epochs", None)
@@ -353,6 +387,15 @@ def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[
     if arguments.seed is not None:
         task["seed"] = arguments.seed
     return mapping
+
+
+def _setting(setting: str) -> tuple[str, str, str]:
+    """Group, key and text of one --set."""
+    name, equals, text = setting.partition("=")
+    group, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        raise UserError(f"--set takes GROUP.KEY=VALUE, as in --set optimizer.lr=3e-4, but got {setting!r}.")
+    return group, key, text
 
 
 def _outcome_text(outcome: Any) -> str:
@@ -407,6 +450,46 @@ def _warm(arguments: argparse.Namespace) -> int:
             print(f"process {process}{': asked to stop' if arguments.stop else ''}")
     except OSError as error:
         raise UserError(f"Warm servers cannot be listed: {error}.") from None
+    return 0
+
+
+# ---------------------------------------------------------------------------- sweep
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from ppo_hpo import yamlio
+    from ppo_hpo.sweeps import SweepInterrupted, sweep
+
+    env, space = arguments.what, arguments.space
+    if env is not None and env.endswith((".yaml", ".yml")):
+        if space is not None:
+            raise UserError(f"Two spaces were given, {env} and {space}. Leave one out.")
+        env, space = None, env
+    overrides: dict[str, dict[str, Any]] = {}
+    for setting in arguments.settings:
+        group, key, text = _setting(setting)
+        overrides.setdefault(group, {})[key] = yamlio.parse(text, f"--set {group}.{key}")
+
+    def parsed(name: str) -> Any:
+        text = getattr(arguments, name)
+        # An address is a word, though YAML would take its colon for a key's.
+        return text if text is None or "{" not in text else yamlio.parse(text, f"--{name}")
+
+    epochs = arguments.epochs
+    try:
+        result = sweep(
+            env, space, parsed("algorithm"), name=arguments.name, max_trials=arguments.max_trials,
+            n_workers=arguments.workers, seeds=arguments.seeds, storage=arguments.storage,
+            executor=parsed("executor"), device=arguments.device, warm_start=arguments.warm_start,
+            epochs=int(epochs) if epochs is not None and epochs.isdigit() else epochs,
+            overrides=overrides, directory=arguments.dir, store=arguments.store,
+            progress=not arguments.quiet,
+        )  # fmt: skip
+    except SweepInterrupted as stop:
+        code = 128 + stop.signum
+        print(f"ppo-hpo: {stop} (exit code {code})", file=sys.stderr)
+        return code
+    print(result)
     return 0
 
 

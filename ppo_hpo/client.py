@@ -6,6 +6,8 @@ Neither Orion nor torch is imported before a trial runs.
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_hpo import failure
 from ppo_hpo.components import merge
 from ppo_hpo.config import TrialConfig
+from ppo_hpo.errors import Interrupted
 from ppo_hpo.space import Space, fill, read_space, with_fidelities
 
 if TYPE_CHECKING:
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
     from orion.core.worker.trial import Trial
 
 Overrides = Mapping[str, Mapping[str, Any]]
+
+#: While it is set, trials that run in threads of this process stop: nothing else reaches a thread.
+STOPPING = threading.Event()
+
+
+def _stop_if_asked() -> None:
+    if STOPPING.is_set():
+        raise Interrupted(signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Objective:
         store: URL of a second place for checkpoints; None is that of the environment variable
             ``PPO_HPO_STORE``, and '' is none.
         retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
+        log_stops: log why a hunt is stopped; whoever catches the ExecutionError has it as its ``reason``.
     """
 
     space: Space
@@ -45,6 +57,7 @@ class Objective:
     console: bool = True
     store: str | None = None
     retries: int = failure.RETRIES
+    log_stops: bool = True
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial, checked."""
@@ -73,8 +86,12 @@ class Objective:
             import orion.core
             from orion.core.worker.consumer import ExecutionError
 
-            logging.getLogger("ppo_hpo").error("the hunt stops: %s", error)
-            raise ExecutionError(orion.core.config.worker.interrupt_signal_code) from error
+            if self.log_stops:
+                logging.getLogger("ppo_hpo").error("the hunt stops: %s", error)
+            stop = ExecutionError(orion.core.config.worker.interrupt_signal_code)
+            # Between processes its cause is lost.
+            stop.reason = str(error)
+            raise stop from error
 
     def run(self, trial: Trial | None, params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The same, but what goes wrong is raised as it is."""
@@ -97,6 +114,7 @@ class Objective:
             uid=uid,
             siblings=siblings,
             console=self.console,
+            tick=_stop_if_asked,
             store=open_store(self.store),
             parent=parent,
             retries=self.retries,

@@ -20,7 +20,9 @@ _LARGEST = 1e300
 # Statistics of one evaluation, in the names of the curve's columns.
 _EVALUATION = ("return_mean", "return_std", "return_median", "episode_length")
 # Of several seeds: what is added up, and what holds for a trial where it holds for one of them.
-_ADDED = ("env_steps", "env_steps_here", "eval_steps", "wall_seconds", "retries")
+_ADDED = (
+    "env_steps", "env_steps_here", "eval_steps", "eval_steps_here", "wall_seconds", "cpu_seconds", "retries",
+)  # fmt: skip
 _ANY = ("diverged", "continued", "forked")
 
 

@@ -60,6 +60,12 @@ def retry(
     return "\n".join(lines)
 
 
+def mend(client: Any) -> list[str]:
+    """Put back what a killed worker left reserved, as `retry` does, and say what was done."""
+    stuck = client.fetch_trials_by_status("reserved")
+    return [_put_back(client, one, named=False) for one in stuck] + _mend_algorithm(client)
+
+
 def _chosen(trials: Sequence[Any], name: str, trial: str | None, status: str | None) -> list[Any]:
     wanted = [t for t in trials if t.status in ((status,) if status else STUCK)]
     if trial is None:

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import re
+import resource
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -281,7 +283,8 @@ class _Trial:
         Returns:
             What became of it, and its learning curve.
         """
-        work, started = self.works.setdefault(part, failure.Work(part=part)), time.perf_counter()
+        work = self.works.setdefault(part, failure.Work(part=part))
+        started, cpu = time.perf_counter(), _cpu_seconds()
 
         def tick() -> None:
             claim.tick()
@@ -292,7 +295,8 @@ class _Trial:
             log.info("%s of %d: task.seed %d", part, self.config.task.seeds, config.task.seed)
         attempt = functools.partial(self._attempt, part, config, write, tick, work, log)
         task, start = failure.persist(attempt, work, self.retries, known, log)
-        outcome = _outcome(task, config, self.directory / part, start, work, time.perf_counter() - started)
+        wall = time.perf_counter() - started
+        outcome = _outcome(task, config, self.directory / part, start, work, wall, _cpu_seconds() - cpu)
         if part:
             write(outcome.directory / "results.json", results.to_bytes(outcome.entries))
         return outcome, task.metrics.curve
@@ -382,6 +386,7 @@ def _outcome(
     start: int | None,
     work: failure.Work,
     wall_seconds: float,
+    cpu_seconds: float,
 ) -> Outcome:
     report = task.report(config.task.epochs)
     objective = report.pop("objective")
@@ -395,7 +400,13 @@ def _outcome(
         "eval_steps": sum(
             row["eval_steps"] for row in task.metrics.curve if row["epoch"] <= config.task.epochs
         ),
+        "eval_steps_here": sum(
+            row["eval_steps"]
+            for row in task.metrics.curve
+            if (-1 if work.began is None else work.began) < row["epoch"] <= config.task.epochs
+        ),
         "wall_seconds": wall_seconds,
+        "cpu_seconds": cpu_seconds,
         "steps_per_second": trained_here / seconds_here if seconds_here else 0.0,
         "continued": float(work.began is not None),
         "continued_from_epoch": float(work.began or 0),
@@ -403,6 +414,14 @@ def _outcome(
         "forked": float(bool(task.lineage)),
     }
     return Outcome(objective, statistics, directory)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and the children it has seen end; where trials run in threads, of this thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return time.thread_time()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _announce(
