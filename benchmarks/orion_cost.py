@@ -67,7 +67,6 @@ with open(os.environ["ORION_RESULTS_PATH"], "w") as file:
 def fill(database: Path, algorithm: str, stored: int) -> None:
     """An experiment with so many completed trials: made in memory, pickled, and so a PickledDB."""
     from orion.client import build_experiment
-    from orion.core.utils import format_trials
     from orion.core.worker.trial import Trial
     from orion.storage.base import setup_storage
 
@@ -80,20 +79,31 @@ def fill(database: Path, algorithm: str, stored: int) -> None:
         "cost", space=space, algorithm={algorithm: {"seed": 1}}, storage=storage,
         max_trials=10**6, max_broken=10**6, working_dir=str(database.parent),
     )  # fmt: skip
+    experiment = client._experiment
     stream = np.random.default_rng(0)
-    for _ in range(stored):
-        params: dict[str, Any] = {
-            name: float(value) for name, value in zip(names, stream.random(9), strict=True)
-        }
-        if algorithm == "asha":
-            params["/epochs"] = 1
-        trial = format_trials.dict_to_trial(params, client.space)
-        trial.experiment, trial.status = client.id, "completed"
-        trial.submit_time = trial.start_time = trial.end_time = datetime.now(UTC).replace(tzinfo=None)
-        trial.results = [Trial.Result(name="objective", type="objective", value=float(stream.random()))]
-        storage.register_trial(trial)
+    now = datetime.now(UTC).replace(tzinfo=None)
+    with experiment.acquire_algorithm_lock() as whole:
+        while len(whole.registry) < stored:
+            if algorithm == "tpe":  # does not care who drew them, and takes minutes to suggest so many
+                trials = [_drawn(client.space, stream)]
+            else:
+                trials = whole.suggest(1)
+            for trial in trials:
+                experiment.register_trial(trial, status="completed")
+                trial.start_time = trial.end_time = now
+                trial.results = [
+                    Trial.Result(name="objective", type="objective", value=float(stream.random()))
+                ]
+                storage.update_trial(trial, **trial.to_dict())
+            whole.observe(trials)
     with open(database, "wb") as file:
         pickle.dump(storage._db, file)
+
+
+def _drawn(space: Any, stream: np.random.Generator) -> Any:
+    from orion.core.utils import format_trials
+
+    return format_trials.dict_to_trial({name: float(stream.random()) for name in space}, space)
 
 
 class Clock:
