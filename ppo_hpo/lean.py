@@ -331,4 +331,23 @@ def _install() -> bool:
                 lock.__exit__(None, None, None)
 
     Experiment.acquire_algorithm_lock = acquire_algorithm_lock
+    plain_is_done = Experiment.is_done.fget
+
+    def is_done(self: Any) -> Any:
+        if (
+            type(self.storage) is not legacy.Legacy
+            or self._node is None
+            or self._node.parent is not None
+            or self._node.children
+        ):
+            return plain_is_done(self)
+
+        def count(status: Any) -> int:
+            return int(self.storage._db.count("trials", {"experiment": self.id, "status": status}))
+
+        if count("completed") >= self.max_trials:
+            return True
+        return self.algorithm.is_done and count({"$in": ["new", "reserved", "interrupted"]}) == 0
+
+    Experiment.is_done = property(is_done, doc=Experiment.is_done.__doc__)
     return True
