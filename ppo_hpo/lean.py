@@ -54,6 +54,8 @@ _COPYING = (
     "orion.algo.evolution_es.evolution_es",
     "orion.algo.pbt.pbt",
 )
+# Those that ask single values of the parameters of many trials.
+_FLATTENING = ("orion.algo.tpe.tpe", "orion.algo.asha.asha", "orion.algo.hyperband.hyperband")
 
 _log = logging.getLogger("ppo_hpo")
 _installed = threading.Lock()
@@ -92,6 +94,25 @@ class _Copy:
             return copy.deepcopy(value, memo)
         # `InsistSuggest` takes over the dictionary of the wrapper below it, which must not be the same one.
         return value.copy() if isinstance(value, dict) else value
+
+
+def _flatten(dictionary: dict[str, Any], sep: str = ".") -> dict[str, Any]:
+    """As Orion's `flatten`, which copies the whole dictionary once for each of its keys."""
+    flat: dict[str, Any] = {}
+    for key, value in dictionary.items():
+        if isinstance(value, dict) and value:
+            flat.update((key + sep + inner, found) for inner, found in _flatten(value, sep).items())
+        else:
+            flat[key] = value
+    return flat
+
+
+def _value(trial: Any, name: str) -> Any:
+    """One parameter of a trial."""
+    for param in trial._params:
+        if param.name == name:
+            return param.value
+    return _flatten(trial.params)[name]
 
 
 # Pickles of trials. A pickle is a program for a stack machine with numbered registers ("memo"). Ours is
@@ -137,8 +158,8 @@ class _Trials:
         value = self.value
         return (
             self.plain(trial),
-            [value(item) for item in trial._params],
-            [value(item) for item in trial._results],
+            [*map(value, trial._params)],
+            [*map(value, trial._results)],
         )
 
     def dumps(self, state: Any) -> bytes:
@@ -349,5 +370,28 @@ def _install() -> bool:
             return True
         return self.algorithm.is_done and count({"$in": ["new", "reserved", "interrupted"]}) == 0
 
+    from orion.algo.base import BaseAlgorithm
+
     Experiment.is_done = property(is_done, doc=Experiment.is_done.__doc__)
+    for name in _FLATTENING:
+        import_module(name).flatten = _flatten  # type: ignore[attr-defined]
+    plain_suggested = BaseAlgorithm.has_suggested_all_possible_values
+    plain_completed = BaseAlgorithm.has_completed_max_trials.fget
+
+    def has_suggested_all_possible_values(self: Any) -> Any:
+        if (fidelity := self.fidelity_index) is None:
+            return plain_suggested(self)
+        _, highest = self.space[fidelity].interval()
+        found = sum(_value(trial, fidelity) >= highest for trial in self.registry)
+        return found >= self.space.cardinality
+
+    def has_completed_max_trials(self: Any) -> Any:
+        if self.max_trials is None or (fidelity := self.fidelity_index) is None:
+            return plain_completed(self)
+        _, highest = self.space[fidelity].interval()
+        found = sum(t.status == "completed" and _value(t, fidelity) >= highest for t in self.registry)
+        return found >= self.max_trials
+
+    BaseAlgorithm.has_suggested_all_possible_values = has_suggested_all_possible_values
+    BaseAlgorithm.has_completed_max_trials = property(has_completed_max_trials)
     return True
