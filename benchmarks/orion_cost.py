@@ -73,7 +73,7 @@ def fill(database: Path, algorithm: str, stored: int) -> None:
     names = [f"/x{index}" for index in range(9)]
     space = dict.fromkeys(names, "uniform(0, 1)")
     if algorithm == "asha":
-        space["/epochs"] = "fidelity(1, 16, base=4)"
+        space["/epochs"] = "fidelity(1, 256, base=4)"
     storage = setup_storage({"type": "legacy", "database": {"type": "ephemeraldb", "host": ""}})
     client = build_experiment(
         "cost", space=space, algorithm={algorithm: {"seed": 1}}, storage=storage,
