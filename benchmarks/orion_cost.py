@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -41,6 +42,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BIN = Path(sys.executable).parent
 STORED = (10, 100, 500, 2000)
 ALGORITHMS = ("random", "tpe", "asha")
+KINDS = {
+    "stock": "as it is, PickledDB",
+    "pickled": "without copies, PickledDB",
+    "sqlite": "without copies, SQLiteDB",
+}
 # A trial that takes one rollout and one episode of evaluation.
 SPACE = """env: {id: CartPole-v1, n_envs: 1}
 task: {epochs: 1, max_epochs: 1, steps_per_epoch: 16, eval_episodes: 1}
@@ -137,21 +143,59 @@ class Clock:
                     self.seconds[self._inside[-1]] -= spent
 
 
-def python(algorithm: str, stored: int, trials: int) -> dict[str, float]:
+def filled(file: str, algorithm: str, stored: int) -> None:
+    """Fill a database, by ours, which is quicker and leaves the same; run in a process of its own."""
+    from ppo_hpo import lean
+
+    if not lean.install():
+        raise SystemExit("ppo_hpo.lean must be on")
+    fill(Path(file), algorithm, stored)
+
+
+def moved(source: Path, target: Path) -> None:
+    """What is in a PickledDB, into a SQLite file."""
+    from orion.storage.base import setup_storage
+
+    old = setup_storage({"type": "legacy", "database": {"type": "pickleddb", "host": str(source)}})
+    new = setup_storage({"type": "legacy", "database": {"type": "sqlitedb", "host": str(target)}})
+    for collection in ("experiments", "trials", "algo"):
+        new._db.write(collection, old._db.read(collection, {}))
+
+
+def python(file: str, kind: str, trials: int) -> dict[str, float]:
     """CPU seconds per trial of `suggest` and `observe`; run in a process of its own."""
     clock = Clock()
-    clock.wrap(copy, "deepcopy", "copies")  # before Orion is imported
+    # Before Orion is imported. The two are all that is done to copy a state, or to store it.
+    clock.wrap(copy, "deepcopy", "copies")
+    import orion.storage.legacy
     from orion.algo.base import BaseAlgorithm
     from orion.client import build_experiment
     from orion.core.io.database.pickleddb import PickledDB
+    from orion.storage.legacy import Legacy
 
-    for name in ("read", "write", "read_and_write", "count", "remove", "ensure_index", "index_information"):
-        clock.wrap(PickledDB, name, "database")
+    from ppo_hpo import lean
+    from ppo_hpo.sqlitedb import SQLiteDB
+
+    if lean.install() != (kind != "stock"):
+        raise SystemExit(f"{lean.VARIABLE} does not fit")
+    database = Path(file)
     with tempfile.TemporaryDirectory() as folder:
-        database = Path(folder) / "orion.pkl"
-        fill(database, algorithm, stored)
-        storage = {"type": "legacy", "database": {"type": "pickleddb", "host": str(database)}}
-        client = build_experiment("cost", storage=storage)
+        if kind == "sqlite":
+            moved(database, Path(folder) / "orion.sqlite")
+            chosen = {"type": "sqlitedb", "host": f"{folder}/orion.sqlite"}
+        else:
+            (Path(folder) / "orion.pkl").write_bytes(database.read_bytes())
+            chosen = {"type": "pickleddb", "host": f"{folder}/orion.pkl"}
+        own_pickle = orion.storage.legacy.pickle
+        orion.storage.legacy.pickle = states = types.SimpleNamespace(
+            dumps=own_pickle.dumps, loads=own_pickle.loads
+        )
+        for name in ("dumps", "loads"):
+            clock.wrap(states, name, "copies")
+        for name in ("read", "write", "read_and_write", "count", "remove"):
+            clock.wrap(SQLiteDB if kind == "sqlite" else PickledDB, name, "database")
+        client = build_experiment("cost", storage={"type": "legacy", "database": chosen})
+        assert isinstance(client.storage, Legacy)
         own = type(client.algorithm.unwrapped)
         assert issubclass(own, BaseAlgorithm)
         for name in ("suggest", "observe"):
@@ -164,11 +208,11 @@ def python(algorithm: str, stored: int, trials: int) -> dict[str, float]:
             return time.process_time() - started
 
         one()  # takes in all that is stored
-        for kind in clock.seconds:
-            clock.seconds[kind] = 0.0
+        for part in clock.seconds:
+            clock.seconds[part] = 0.0
         whole = sum(one() for _ in range(trials))
         client.close()
-    parts = {kind: seconds / trials for kind, seconds in clock.seconds.items()}
+    parts = {part: seconds / trials for part, seconds in clock.seconds.items()}
     return {"whole": whole / trials, **parts, "rest": whole / trials - sum(parts.values())}
 
 
@@ -224,10 +268,11 @@ def hunt(kind: str, stored: int) -> float:
         return (run(many) - shorter) / (many - few)
 
 
-def in_a_process(function: str, *arguments: Any) -> Any:
+def in_a_process(function: str, *arguments: Any, lean: bool = False) -> Any:
     """One measurement in a fresh process, which imports and patches for itself."""
     command = [sys.executable, __file__, "--measure", json.dumps([function, *arguments])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PPO_HPO_LEAN": "1" if lean else "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -235,21 +280,25 @@ def in_a_process(function: str, *arguments: Any) -> Any:
 
 def table(rows: list[dict[str, Any]], hunts: list[dict[str, Any]]) -> str:
     """Seconds per trial."""
+    parts = ("whole", "copies", "database", "suggestion", "rest")
     lines = [
-        "| Python | stored trials | CPU seconds per trial | copies | database | suggestion | rest |",
-        "|---" * 7 + "|",
+        "| Python | stored trials | Orion | CPU seconds per trial | copies | database | suggestion | rest |",
+        "|---" * 8 + "|",
     ]
     for row in rows:
-        cells = [f"{row[part]:.2f}" for part in ("whole", "copies", "database", "suggestion", "rest")]
-        lines.append(f"| {row['algorithm']} | {row['stored']:,} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| `orion hunt`, random, CPU seconds per trial | script | plain trial | warm trial |",
-        "|---" * 4 + "|",
-    ]
+        for kind, name in KINDS.items():
+            cells = [f"{row[kind][part]:.3f}" for part in parts]
+            lines.append(f"| {row['algorithm']} | {row['stored']:,} | {name} | " + " | ".join(cells) + " |")
+    if hunts:
+        lines += [
+            "",
+            "| `orion hunt`, random, CPU seconds per trial | script | plain trial | warm trial |",
+            "|---" * 4 + "|",
+        ]
     for row in hunts:
-        cells = [f"{row[kind]:.2f}" for kind in ("script", "plain", "warm")]
-        lines.append(f"| {row['stored']:,} stored | " + " | ".join(cells) + " |")
+        for kind in ("stock", "sqlite"):
+            cells = [f"{row[kind][what]:.2f}" for what in ("script", "plain", "warm")]
+            lines.append(f"| {row['stored']:,} stored, {KINDS[kind]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -257,29 +306,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stored", type=int, nargs="+", default=list(STORED), metavar="N")
     parser.add_argument("--algorithm", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--no-hunt", action="store_true", help="leave out `orion hunt`")
+    parser.add_argument("--note", default="", help="what else the machine did, for the result")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         warnings.simplefilter("ignore")
         function, *given = json.loads(arguments.measure)
-        print(json.dumps({"python": python, "hunt": hunt}[function](*given)))
+        print(json.dumps({"filled": filled, "python": python, "hunt": hunt}[function](*given)))
         return 0
     rows, hunts = [], []
     for stored in arguments.stored:
         for algorithm in arguments.algorithm:
-            found = in_a_process("python", algorithm, stored, 3 if stored >= 500 else 8)
-            rows.append({"algorithm": algorithm, "stored": stored, **found})
-            print(rows[-1], flush=True)
-        hunts.append(
-            {"stored": stored, **{k: in_a_process("hunt", k, stored) for k in ("script", "plain", "warm")}}
-        )
-        print(hunts[-1], flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                file = f"{folder}/filled.pkl"
+                in_a_process("filled", file, algorithm, stored, lean=True)
+                row: dict[str, Any] = {"algorithm": algorithm, "stored": stored}
+                for kind in KINDS:
+                    few = stored >= 500 and kind == "stock"
+                    row[kind] = in_a_process("python", file, kind, 2 if few else 8, lean=kind != "stock")
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        if not arguments.no_hunt:
+            kinds = ("script", "plain", "warm")
+            hunts.append(
+                {
+                    "stored": stored,
+                    **{
+                        orion: {
+                            kind: in_a_process("hunt", kind, orion, stored, lean=orion != "stock")
+                            for kind in kinds
+                        }
+                        for orion in ("stock", "sqlite")
+                    },
+                }
+            )
+            print(json.dumps(hunts[-1]), flush=True)
     print(table(rows, hunts))
     if arguments.stored == list(STORED) and arguments.algorithm == list(ALGORITHMS):
         RESULTS.mkdir(exist_ok=True)
-        content = {"machine": machine.describe(), "python": rows, "hunt": hunts}
+        content = {"machine": machine.describe(), "note": arguments.note, "python": rows, "hunt": hunts}
         (RESULTS / "orion_cost.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / "orion_cost.md").write_text(table(rows, hunts) + "\n")
+        note = f"\nMeasured while: {arguments.note}\n" if arguments.note else ""
+        (RESULTS / "orion_cost.md").write_text(table(rows, hunts) + "\n" + note)
     return 0
 
 

@@ -1,27 +1,29 @@
 """Orion without the copies that make it slower with every trial.
 
-Orion keeps the state of an algorithm in its database, and each worker reads and writes it twice for every trial. On
-the way it is copied by `copy.deepcopy` once for each wrapper around the algorithm, and all trials in it are
-unpickled and pickled again, though at most a few have changed: at 500 trials that is most of what Orion costs.
+Orion keeps the state of an algorithm in its database, and each worker reads and writes it twice for every
+trial. On the way it is copied by `copy.deepcopy` once for each wrapper around the algorithm, and all trials
+in it are unpickled and pickled again, though at most a few have changed: at 500 trials that is most of what
+Orion costs.
 
-`install` replaces the following, and nothing else of Orion. What is stored stays a plain pickle that Orion reads
-without us, and the suggestions are the same.
+`install` replaces the following, and nothing else of Orion. What is stored stays a plain pickle that Orion
+reads without us, and the suggestions are the same.
 
-- `copy` in the modules that hold the state of an algorithm. While a worker has just read the state, or is about to
-  write it, nobody else holds it: a copy of it is made for nothing, and is not made.
-- `pickle` in `orion.storage.legacy`, which uses it for the state alone. Each trial is pickled once, and its bytes
-  are used again for as long as it does not change; what is read again is recognised by its bytes.
+- `copy` in the modules that hold the state of an algorithm. While a worker has just read the state, or is
+  about to write it, nobody else holds it: a copy of it is made for nothing, and is not made.
+- `pickle` in `orion.storage.legacy`, which uses it for the state alone. Each trial is pickled once, and its
+  bytes are used again for as long as it does not change; what is read again is recognised by its bytes.
 - `Experiment.acquire_algorithm_lock`, only to say when the two above are to act, and
 - `Experiment.is_done` and the two questions behind `BaseAlgorithm.is_done`, which go through all trials.
 
-All this is for the version of Orion, the storage and the algorithms that it was tested with; for any other, Orion
-does what it always did. ``PPO_HPO_LEAN=0`` in the environment turns it off.
+All this is for the version of Orion, the storage and the algorithms that it was tested with; for any other,
+Orion does what it always did. ``PPO_HPO_LEAN=0`` in the environment turns it off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import io
 import logging
 import os
@@ -29,7 +31,7 @@ import pickle
 import struct
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -135,7 +137,8 @@ class _Trials:
 
         self.trial = Trial
         classes = (Trial, Trial.Param, Trial.Result)
-        names = [name for cls in classes for name in copyreg_names(cls)]
+        # The very strings that `pickle` meets: it goes by identity.
+        names = [name for cls in classes for name in copyreg._slotnames(cls)]  # type: ignore[attr-defined]
         self.common: list[Any] = [*classes, *dict.fromkeys(names)]
         preamble = []
         for item in self.common:
@@ -151,7 +154,13 @@ class _Trials:
         # Of each trial that is in the last states: itself, its looks when it was pickled, its pickle.
         self.known: dict[int, tuple[Any, Any, bytes]] = {}
         self.by_bytes: dict[tuple[bytes, int], Any] = {}
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
+        # A child forked while another thread is in here would wait for ever.
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        self.lock = threading.Lock()
+        self.known, self.by_bytes = {}, {}
 
     def looks(self, trial: Any) -> Any:
         """All that a trial holds, to see whether it has changed."""
@@ -179,19 +188,26 @@ class _Trials:
         self.remember(known)
         body = io.BytesIO()
         pickler = pickle.Pickler(body, 4)
-        pickler.memo = registers  # type: ignore[attr-defined]
+        pickler.memo = registers
         pickler.dump(state)
         rest = body.getvalue()[2:]
         lengths = array("I", map(len, parts))
         return b"".join(
-            (_PROTO, self.preamble, *parts, rest, lengths.tobytes(), _TAIL.pack(len(parts), len(rest), _MAGIC))
+            (
+                _PROTO,
+                self.preamble,
+                *parts,
+                rest,
+                lengths.tobytes(),
+                _TAIL.pack(len(parts), len(rest), _MAGIC),
+            )
         )
 
     def pickled(self, trial: Any) -> bytes:
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer, 4)
         pickler.fast = True  # no registers of its own
-        pickler.memo = self.registers  # type: ignore[attr-defined]
+        pickler.memo = self.registers
         pickler.dump(trial)
         content = buffer.getvalue()[2:-1]
         if content[0] == _FRAME:
@@ -224,7 +240,7 @@ class _Trials:
         again = iter([trial for trial, _ in parts if trial is not None])
         unpickler.persistent_load = lambda _: next(again)  # type: ignore[method-assign]
         state = unpickler.load()
-        registers = unpickler.memo.copy()  # type: ignore[attr-defined]
+        registers = unpickler.memo.copy()
         known: dict[int, tuple[Any, Any, bytes]] = {}
         for index, (trial, part) in enumerate(parts, len(self.common)):
             if trial is None:
@@ -257,12 +273,6 @@ class _Finder(pickle.Pickler):
             self.found[id(obj)] = obj
             return 0
         return None
-
-
-def copyreg_names(cls: type) -> list[str]:
-    import copyreg
-
-    return copyreg._slotnames(cls)  # type: ignore[attr-defined]
 
 
 def _short(text: str) -> bytes:
@@ -301,7 +311,7 @@ def install() -> bool:
     """Take the copies out of Orion in this process, once; see the module.
 
     Returns:
-        Whether it is done: not with ``PPO_HPO_LEAN=0``, nor with a version of Orion that it was not tested with.
+        Whether it is done: not with ``PPO_HPO_LEAN=0``, nor with a version of Orion that was not tested.
     """
     global _answer
     with _installed:
@@ -318,27 +328,46 @@ def _install() -> bool:
 
     found = version("orion")
     if found != TESTED_ORION:
-        _log.info("Orion is left as it is: %s is not %s, which ppo_hpo.lean was tested with", found, TESTED_ORION)
+        _log.warning(
+            "Orion is left as it is: it is %s, and ppo_hpo.lean was tested with %s", found, TESTED_ORION
+        )
         return False
+    # All that can fail comes first, so that it is done wholly or not at all.
+    from orion.algo.base import BaseAlgorithm
     from orion.core.worker.experiment import Experiment
     from orion.storage import legacy
 
-    for name in _COPYING:
-        import_module(name).copy = _Copy()  # type: ignore[attr-defined]
-    legacy.pickle = _Pickle()
-    plain = Experiment.acquire_algorithm_lock
+    copying = [import_module(name) for name in _COPYING]
+    flattening = [import_module(name) for name in _FLATTENING]
+    replacement = _Pickle()
+    acquire = _acquire_algorithm_lock(Experiment.acquire_algorithm_lock, legacy.Legacy)
+    done = property(_is_done(Experiment.is_done.fget, legacy.Legacy), doc=Experiment.is_done.__doc__)
+    suggested = _has_suggested_all(BaseAlgorithm.has_suggested_all_possible_values)
+    completed = property(_has_completed(BaseAlgorithm.has_completed_max_trials.fget))
 
+    for module in copying:
+        module.copy = _Copy()  # type: ignore[attr-defined]
+    for module in flattening:
+        module.flatten = _flatten  # type: ignore[attr-defined]
+    legacy.pickle = replacement
+    Experiment.acquire_algorithm_lock = acquire
+    Experiment.is_done = done
+    BaseAlgorithm.has_suggested_all_possible_values = suggested
+    BaseAlgorithm.has_completed_max_trials = completed
+    return True
+
+
+def _acquire_algorithm_lock(plain: Callable[..., Any], legacy: type) -> Callable[..., Any]:
     @contextlib.contextmanager
     def acquire_algorithm_lock(self: Any, timeout: float = 60, retry_interval: float = 1) -> Iterator[Any]:
         lock = plain(self, timeout, retry_interval)
         own = type(self.algorithm.unwrapped)
-        if (
-            type(self.storage) is not legacy.Legacy
-            or f"{own.__module__}.{own.__qualname__}" not in TESTED_ALGORITHMS
-        ):
+        tested = f"{own.__module__}.{own.__qualname__}" in TESTED_ALGORITHMS
+        if type(self.storage) is not legacy or not tested:
             with lock as algorithm:
                 yield algorithm
             return
+        # The state is read as the lock is entered, and written as it is left.
         with _reading_or_writing():
             algorithm = lock.__enter__()
         try:
@@ -351,17 +380,15 @@ def _install() -> bool:
             with _reading_or_writing():
                 lock.__exit__(None, None, None)
 
-    Experiment.acquire_algorithm_lock = acquire_algorithm_lock
-    plain_is_done = Experiment.is_done.fget
+    return acquire_algorithm_lock
 
+
+def _is_done(plain: Callable[[Any], Any], legacy: type) -> Callable[[Any], Any]:
     def is_done(self: Any) -> Any:
-        if (
-            type(self.storage) is not legacy.Legacy
-            or self._node is None
-            or self._node.parent is not None
-            or self._node.children
-        ):
-            return plain_is_done(self)
+        # Orion reads all trials, to count them; with a parent or child experiment it takes theirs too.
+        node = self._node
+        if type(self.storage) is not legacy or node is None or node.parent is not None or node.children:
+            return plain(self)
 
         def count(status: Any) -> int:
             return int(self.storage._db.count("trials", {"experiment": self.id, "status": status}))
@@ -370,28 +397,26 @@ def _install() -> bool:
             return True
         return self.algorithm.is_done and count({"$in": ["new", "reserved", "interrupted"]}) == 0
 
-    from orion.algo.base import BaseAlgorithm
+    return is_done
 
-    Experiment.is_done = property(is_done, doc=Experiment.is_done.__doc__)
-    for name in _FLATTENING:
-        import_module(name).flatten = _flatten  # type: ignore[attr-defined]
-    plain_suggested = BaseAlgorithm.has_suggested_all_possible_values
-    plain_completed = BaseAlgorithm.has_completed_max_trials.fget
 
+def _has_suggested_all(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def has_suggested_all_possible_values(self: Any) -> Any:
         if (fidelity := self.fidelity_index) is None:
-            return plain_suggested(self)
+            return plain(self)
         _, highest = self.space[fidelity].interval()
         found = sum(_value(trial, fidelity) >= highest for trial in self.registry)
         return found >= self.space.cardinality
 
+    return has_suggested_all_possible_values
+
+
+def _has_completed(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def has_completed_max_trials(self: Any) -> Any:
         if self.max_trials is None or (fidelity := self.fidelity_index) is None:
-            return plain_completed(self)
+            return plain(self)
         _, highest = self.space[fidelity].interval()
         found = sum(t.status == "completed" and _value(t, fidelity) >= highest for t in self.registry)
         return found >= self.max_trials
 
-    BaseAlgorithm.has_suggested_all_possible_values = has_suggested_all_possible_values
-    BaseAlgorithm.has_completed_max_trials = property(has_completed_max_trials)
-    return True
+    return has_completed_max_trials

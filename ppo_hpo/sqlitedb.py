@@ -3,14 +3,14 @@
     storage: {type: legacy, database: {type: sqlitedb, host: /shared/orion.sqlite}}      # in orion.yaml
     export ORION_DB_TYPE=sqlitedb ORION_DB_ADDRESS=$PWD/orion.sqlite                     # for every command
 
-Orion's PickledDB reads its whole file at each operation, about twenty for each trial, writes it at half of them,
-and compares every document in Python. Here an operation touches the documents that it is about.
+Orion's PickledDB reads its whole file at each operation, about twenty for each trial, writes it at half of
+them, and compares every document in Python. Here an operation touches the documents that it is about.
 
-A document is kept as Orion's own `EphemeralDocument` holds it, and it is that class that compares, selects and
-updates, so that the answers are those of Orion's other databases; SQLite finds the few documents to ask it about.
-Every operation is one transaction on a connection of its own: threads, forked and pickled workers and any number
-of processes on a machine can share a file. Documents are pickles, as in a PickledDB: open only files of people
-you would run a program from.
+A document is kept as Orion's own `EphemeralDocument` holds it, and it is that class that compares, selects
+and updates, so that the answers are those of Orion's other databases; SQLite finds the few documents to ask
+it about. Every operation is one transaction on a connection of its own: threads, forked and pickled workers
+and any number of processes on a machine can share a file. Documents are pickles, as in a PickledDB: open
+only files of people you would run a program from.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import contextlib
 import json
 import os
 import pickle
-import sqlite3
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orion.core.io.database import Database, DatabaseError, DatabaseTimeout, DuplicateKeyError
 from orion.core.io.database.ephemeraldb import EphemeralDocument
 from orion.core.utils.flatten import flatten
+
+if TYPE_CHECKING:
+    import sqlite3
 
 # What Orion asks for most: an equality of these is answered by SQLite.
 _COLUMNS = {"_id": "oid", "experiment": "experiment", "id": "uid", "status": "status"}
@@ -79,6 +81,8 @@ class SQLiteDB(Database):  # type: ignore[misc]
         timeout: seconds to wait for other processes before DatabaseTimeout is raised.
     """
 
+    host: str
+
     def __init__(self, host: str = "", timeout: float = 60, *args: Any, **kwargs: Any) -> None:
         self.timeout = timeout
         super().__init__(host or self.get_defaults()["host"])
@@ -93,6 +97,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
 
     @classmethod
     def get_defaults(cls) -> dict[str, Any]:
+        """The file in Orion's own directory of the user."""
         import orion.core
 
         return {"host": os.path.join(orion.core.DIRS.user_data_dir, "orion", "orion_db.sqlite")}
@@ -122,6 +127,9 @@ class SQLiteDB(Database):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _transaction(self, write: bool = True) -> Iterator[sqlite3.Connection]:
+        # Only here: Orion imports this module for everybody, and a Python can be built without SQLite.
+        import sqlite3
+
         db = None
         try:
             db = sqlite3.connect(self.host, timeout=self.timeout, isolation_level=None)
@@ -235,10 +243,9 @@ class SQLiteDB(Database):  # type: ignore[misc]
 
     @staticmethod
     def _claim(db: sqlite3.Connection, collection: str, name: str, value: str, number: int) -> None:
-        try:
-            db.execute("INSERT INTO uniques VALUES (?, ?, ?, ?)", (collection, name, value, number))
-        except sqlite3.IntegrityError:
-            raise DuplicateKeyError(f"Duplicate key error: index={name} value={value}") from None
+        row = (collection, name, value, number)
+        if db.execute("INSERT OR IGNORE INTO uniques VALUES (?, ?, ?, ?)", row).rowcount == 0:
+            raise DuplicateKeyError(f"Duplicate key error: index={name} value={value}")
 
     @staticmethod
     def _value(document: _Document, keys: Iterable[str]) -> str:
@@ -274,6 +281,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
             return dict.fromkeys(self._indexes(db, collection_name), True)
 
     def drop_index(self, collection_name: str, name: str) -> None:
+        """Remove a unique index."""
         with self._transaction() as db:
             if name not in self._indexes(db, collection_name) or name == "_id_":
                 raise DatabaseError(f"index not found with name {name}")

@@ -2,8 +2,8 @@
 
     python lean_sweeps.py FOLDER PART CASE...      # CASE: algorithm:order, as in `ALGORITHMS` and `STEPS`
 
-Run in a process of its own, because Orion is changed for a whole process. It prints JSON. Clocks, which differ
-between any two runs, are left out.
+Run in a process of its own, because Orion is changed for a whole process. It prints JSON. Clocks, which
+differ between any two runs, are left out.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ LAYERS = {
         "events", "checkpoint", "store", "belonging", "guard", "task",
     ],
     "trial": ["failure", "lock", "sources", "trial"],
-    "Orion edge": ["client", "experiment", "lineage", "clean", "report", "retry"],
+    "Orion edge": ["client", "experiment", "lean", "lineage", "clean", "plugin", "report", "retry", "sqlitedb"],
     "command line": ["cli", "warm", "warmserver"],
 }  # fmt: skip
 BELOW = {layer: list(LAYERS)[: index + 1] for index, layer in enumerate(LAYERS)}
