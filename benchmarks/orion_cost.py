@@ -1,18 +1,21 @@
-"""What Orion costs around a trial that trains nothing, by the number of trials that it stores.
+"""What Orion costs around a trial that trains nothing, by the number of trials that it stores, as it is and by ours.
 
-    python benchmarks/orion_cost.py               # as committed; about ten minutes
-    python benchmarks/orion_cost.py --stored 10   # a quick look; writes nothing
+    python benchmarks/orion_cost.py                           # as committed; about forty minutes
+    python benchmarks/orion_cost.py --stored 10 --no-hunt     # a quick look; writes nothing
 
-An experiment with nine dimensions (and epochs as fidelity for ASHA) in a PickledDB, filled with so many
-completed trials; then a few more, one worker, each of which reports at once. All figures are CPU seconds for
-each trial, because what else the machine does changes them less than the clock; Orion computes all the time.
+An experiment with nine dimensions (and epochs as fidelity for ASHA), filled with so many completed trials that its
+algorithm has suggested (TPE's are drawn at random) and observed; then a few more, one worker, each of which reports
+at once. Each row starts from the same file, for Orion as it is, for `ppo_hpo.lean` on the same PickledDB, and for
+`ppo_hpo.lean` on `ppo_hpo.sqlitedb`. All figures are CPU seconds for each trial, because what else the machine does
+changes them less than the clock; Orion computes all the time.
 
-- Python: `suggest` and `observe` of `ExperimentClient`. "Database" is the time inside PickledDB's operations,
-  "copies" that inside `copy.deepcopy` (of the algorithm's state), "suggestion" that inside the algorithm's
-  own `suggest` and `observe` without copies, and the rest is Orion's bookkeeping.
-- `orion hunt`: that of a longer hunt less that of a shorter one, for each trial more. "Script"
-  is a Python script that imports nothing but `json`; "plain" is `ppo-hpo run` on a trial of 16 steps, "warm"
-  the same with `--warm`: the difference from the script is what imports and the start of a trial cost.
+- Python: `suggest` and `observe` of `ExperimentClient`. "Database" is the time inside the database's operations,
+  "copies" that of copying and pickling the algorithm's state, "suggestion" that inside the algorithm's own `suggest`
+  and `observe` without copies, and the rest is Orion's bookkeeping.
+- `orion hunt`: that of a longer hunt less that of a shorter one, for each trial more, as it is on PickledDB and by
+  ours on SQLiteDB. "Script" is a Python script that imports nothing but `json`; "plain" is `ppo-hpo run` on a trial
+  of 16 steps, "warm" the same with `--warm`: the difference from the script is what imports and the start of a trial
+  cost.
 """
 
 from __future__ import annotations
@@ -73,7 +76,6 @@ with open(os.environ["ORION_RESULTS_PATH"], "w") as file:
 def fill(database: Path, algorithm: str, stored: int) -> None:
     """An experiment with so many completed trials: made in memory, pickled, and so a PickledDB."""
     from orion.client import build_experiment
-    from orion.core.worker.trial import Trial
     from orion.storage.base import setup_storage
 
     names = [f"/x{index}" for index in range(9)]
@@ -85,25 +87,29 @@ def fill(database: Path, algorithm: str, stored: int) -> None:
         "cost", space=space, algorithm={algorithm: {"seed": 1}}, storage=storage,
         max_trials=10**6, max_broken=10**6, working_dir=str(database.parent),
     )  # fmt: skip
+    _grow(client, stored, drawn=algorithm == "tpe")  # which takes minutes to suggest so many
+    database.write_bytes(pickle.dumps(storage._db))
+
+
+def _grow(client: Any, stored: int, drawn: bool = False) -> None:
+    """Give an experiment so many completed trials, which its algorithm has suggested and observed."""
+    from orion.core.worker.trial import Trial
+
     experiment = client._experiment
     stream = np.random.default_rng(0)
     now = datetime.now(UTC).replace(tzinfo=None)
     with experiment.acquire_algorithm_lock() as whole:
         while len(whole.registry) < stored:
-            if algorithm == "tpe":  # does not care who drew them, and takes minutes to suggest so many
-                trials = [_drawn(client.space, stream)]
-            else:
-                trials = whole.suggest(1)
+            trials = [_drawn(client.space, stream)] if drawn else whole.suggest(1)
+            if not trials:
+                raise SystemExit(f"{whole} has no {stored} trials to suggest")
             for trial in trials:
                 experiment.register_trial(trial, status="completed")
                 trial.start_time = trial.end_time = now
-                trial.results = [
-                    Trial.Result(name="objective", type="objective", value=float(stream.random()))
-                ]
-                storage.update_trial(trial, **trial.to_dict())
+                objective = float(stream.random())
+                trial.results = [Trial.Result(name="objective", type="objective", value=objective)]
+                client.storage.update_trial(trial, **trial.to_dict())
             whole.observe(trials)
-    with open(database, "wb") as file:
-        pickle.dump(storage._db, file)
 
 
 def _drawn(space: Any, stream: np.random.Generator) -> Any:
@@ -148,7 +154,7 @@ def filled(file: str, algorithm: str, stored: int) -> None:
     from ppo_hpo import lean
 
     if not lean.install():
-        raise SystemExit("ppo_hpo.lean must be on")
+        raise SystemExit(f"{lean.VARIABLE} does not fit")
     fill(Path(file), algorithm, stored)
 
 
@@ -216,25 +222,23 @@ def python(file: str, kind: str, trials: int) -> dict[str, float]:
     return {"whole": whole / trials, **parts, "rest": whole / trials - sum(parts.values())}
 
 
-def clone(database: Path, stored: int) -> None:
-    """Fill up a hunt's own experiment with completed trials like its first one."""
+def grown(file: str, stored: int) -> None:
+    """Fill up a hunt's own experiment, by ours; run in a process of its own."""
+    from orion.client import build_experiment
     from orion.storage.base import setup_storage
 
+    from ppo_hpo import lean
+
+    if not lean.install():
+        raise SystemExit(f"{lean.VARIABLE} does not fit")
     storage = setup_storage({"type": "legacy", "database": {"type": "ephemeraldb", "host": ""}})
-    storage._db = pickle.loads(database.read_bytes())
-    (experiment,) = storage.fetch_experiments({})
-    trials = storage.fetch_trials(uid=experiment["_id"])
-    stream = np.random.default_rng(0)
-    for _ in range(stored - len(trials)):
-        trial = copy.deepcopy(trials[0])
-        for param in trial._params:
-            param.value = float(stream.uniform(1e-3, 0.1))
-        trial.id_override = None
-        storage.register_trial(trial)
-    database.write_bytes(pickle.dumps(storage._db))
+    storage._db = pickle.loads(Path(file).read_bytes())
+    _grow(build_experiment("cost", storage=storage), stored)
+    Path(file).write_bytes(pickle.dumps(storage._db))
+    moved(Path(file), Path(file).with_suffix(".sqlite"))
 
 
-def hunt(kind: str, stored: int) -> float:
+def hunt(kind: str, orion: str, stored: int) -> float:
     """CPU seconds for each further trial of `orion hunt` with random search."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
@@ -244,7 +248,7 @@ def hunt(kind: str, stored: int) -> float:
         own = {k: v for k, v in os.environ.items() if not k.startswith(("ORION_", "PYTHON"))}
         environment = {**own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         environment["XDG_RUNTIME_DIR"] = folder
-        configuration = {
+        configuration: dict[str, Any] = {
             "experiment": {"algorithm": {"random": {"seed": 1}}, "working_dir": f"{folder}/trials"},
             "storage": {"type": "legacy", "database": {"type": "pickleddb", "host": str(database)}},
             "worker": {"n_workers": 1, "executor": "singleexecutor"},
@@ -262,7 +266,10 @@ def hunt(kind: str, stored: int) -> float:
             return usage.timed(whole, directory, environment)["cpu_seconds"]
 
         run(1)
-        clone(database, stored)
+        in_a_process("grown", str(database), stored, lean=True)
+        if orion == "sqlite":
+            configuration["storage"]["database"] = {"type": "sqlitedb", "host": str(directory / "orion.sqlite")}
+            (directory / "orion.json").write_text(json.dumps(configuration))
         few, many = (2, 4) if stored >= 500 else (2, 10)
         shorter = run(few)
         return (run(many) - shorter) / (many - few)
@@ -313,7 +320,7 @@ def main() -> int:
     if arguments.measure:
         warnings.simplefilter("ignore")
         function, *given = json.loads(arguments.measure)
-        print(json.dumps({"filled": filled, "python": python, "hunt": hunt}[function](*given)))
+        print(json.dumps({"filled": filled, "grown": grown, "python": python, "hunt": hunt}[function](*given)))
         return 0
     rows, hunts = [], []
     for stored in arguments.stored:

@@ -1,6 +1,6 @@
 """A sweep of each algorithm by itself, for `test_lean.py`: what was suggested, and what is stored in the end.
 
-    python lean_sweeps.py FOLDER PART CASE...      # CASE: algorithm:order, as in `ALGORITHMS` and `STEPS`
+    python lean_sweeps.py FOLDER DATABASE PART CASE...      # CASE: algorithm:order, as in `ALGORITHMS` and `STEPS`
 
 Run in a process of its own, because Orion is changed for a whole process. It prints JSON. Clocks, which
 differ between any two runs, are left out.
@@ -28,7 +28,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "EvolutionES": {"seed": 3, "repetitions": 1, "nums_population": 6},
     "pbt": {"seed": 3, "population_size": 5, "generations": 2},
 }
-STEPS = {"one": 24, "two": 24, "failing": 16}
+STEPS = {"one": 20, "two": 20, "failing": 12}
 FIDELITY = ("asha", "hyperband", "pbt", "EvolutionES")
 
 
@@ -75,11 +75,11 @@ def plain(value: Any, seen: dict[int, int]) -> Any:
     return [type(value).__name__, plain(copy.copy(value).__reduce_ex__(2)[2], seen)]
 
 
-def sweep(folder: str, part: int, algorithm: str, order: str) -> list[Any]:
+def sweep(folder: str, kind: str, part: int, algorithm: str, order: str) -> list[Any]:
     from orion.client import build_experiment
     from orion.core.utils.exceptions import CompletedExperiment, WaitingForTrials
 
-    database = {"type": "pickleddb", "host": f"{folder}/{algorithm}-{order}.pkl"}
+    database = {"type": kind, "host": f"{folder}/{algorithm}-{order}"}
 
     def client() -> Any:
         return build_experiment(
@@ -143,8 +143,8 @@ def main() -> None:
     from ppo_hpo import lean
 
     assert lean.install() == (os.environ["PPO_HPO_LEAN"] != "0")
-    folder, part, *cases = sys.argv[1:]
-    print(json.dumps({case: sweep(folder, int(part), *case.split(":")) for case in cases}))
+    folder, kind, part, *cases = sys.argv[1:]
+    print(json.dumps({case: sweep(folder, kind, int(part), *case.split(":")) for case in cases}))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ LAYERS = {
         "events", "checkpoint", "store", "belonging", "guard", "task",
     ],
     "trial": ["failure", "lock", "sources", "trial"],
-    "Orion edge": ["client", "experiment", "lean", "lineage", "clean", "plugin", "report", "retry", "sqlitedb"],
+    "Orion edge": ["client", "experiment", "lean", "lineage", "clean", "report", "retry"],
     "command line": ["cli", "warm", "warmserver"],
 }  # fmt: skip
+# What Orion imports by entry points, in all of its processes: this and nothing else of ours.
+INSIDE_ORION = ["plugin", "sqlitedb"]
 BELOW = {layer: list(LAYERS)[: index + 1] for index, layer in enumerate(LAYERS)}
 # Orion's edge and the command line import the rest of the package when a function needs it.
 MAY: dict[str, set[str]] = {
@@ -92,7 +94,7 @@ def test_the_watch_sees_what_is_imported() -> None:
 
 def test_every_module_has_a_layer() -> None:
     found = {path.stem for path in (REPOSITORY / "ppo_hpo").glob("*.py")} - {"__init__", "__main__"}
-    assert sorted(found) == sorted(name for names in LAYERS.values() for name in names)
+    assert sorted(found) == sorted([*INSIDE_ORION, *(name for names in LAYERS.values() for name in names)])
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -112,6 +114,12 @@ def test_what_orions_workers_import_is_light() -> None:
     )
     assert not {"torch", "gymnasium", "numpy"} & roots(modules)
     assert not {name for name in modules if name.startswith("orion")}
+
+
+def test_what_orion_imports_is_light() -> None:
+    modules = modules_after("\n".join(f"import ppo_hpo.{name}" for name in INSIDE_ORION))
+    assert own(modules) == {"lean", *INSIDE_ORION}
+    assert not {"gymnasium", "safetensors"} & roots(modules)
 
 
 def test_the_package_itself_imports_nothing() -> None:
