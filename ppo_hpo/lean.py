@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
+import datetime
 import io
 import logging
 import os
@@ -124,7 +125,6 @@ def _value(trial: Any, name: str) -> Any:
 # and after the STOP, where `pickle.loads` has ended, the lengths of the parts, from which we find them again.
 _PROTO, _KEEP = b"\x80\x04", b"\x940"  # MEMOIZE, POP
 _CALL = b"NQ" + _KEEP  # NONE, BINPERSID
-_FRAME = 0x95
 _MAGIC = b"ppo_hpo trials 1"
 _TAIL = struct.Struct("<QQ16s")
 
@@ -139,7 +139,7 @@ class _Trials:
         classes = (Trial, Trial.Param, Trial.Result)
         # The very strings that `pickle` meets: it goes by identity.
         names = [name for cls in classes for name in copyreg._slotnames(cls)]  # type: ignore[attr-defined]
-        self.common: list[Any] = [*classes, *dict.fromkeys(names)]
+        self.common: list[Any] = [*classes, datetime.datetime, *dict.fromkeys(names)]
         preamble = []
         for item in self.common:
             if isinstance(item, str):
@@ -205,14 +205,12 @@ class _Trials:
 
     def pickled(self, trial: Any) -> bytes:
         buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer, 4)
+        # Of protocol 3, because 4 puts its parts into frames, of which this cannot be one.
+        pickler = pickle.Pickler(buffer, 3)
         pickler.fast = True  # no registers of its own
         pickler.memo = self.registers
         pickler.dump(trial)
-        content = buffer.getvalue()[2:-1]
-        if content[0] == _FRAME:
-            content = content[9:]
-        return content + _KEEP
+        return buffer.getvalue()[2:-1] + _KEEP
 
     def loads(self, blob: bytes) -> Any:
         if blob[-16:] != _MAGIC:
@@ -368,6 +366,7 @@ def _acquire_algorithm_lock(plain: Callable[..., Any], legacy: type) -> Callable
                 yield algorithm
             return
         # The state is read as the lock is entered, and written as it is left.
+        _moment.state, _moment.blob = None, b""
         with _reading_or_writing():
             algorithm = lock.__enter__()
         try:

@@ -54,6 +54,8 @@ _VERSION = 1
 
 def _plain(value: Any) -> Any:
     """A value as SQLite compares it the way Python does; None for all others."""
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        value = value.item()
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str):
@@ -118,6 +120,8 @@ class SQLiteDB(Database):  # type: ignore[misc]
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
                 raise DatabaseError(f"{self.host} is of version {version}; this ppo_hpo knows {_VERSION}.")
+            if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
+                raise DatabaseError(f"{self.host} is a SQLite file of another program.")
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {_VERSION}")

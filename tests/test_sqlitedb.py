@@ -243,6 +243,11 @@ def test_what_is_no_database_of_ours_is_refused_and_kept(tmp_path: Path) -> None
     with pytest.raises(DatabaseError, match="not a database"):
         SQLiteDB(host=str(foreign))
     assert foreign.read_bytes() == content
+    other = sqlite3.connect(tmp_path / "other")
+    other.execute("CREATE TABLE photos (name)")
+    other.close()
+    with pytest.raises(DatabaseError, match="of another program"):
+        SQLiteDB(host=str(tmp_path / "other"))
     later = sqlite3.connect(tmp_path / "later")
     later.execute("PRAGMA user_version = 7")
     later.close()
