@@ -179,10 +179,9 @@ class _Trials:
         known: dict[int, tuple[Any, Any, bytes]] = {}
         for key, trial in found.items():
             registers[key] = (len(registers), trial)
-            looks = self.looks(trial)
             entry = self.known.get(key)
-            if entry is None or entry[1] != looks:
-                entry = (trial, looks, self.pickled(trial))
+            if entry is None or entry[1] != self.looks(trial):
+                entry = (trial, _own(self.looks(trial)), self.pickled(trial))
             known[key] = entry
             parts.append(entry[2])
         self.remember(known)
@@ -238,12 +237,12 @@ class _Trials:
         again = iter([trial for trial, _ in parts if trial is not None])
         unpickler.persistent_load = lambda _: next(again)  # type: ignore[method-assign]
         state = unpickler.load()
-        registers = unpickler.memo.copy()
+        registers = unpickler.memo.copy() if any(trial is None for trial, _ in parts) else {}
         known: dict[int, tuple[Any, Any, bytes]] = {}
         for index, (trial, part) in enumerate(parts, len(self.common)):
             if trial is None:
                 new = registers[index]
-                known[id(new)] = (new, self.looks(new), part)
+                known[id(new)] = (new, _own(self.looks(new)), part)
             else:
                 known[id(trial)] = self.known[id(trial)]
         self.remember(known)
@@ -256,6 +255,12 @@ class _Trials:
         for trial, _, part in known.values():
             times[part] = seen = times.get(part, 0) + 1
             self.by_bytes[part, seen] = trial
+
+
+def _own(looks: Any) -> Any:
+    """The looks of a trial for keeping: a list in it (a dimension with a shape) could be changed in place."""
+    _, params, results = looks
+    return copy.deepcopy(looks) if any(type(item[2]) is list for item in (*params, *results)) else looks
 
 
 class _Finder(pickle.Pickler):
@@ -361,7 +366,7 @@ def _acquire_algorithm_lock(plain: Callable[..., Any], legacy: type) -> Callable
         lock = plain(self, timeout, retry_interval)
         own = type(self.algorithm.unwrapped)
         tested = f"{own.__module__}.{own.__qualname__}" in TESTED_ALGORITHMS
-        if type(self.storage) is not legacy or not tested:
+        if type(self.storage) is not legacy or not tested or self.knowledge_base is not None:
             with lock as algorithm:
                 yield algorithm
             return
@@ -378,6 +383,8 @@ def _acquire_algorithm_lock(plain: Callable[..., Any], legacy: type) -> Callable
         else:
             with _reading_or_writing():
                 lock.__exit__(None, None, None)
+        finally:
+            _moment.state, _moment.blob = None, b""
 
     return acquire_algorithm_lock
 

@@ -128,6 +128,11 @@ def test_a_trial_that_changed_in_place_is_written_anew_and_read_as_it_was() -> N
     trial._params[0].value = 0.75
     changed = pickle.loads(trials.dumps({"trial": trial}))["trial"]
     assert (changed.status, changed.params) == ("broken", {"x": 0.75})
+    shaped = made(x=[0.25, 0.5])
+    blob = trials.dumps([shaped])
+    shaped._params[0].value[1] = 0.75
+    assert trials.loads(blob)[0].params == {"x": [0.25, 0.5]}
+    assert pickle.loads(trials.dumps([shaped]))[0].params == {"x": [0.25, 0.75]}
 
 
 def test_what_has_not_changed_is_not_pickled_or_made_again() -> None:
