@@ -1,21 +1,21 @@
-"""What Orion costs around a trial that trains nothing, by the number of trials that it stores, as it is and by ours.
+"""What Orion costs around a trial that trains nothing, by the number of trials stored, as it is and by ours.
 
     python benchmarks/orion_cost.py                           # as committed; about forty minutes
     python benchmarks/orion_cost.py --stored 10 --no-hunt     # a quick look; writes nothing
 
-An experiment with nine dimensions (and epochs as fidelity for ASHA), filled with so many completed trials that its
-algorithm has suggested (TPE's are drawn at random) and observed; then a few more, one worker, each of which reports
-at once. Each row starts from the same file, for Orion as it is, for `ppo_hpo.lean` on the same PickledDB, and for
-`ppo_hpo.lean` on `ppo_hpo.sqlitedb`. All figures are CPU seconds for each trial, because what else the machine does
-changes them less than the clock; Orion computes all the time.
+An experiment with nine dimensions (and epochs as fidelity for ASHA), filled with so many completed trials
+that its algorithm has suggested (TPE's are drawn at random) and observed; then a few more, one worker, each
+of which reports at once. Each row starts from the same file, for Orion as it is, for `ppo_hpo.lean` on the
+same PickledDB, and for `ppo_hpo.lean` on `ppo_hpo.sqlitedb`. All figures are CPU seconds for each trial,
+because what else the machine does changes them less than the clock; Orion computes all the time.
 
-- Python: `suggest` and `observe` of `ExperimentClient`. "Database" is the time inside the database's operations,
-  "copies" that of copying and pickling the algorithm's state, "suggestion" that inside the algorithm's own `suggest`
-  and `observe` without copies, and the rest is Orion's bookkeeping.
-- `orion hunt`: that of a longer hunt less that of a shorter one, for each trial more, as it is on PickledDB and by
-  ours on SQLiteDB. "Script" is a Python script that imports nothing but `json`; "plain" is `ppo-hpo run` on a trial
-  of 16 steps, "warm" the same with `--warm`: the difference from the script is what imports and the start of a trial
-  cost.
+- Python: `suggest` and `observe` of `ExperimentClient`. "Database" is the time inside the database's
+  operations, "copies" that of copying and pickling the algorithm's state, "suggestion" that inside the
+  algorithm's own `suggest` and `observe` without copies, and the rest is Orion's bookkeeping.
+- `orion hunt`: that of a longer hunt less that of a shorter one, for each trial more, as it is on PickledDB
+  and by ours on SQLiteDB. "Script" is a Python script that imports nothing but `json`; "plain" is `ppo-hpo
+  run` on a trial of 16 steps, "warm" the same with `--warm`: the difference from the script is what imports
+  and the start of a trial cost.
 """
 
 from __future__ import annotations
@@ -268,7 +268,10 @@ def hunt(kind: str, orion: str, stored: int) -> float:
         run(1)
         in_a_process("grown", str(database), stored, lean=True)
         if orion == "sqlite":
-            configuration["storage"]["database"] = {"type": "sqlitedb", "host": str(directory / "orion.sqlite")}
+            configuration["storage"]["database"] = {
+                "type": "sqlitedb",
+                "host": str(directory / "orion.sqlite"),
+            }
             (directory / "orion.json").write_text(json.dumps(configuration))
         few, many = (2, 4) if stored >= 500 else (2, 10)
         shorter = run(few)
@@ -320,7 +323,9 @@ def main() -> int:
     if arguments.measure:
         warnings.simplefilter("ignore")
         function, *given = json.loads(arguments.measure)
-        print(json.dumps({"filled": filled, "grown": grown, "python": python, "hunt": hunt}[function](*given)))
+        print(
+            json.dumps({"filled": filled, "grown": grown, "python": python, "hunt": hunt}[function](*given))
+        )
         return 0
     rows, hunts = [], []
     for stored in arguments.stored:

@@ -1,6 +1,6 @@
 """A sweep of each algorithm by itself, for `test_lean.py`: what was suggested, and what is stored in the end.
 
-    python lean_sweeps.py FOLDER DATABASE PART CASE...      # CASE: algorithm:order, as in `ALGORITHMS` and `STEPS`
+    python lean_sweeps.py FOLDER DATABASE PART CASE...    # CASE: algorithm:order, of `ALGORITHMS` and `STEPS`
 
 Run in a process of its own, because Orion is changed for a whole process. It prints JSON. Clocks, which
 differ between any two runs, are left out.

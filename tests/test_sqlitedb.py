@@ -120,10 +120,12 @@ def test_answers_are_those_of_orions_own_database(db: SQLiteDB, seed: int) -> No
         given = [copy.deepcopy(arguments), copy.deepcopy(arguments)]
         ours, theirs = outcome(db, operation, given[0]), outcome(other, operation, given[1])
         assert ours == theirs, (number, operation, arguments)
-        kinds.add((operation, bool(theirs[0]), theirs == "duplicate"))
+        duplicate = theirs == "duplicate"
+        kinds.add((operation, not duplicate and bool(theirs[0]), duplicate))
     assert {operation for operation, *_ in kinds} == {"write", "read", "read_and_write", "count", "remove"}
     assert db.read("trials") == other.read("trials")
-    assert db.read("trials", {}) and db.count("elsewhere") == 0
+    assert ("read", True, False) in kinds
+    assert db.count("elsewhere") == 0
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -174,7 +176,8 @@ def test_large_values_are_written_when_they_change(db: SQLiteDB) -> None:
     (before,) = stored()
     assert before[1] == len(state)
     found = db.read_and_write("algo", {"experiment": 1, "locked": 0}, {"locked": 1})
-    assert found is not None and found["state"] == state
+    assert found is not None
+    assert found["state"] == state
     assert stored() == [before]  # a replaced row has another number
     db.write("algo", {"state": state[1:]}, {"experiment": 1})
     assert db.read("algo", {"locked": 1})[0]["state"] == state[1:]
@@ -204,7 +207,9 @@ def insert(db: SQLiteDB, worker: int) -> list[int]:
 
 def claim(db: SQLiteDB, worker: int) -> list[int]:
     claimed = []
-    while (found := db.read_and_write("trials", {"status": "new"}, {"status": "mine", "who": worker})) is not None:
+    while (
+        found := db.read_and_write("trials", {"status": "new"}, {"status": "mine", "who": worker})
+    ) is not None:
         claimed.append(found["id"])
     return claimed
 
@@ -230,7 +235,7 @@ def test_what_is_locked_too_long_says_so(tmp_path: Path) -> None:
     impatient = SQLiteDB(host=str(tmp_path / "db"), timeout=0.1)
     other = sqlite3.connect(impatient.host, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(DatabaseTimeout, match="locked by other processes for 0.1 seconds"):
+    with pytest.raises(DatabaseTimeout, match=r"locked by other processes for 0\.1 seconds"):
         impatient.write("trials", {"id": 1})
     other.close()
     assert impatient.write("trials", {"id": 1}) == 1
