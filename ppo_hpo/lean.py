@@ -25,6 +25,7 @@ import contextlib
 import copy
 import copyreg
 import datetime
+import gc
 import io
 import logging
 import os
@@ -150,7 +151,8 @@ class _Trials:
         self.registers = {id(item): (index, item) for index, item in enumerate(self.common)}
         slots = [name for name in Trial.__slots__ if name not in ("_results", "_params")]
         self.plain = attrgetter(*slots)
-        self.value = attrgetter("name", "_type", "value")
+        self.param = attrgetter("value")
+        self.result = attrgetter("name", "_type", "value")
         # Of each trial that is in the last states: itself, its looks when it was pickled, its pickle.
         self.known: dict[int, tuple[Any, Any, bytes]] = {}
         self.by_bytes: dict[tuple[bytes, int], Any] = {}
@@ -162,14 +164,9 @@ class _Trials:
         self.lock = threading.Lock()
         self.known, self.by_bytes = {}, {}
 
-    def looks(self, trial: Any) -> Any:
-        """All that a trial holds, to see whether it has changed."""
-        value = self.value
-        return (
-            self.plain(trial),
-            [*map(value, trial._params)],
-            [*map(value, trial._results)],
-        )
+    def looks(self, trial: Any) -> tuple[Any, list[Any], list[Any]]:
+        """All of a trial but the names and types of its parameters, to see whether it has changed."""
+        return self.plain(trial), [*map(self.param, trial._params)], [*map(self.result, trial._results)]
 
     def dumps(self, state: Any) -> bytes:
         found: dict[int, Any] = {}
@@ -237,7 +234,9 @@ class _Trials:
         again = iter([trial for trial, _ in parts if trial is not None])
         unpickler.persistent_load = lambda _: next(again)  # type: ignore[method-assign]
         state = unpickler.load()
-        registers = unpickler.memo.copy() if any(trial is None for trial, _ in parts) else {}
+        if len(parts) == len(self.known) and all(trial is not None for trial, _ in parts):
+            return state  # nothing new, and nothing gone
+        registers = unpickler.memo.copy()
         known: dict[int, tuple[Any, Any, bytes]] = {}
         for index, (trial, part) in enumerate(parts, len(self.common)):
             if trial is None:
@@ -259,8 +258,7 @@ class _Trials:
 
 def _own(looks: Any) -> Any:
     """The looks of a trial for keeping: a list in it (a dimension with a shape) could be changed in place."""
-    _, params, results = looks
-    return copy.deepcopy(looks) if any(type(item[2]) is list for item in (*params, *results)) else looks
+    return copy.deepcopy(looks) if any(type(value) is list for value in looks[1]) else looks
 
 
 class _Finder(pickle.Pickler):
@@ -276,6 +274,18 @@ class _Finder(pickle.Pickler):
             self.found[id(obj)] = obj
             return 0
         return None
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Without the garbage collector, which would go through all trials again and again and find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _short(text: str) -> bytes:
@@ -295,7 +305,7 @@ class _Pickle:
     def loads(self, blob: bytes) -> Any:
         if not _moment.active:
             return pickle.loads(blob)
-        with self.trials.lock:
+        with self.trials.lock, _without_collection():
             state = self.trials.loads(blob)
         _moment.state, _moment.blob = state, blob
         return state
@@ -306,7 +316,7 @@ class _Pickle:
         if state is _moment.state:
             # Something failed, and Orion puts back what it has read. The algorithm may have changed it since.
             return _moment.blob
-        with self.trials.lock:
+        with self.trials.lock, _without_collection():
             return self.trials.dumps(state)
 
 
