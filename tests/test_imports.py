@@ -34,10 +34,10 @@ LAYERS = {
     "trial": ["failure", "lock", "sources", "trial", "batch"],
     "Orion edge": [
         "client", "experiment", "lineage", "clean", "report", "best", "retry", "progress", "worker",
-        "executors", "sweeps",
+        "executors", "lean", "sweeps",
     ],
     # What Orion imports by its entry points: for every user of it, whatever they do.
-    "Orion plugins": ["workers", "rayexecutor"],
+    "Orion plugins": ["plugin", "rayexecutor", "sqlitedb", "workers"],
     "command line": ["cli", "warm", "warmserver"],
 }  # fmt: skip
 BELOW = {layer: list(LAYERS)[: index + 1] for index, layer in enumerate(LAYERS)}

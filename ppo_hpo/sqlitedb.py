@@ -1,0 +1,358 @@
+"""A database for Orion in one SQLite file: ``type: sqlitedb`` where Orion's own would be ``type: pickleddb``.
+
+    storage: {type: legacy, database: {type: sqlitedb, host: /shared/orion.sqlite}}      # in orion.yaml
+    export ORION_DB_TYPE=sqlitedb ORION_DB_ADDRESS=$PWD/orion.sqlite                     # for every command
+
+Orion's PickledDB reads its whole file at each operation, about twenty for each trial, writes it at half of
+them, and compares every document in Python. Here an operation touches the documents that it is about.
+
+A document is kept as Orion's own `EphemeralDocument` holds it, and it is that class that compares, selects
+and updates, so that the answers are those of Orion's other databases; SQLite finds the few documents to ask
+it about. Every operation is one transaction on a connection of its own: threads, forked and pickled workers
+and any number of processes on a machine can share a file. Documents are pickles, as in a PickledDB: open
+only files of people you would run a program from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from orion.core.io.database import Database, DatabaseError, DatabaseTimeout, DuplicateKeyError
+from orion.core.io.database.ephemeraldb import EphemeralDocument
+from orion.core.utils.flatten import flatten
+
+if TYPE_CHECKING:
+    import sqlite3
+
+# What Orion asks for most: an equality of these is answered by SQLite.
+_COLUMNS = {"_id": "oid", "experiment": "experiment", "id": "uid", "status": "status"}
+# Longer byte strings (the algorithm's state) stand beside their document, to be written when they change.
+_LARGE = 1024
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS documents (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, collection TEXT NOT NULL,
+    oid, experiment, uid, status, content BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS by_oid ON documents (collection, oid);
+CREATE INDEX IF NOT EXISTS by_status ON documents (collection, experiment, status);
+CREATE INDEX IF NOT EXISTS by_uid ON documents (collection, experiment, uid);
+CREATE TABLE IF NOT EXISTS large (
+    number INTEGER NOT NULL, field TEXT NOT NULL, content BLOB NOT NULL, PRIMARY KEY (number, field));
+CREATE TABLE IF NOT EXISTS indexes (
+    collection TEXT NOT NULL, name TEXT NOT NULL, keys TEXT NOT NULL, PRIMARY KEY (collection, name));
+CREATE TABLE IF NOT EXISTS uniques (
+    collection TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, number INTEGER NOT NULL,
+    PRIMARY KEY (collection, name, value));
+CREATE INDEX IF NOT EXISTS uniques_of ON uniques (number);
+"""
+_VERSION = 1
+
+
+def _plain(value: Any) -> Any:
+    """A value as SQLite compares it the way Python does; None for all others."""
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value) if -(2**63) <= value < 2**63 else None
+    if isinstance(value, float) and value == value:
+        return float(value)
+    return None
+
+
+class _Document(EphemeralDocument):  # type: ignore[misc]
+    """A document and its number in the file."""
+
+    def __init__(self, number: int, data: dict[str, Any]) -> None:
+        self.number = number
+        self._data = data
+
+
+class SQLiteDB(Database):  # type: ignore[misc]
+    """Orion's database in one SQLite file; see the module.
+
+    Args:
+        host: the file's path; None is ``orion_db.sqlite`` in Orion's own directory of the user.
+        timeout: seconds to wait for other processes before DatabaseTimeout is raised.
+    """
+
+    host: str
+
+    def __init__(self, host: str = "", timeout: float = 60, *args: Any, **kwargs: Any) -> None:
+        self.timeout = timeout
+        super().__init__(host or self.get_defaults()["host"])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}(host={self.host}, timeout={self.timeout})"
+
+    @property
+    def is_connected(self) -> bool:
+        """True: each operation connects for itself."""
+        return True
+
+    @classmethod
+    def get_defaults(cls) -> dict[str, Any]:
+        """The file in Orion's own directory of the user."""
+        import orion.core
+
+        return {"host": os.path.join(orion.core.DIRS.user_data_dir, "orion", "orion_db.sqlite")}
+
+    def initiate_connection(self) -> None:
+        """Make the file and its tables.
+
+        Raises:
+            DatabaseError: the file is something else, or of another version.
+        """
+        self.host = os.path.abspath(self.host)
+        os.makedirs(os.path.dirname(self.host), exist_ok=True)
+        with self._transaction(write=False) as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == _VERSION:
+            return
+        with self._transaction() as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version not in (0, _VERSION):
+                raise DatabaseError(f"{self.host} is of version {version}; this ppo_hpo knows {_VERSION}.")
+            if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
+                raise DatabaseError(f"{self.host} is a SQLite file of another program.")
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def close_connection(self) -> None:
+        """Nothing is open between operations."""
+
+    @contextlib.contextmanager
+    def _transaction(self, write: bool = True) -> Iterator[sqlite3.Connection]:
+        # Only here: Orion imports this module for everybody, and a Python can be built without SQLite.
+        import sqlite3
+
+        db = None
+        try:
+            db = sqlite3.connect(self.host, timeout=self.timeout, isolation_level=None)
+            # What is lost with the machine's power is at most the last operations; the file stays whole.
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            yield db
+            db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error) or "busy" in str(error):
+                raise DatabaseTimeout(
+                    f"{self.host} was locked by other processes for {self.timeout} seconds."
+                ) from error
+            raise DatabaseError(f"{self.host}: {error}.") from error
+        except sqlite3.DatabaseError as error:
+            raise DatabaseError(f"{self.host}: {error}.") from error
+        finally:
+            if db is not None:
+                db.close()  # rolls back what was not committed
+
+    # Documents
+
+    def _narrow(self, collection: str, query: dict[str, Any] | None) -> tuple[str, list[Any], bool]:
+        """The part of a query that SQLite can answer, its arguments, and whether that is all of it."""
+        terms, arguments, whole = ["collection = ?"], [collection], True
+        for key, value in flatten(query or {}).items():
+            name, _, operator = key.rpartition(".")
+            if key in _COLUMNS and (plain := _plain(value)) is not None:
+                terms.append(f"{_COLUMNS[key]} = ?")
+                arguments.append(plain)
+            elif (
+                operator == "$in"
+                and name in _COLUMNS
+                and all(_plain(item) is not None for item in value)
+                and len(value) < 100
+            ):
+                terms.append(f"{_COLUMNS[name]} IN ({', '.join('?' * len(value))})")
+                arguments += map(_plain, value)
+            else:
+                whole = False
+        return " AND ".join(terms), arguments, whole
+
+    def _find(
+        self, db: sqlite3.Connection, collection: str, query: dict[str, Any] | None, first: bool = False
+    ) -> list[_Document]:
+        where, arguments, whole = self._narrow(collection, query)
+        found = []
+        rows = db.execute(f"SELECT number, content FROM documents WHERE {where} ORDER BY number", arguments)
+        for number, content in rows:
+            data, large = pickle.loads(content)
+            for field in large:
+                (data[field],) = db.execute(
+                    "SELECT content FROM large WHERE number = ? AND field = ?", (number, field)
+                ).fetchone()
+            document = _Document(number, data)
+            if whole or document.match(query):
+                found.append(document)
+                if first:
+                    break
+        return found
+
+    def _insert(self, db: sqlite3.Connection, collection: str, data: dict[str, Any]) -> None:
+        if "_id" not in data:
+            data["_id"] = self._new_id(db, collection)
+        document = _Document(0, flatten(data))
+        cursor = db.execute("INSERT INTO documents (collection, content) VALUES (?, '')", (collection,))
+        assert cursor.lastrowid is not None
+        document.number = cursor.lastrowid
+        self._store(db, collection, document, {})
+
+    @staticmethod
+    def _new_id(db: sqlite3.Connection, collection: str) -> int:
+        """One more than the largest; identifiers that are no integers do not count, as in EphemeralDB."""
+        # Numbers sort before texts, and the index on (collection, oid) is read from there backwards.
+        largest = db.execute(
+            "SELECT oid FROM documents WHERE collection = ? AND oid < '' AND typeof(oid) = 'integer' "
+            "ORDER BY oid DESC LIMIT 1",
+            (collection,),
+        ).fetchone()
+        if largest is not None:
+            return int(largest[0]) + 1
+        none = db.execute("SELECT 1 FROM documents WHERE collection = ? LIMIT 1", (collection,)).fetchone()
+        return 1 if none is None else 0
+
+    def _store(
+        self, db: sqlite3.Connection, collection: str, document: _Document, before: dict[str, Any]
+    ) -> None:
+        data, number = document._data, document.number
+        large = {key: value for key, value in data.items() if type(value) is bytes and len(value) > _LARGE}
+        rest = {key: None if key in large else value for key, value in data.items()}
+        db.execute(
+            "UPDATE documents SET oid = ?, experiment = ?, uid = ?, status = ?, content = ? WHERE number = ?",
+            (
+                *(_plain(data.get(key)) for key in _COLUMNS),
+                pickle.dumps((rest, list(large)), pickle.HIGHEST_PROTOCOL),
+                number,
+            ),
+        )
+        for key, value in before.items():
+            if type(value) is bytes and len(value) > _LARGE and key not in large:
+                db.execute("DELETE FROM large WHERE number = ? AND field = ?", (number, key))
+        for key, value in large.items():
+            if before.get(key) != value:
+                db.execute("INSERT OR REPLACE INTO large VALUES (?, ?, ?)", (number, key, value))
+        for name, keys in self._indexes(db, collection).items():
+            value = self._value(document, keys)
+            if before and value == self._value(_Document(0, before), keys):
+                continue
+            db.execute("DELETE FROM uniques WHERE number = ? AND name = ?", (number, name))
+            self._claim(db, collection, name, value, number)
+
+    @staticmethod
+    def _claim(db: sqlite3.Connection, collection: str, name: str, value: str, number: int) -> None:
+        row = (collection, name, value, number)
+        if db.execute("INSERT OR IGNORE INTO uniques VALUES (?, ?, ?, ?)", row).rowcount == 0:
+            raise DuplicateKeyError(f"Duplicate key error: index={name} value={value}")
+
+    @staticmethod
+    def _value(document: _Document, keys: Iterable[str]) -> str:
+        values = [document[key] for key in keys]
+        return repr(tuple(value if (plain := _plain(value)) is None else plain for value in values))
+
+    @staticmethod
+    def _indexes(db: sqlite3.Connection, collection: str) -> dict[str, list[str]]:
+        rows = db.execute("SELECT name, keys FROM indexes WHERE collection = ?", (collection,))
+        return {"_id_": ["_id"], **{name: json.loads(keys) for name, keys in rows}}
+
+    # What Orion calls
+
+    def ensure_index(self, collection_name: str, keys: Any, unique: bool = False) -> None:
+        """Make an index if it is unique; the others need none here."""
+        if not unique:
+            return
+        names = [keys] if isinstance(keys, str) else [key for key, _ in keys]
+        name = "_id_" if names == ["_id"] else "_".join(f"{key}_1" for key in names)
+        with self._transaction(write=False) as db:
+            if name in self._indexes(db, collection_name):
+                return
+        with self._transaction() as db:
+            if name in self._indexes(db, collection_name):
+                return
+            db.execute("INSERT INTO indexes VALUES (?, ?, ?)", (collection_name, name, json.dumps(names)))
+            for document in self._find(db, collection_name, None):
+                self._claim(db, collection_name, name, self._value(document, names), document.number)
+
+    def index_information(self, collection_name: str) -> dict[str, bool]:
+        """Names of the unique indexes, that of ``_id`` included."""
+        with self._transaction(write=False) as db:
+            return dict.fromkeys(self._indexes(db, collection_name), True)
+
+    def drop_index(self, collection_name: str, name: str) -> None:
+        """Remove a unique index."""
+        with self._transaction() as db:
+            if name not in self._indexes(db, collection_name) or name == "_id_":
+                raise DatabaseError(f"index not found with name {name}")
+            for table in ("indexes", "uniques"):
+                db.execute(f"DELETE FROM {table} WHERE collection = ? AND name = ?", (collection_name, name))
+
+    def write(self, collection_name: str, data: Any, query: dict[str, Any] | None = None) -> int:
+        """Insert documents, or with a query update those that match; returns how many."""
+        with self._transaction() as db:
+            if query is None:
+                documents = data if isinstance(data, list | tuple) else [data]
+                for document in documents:
+                    self._insert(db, collection_name, document)
+                return len(documents)
+            found = self._find(db, collection_name, query)
+            for document in found:
+                self._update(db, collection_name, document, data)
+            return len(found)
+
+    def _update(
+        self, db: sqlite3.Connection, collection: str, document: _Document, data: dict[str, Any]
+    ) -> None:
+        before = dict(document._data)
+        document.update({"$set": data})
+        self._store(db, collection, document, before)
+
+    def read(
+        self,
+        collection_name: str,
+        query: dict[str, Any] | None = None,
+        selection: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The documents that match."""
+        with self._transaction(write=False) as db:
+            found = self._find(db, collection_name, query)
+        return [document.select(selection) for document in found]
+
+    def read_and_write(
+        self,
+        collection_name: str,
+        query: dict[str, Any],
+        data: dict[str, Any],
+        selection: dict[str, Any] | None = None,
+    ) -> dict[str, Any] | None:
+        """Update the first document that matches, and return it as it is then; None if there is none."""
+        with self._transaction() as db:
+            found = self._find(db, collection_name, query, first=True)
+            if not found:
+                return None
+            self._update(db, collection_name, found[0], data)
+        whole: dict[str, Any] = found[0].select(selection)
+        return whole
+
+    def count(self, collection_name: str, query: dict[str, Any] | None = None) -> int:
+        """How many documents match."""
+        with self._transaction(write=False) as db:
+            where, arguments, whole = self._narrow(collection_name, query)
+            if not whole:
+                return len(self._find(db, collection_name, query))
+            (found,) = db.execute(f"SELECT count(*) FROM documents WHERE {where}", arguments).fetchone()
+            return int(found)
+
+    def remove(self, collection_name: str, query: dict[str, Any]) -> int:
+        """Remove the documents that match; returns how many."""
+        with self._transaction() as db:
+            found = self._find(db, collection_name, query)
+            for document in found:
+                for table in ("documents", "large", "uniques"):
+                    db.execute(f"DELETE FROM {table} WHERE number = ?", (document.number,))
+            return len(found)
