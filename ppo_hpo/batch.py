@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ppo_hpo import failure, yamlio
+from ppo_hpo import failure, gpus, yamlio
 from ppo_hpo.checkpoint import read_bytes
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import CheckpointError, Interrupted, UserError
@@ -346,6 +346,7 @@ def _crew(jobs: Sequence[Job], workers: int, device: str) -> Iterator[_Crew]:
 
 def serve(leader: int) -> None:
     """Run the trials of standard input, until it ends or the process ``leader`` does."""
+    gpus.own_process()
     # Answers are flushed each, and what an environment prints must not come between them.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -21,6 +21,10 @@ from ppo_hpo.errors import ComesAgain, Interrupted, UserError
 
 # The signal that asked this process to stop, once one has.
 _PENDING: list[int] = []
+_DEVICE = (
+    "auto (default): a GPU for images, if there is one, else the CPU; cpu; cuda: the GPUs here are shared out; "
+    "cuda:N or cuda:N,M: these (docs/devices.md)"
+)
 # Numerical libraries read these when they are first imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -128,7 +132,8 @@ def _build_parser() -> argparse.ArgumentParser:
     run.add_argument("--config", required=True, metavar="FILE", help="YAML file, or a shipped preset's name")
     run.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
                      help="replace one value of the file; may be given many times")  # fmt: skip
-    run.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    run.add_argument("--device", default="auto", help=_DEVICE)
+    _add_trials_per_device(run)
     run.add_argument("--seed", type=int, metavar="N", help="the same as --set task.seed=N")
     run.add_argument("--epochs", type=int, metavar="N",
                      help="epochs to train in all, at most the file's task.max_epochs")  # fmt: skip
@@ -192,7 +197,7 @@ def _build_parser() -> argparse.ArgumentParser:
                       help="train each from scratch on N fresh seeds; 10 are a good number")  # fmt: skip
     best.add_argument("--workers", type=int, default=2, metavar="N",
                       help="processes that train (default: 2)")  # fmt: skip
-    best.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    best.add_argument("--device", default="auto", help=_DEVICE)
     best.add_argument("--dir", metavar="DIR", help="where test trials go (default: best in the experiment's "
                       "working directory)")  # fmt: skip
     best.add_argument("--against", metavar="PRESET", help="what is trained beside them: a preset, a file, "
@@ -243,6 +248,11 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_trials_per_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trials-per-device", type=int, metavar="N", help="trials that one GPU trains at a "
+                        "time, of all sweeps and hunts of yours here (default: as many as come)")  # fmt: skip
+
+
 def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
@@ -266,7 +276,8 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument("--executor", metavar="NAME|ADDRESS", help="what runs the trials: workers, single, "
                        "joblib, poolexecutor, dask, ray, tcp://..., ray://..., with options as "
                        "{ray: {num_gpus: 0.5}} (default: workers; docs/distributed.md)")  # fmt: skip
-    sweep.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    sweep.add_argument("--device", default="auto", metavar="NAME", help=_DEVICE)
+    _add_trials_per_device(sweep)
     sweep.add_argument("--warm-start", action="append", metavar="PRESET",
                        help="a preset or a configuration's file, to be tried first; repeatable")  # fmt: skip
     sweep.add_argument("--epochs", metavar="PRIOR",
@@ -308,9 +319,10 @@ def run_trial(arguments: argparse.Namespace) -> int:
     # Before the next line imports numpy: what is never started does not have to be limited.
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(config.task.threads)
-    from ppo_hpo import failure, trial
+    from ppo_hpo import failure, gpus, trial
     from ppo_hpo.store import open_store
 
+    gpus.own_process()
     orion = trial.OrionContext.from_environ(os.environ)
     # `python -m` would find modules beside the user; a console script has to be told.
     if "" not in sys.path:
@@ -329,6 +341,7 @@ def run_trial(arguments: argparse.Namespace) -> int:
             config,
             directory,
             device=arguments.device,
+            trials_per_device=arguments.trials_per_device,
             uid=orion.trial_id if orion else None,
             experiment=orion.experiment if orion else None,
             siblings=orion.working_dir.parent if orion and arguments.dir is None else None,
@@ -480,7 +493,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         result = sweep(
             env, space, parsed("algorithm"), name=arguments.name, max_trials=arguments.max_trials,
             n_workers=arguments.workers, seeds=arguments.seeds, storage=arguments.storage,
-            executor=parsed("executor"), device=arguments.device, warm_start=arguments.warm_start,
+            executor=parsed("executor"), device=arguments.device,
+            trials_per_device=arguments.trials_per_device, warm_start=arguments.warm_start,
             epochs=int(epochs) if epochs is not None and epochs.isdigit() else epochs,
             overrides=overrides, directory=arguments.dir, store=arguments.store,
             progress=not arguments.quiet,

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import failure
+from ppo_hpo import failure, gpus, promote
 from ppo_hpo.components import merge
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import Interrupted
@@ -42,12 +42,13 @@ class Objective:
         space: the space, whose fixed values complete what Orion proposes.
         overrides: group to key to value, which win over both.
         directory: where trials go that come without a directory of their own.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: see `trial.run`.
         console: whether trials log to standard error.
         store: URL of a second place for checkpoints; None is that of the environment variable
             ``PPO_HPO_STORE``, and '' is none.
         retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
         log_stops: log why a hunt is stopped; whoever catches the ExecutionError has it as its ``reason``.
+        trials_per_device: see `trial.run`.
     """
 
     space: Space
@@ -58,6 +59,7 @@ class Objective:
     store: str | None = None
     retries: int = failure.RETRIES
     log_stops: bool = True
+    trials_per_device: int | None = None
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial, checked."""
@@ -111,6 +113,7 @@ class Objective:
             config,
             place,
             device=self.device,
+            trials_per_device=self.trials_per_device,
             uid=uid,
             siblings=siblings,
             console=self.console,
@@ -134,7 +137,8 @@ def objective(
     env: str | None = None,
     overrides: Overrides | None = None,
     directory: str | Path | None = None,
-    device: str = "auto",
+    device: str | Sequence[int | str] = "auto",
+    trials_per_device: int | None = None,
     console: bool = True,
     store: str | None = None,
     retries: int = failure.RETRIES,
@@ -152,7 +156,9 @@ def objective(
         env: the environment's id, the same as ``overrides={"env": {"id": env}}``.
         overrides: group to key to value, which win over the space and over Orion.
         directory: where trials go that come without ``trial_arg``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``cpu``; ``cuda``, the GPUs that can be seen are shared out; ``cuda:N``; ``cuda:N,M`` or a list,
+            these are; ``auto``, a GPU for images, where there is one, and else the CPU.
+        trials_per_device: that a GPU trains at a time; None: as many as come.
         console: whether trials log to standard error; each also has its own ``log.txt``.
         store: URL of a second place for checkpoints, for workers that share no file system.
         retries: after a fault that may pass (memory, a file system's hiccup, an error that does not come
@@ -169,6 +175,7 @@ def objective(
         fixed = merge(space_or_config, {"task": {"max_epochs": horizon}})
         space = Space("configuration", Path(), fixed, {})
     space = with_fidelities(space, fidelities)
+    gpus.check_limit(trials_per_device)
     chosen = {group: dict(values) for group, values in (overrides or {}).items()}
     if env is not None:
         chosen.setdefault("env", {})["id"] = env
@@ -176,10 +183,11 @@ def objective(
         space,
         chosen,
         None if directory is None else Path(directory).absolute(),
-        device,
+        gpus.device_name(device),
         console,
         store,
         retries,
+        trials_per_device=trials_per_device,
     )
 
 
@@ -191,9 +199,8 @@ def prepare_trial(client: ExperimentClient, trial: Trial) -> None:
     """
     from orion.client.runner import prepare_trial_working_dir
 
-    parent = client.get_trial(uid=trial.parent) if trial.parent else None
-    if parent is not None and not Path(parent.working_dir).is_dir():
-        Path(trial.working_dir).mkdir(parents=True, exist_ok=True)
+    if trial.parent:
+        promote.make_room(client, trial)
     # This is what copies a parent's for ASHA and PBT.
     prepare_trial_working_dir(client, trial)
 

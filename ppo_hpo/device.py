@@ -13,6 +13,11 @@ import torch
 from ppo_hpo.errors import NotHere, UserError
 
 
+def count_gpus() -> int:
+    """How many GPUs torch can use here; CUDA is not begun for it where the driver answers."""
+    return torch.cuda.device_count()
+
+
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device of a name; ``auto`` is the first GPU where there is one, and the CPU elsewhere.
 

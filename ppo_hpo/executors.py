@@ -31,7 +31,15 @@ _SCHEMES = {"tcp": "dask", "tls": "dask", "ucx": "dask", "ray": "ray"}
 _POLL = 0.2
 
 
-def make(executor: Any, n_workers: int | None, *, retries: int = 0, threads: int = 1) -> Any:
+def make(
+    executor: Any,
+    n_workers: int | None,
+    *,
+    retries: int = 0,
+    threads: int = 1,
+    device: str = "auto",
+    trials_per_device: int | None = None,
+) -> Any:
     """An executor of Orion's.
 
     Args:
@@ -40,6 +48,8 @@ def make(executor: Any, n_workers: int | None, *, retries: int = 0, threads: int
         n_workers: trials at a time; None: one here, and as many as there are on a cluster.
         retries: how often a trial whose worker died is given to another one, where the executor can.
         threads: of each trial.
+        device: of each trial. Ray gives out GPUs itself, and shows none to a trial that does not ask for one.
+        trials_per_device: that a GPU trains at a time.
 
     Raises:
         UserError: there is no such executor, it is not installed, or the options are not its own.
@@ -68,6 +78,10 @@ def make(executor: Any, n_workers: int | None, *, retries: int = 0, threads: int
             # Found without the entry point too, which an old `*.egg-info` in the current directory hides.
             importlib.import_module("ppo_hpo.workers" if name == "workers" else "ppo_hpo.rayexecutor")
             options.setdefault("retries", retries)
+            if name == "ray" and device.startswith("cuda"):
+                if device != "cuda":
+                    raise UserError(f"Ray chooses GPUs itself: `device` must be cuda, but got {device!r}.")
+                options.setdefault("num_gpus", 1 / (trials_per_device or 1))
         if n_workers is None:
             n_workers = -1 if "address" in options else 1
         if name in ("joblib", "poolexecutor"):

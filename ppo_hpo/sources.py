@@ -5,6 +5,8 @@ The rule, for every algorithm of Orion's:
 1. The trial's own working directory, or its own objects in the store: whichever is further. A retried
    trial finds there what it left; for ASHA and population-based training Orion has copied the
    parent's directory.
+   The copy may be older than what the parent did on another machine since: where the parent is told
+   (``--parent``) and the store has more of it, that is taken.
 2. Where neither holds a whole checkpoint: the parent's in the store, where the parent is told
    (``--parent``); then one of the same identity (hyperparameters and seed), the most advanced that is not
    beyond the trial's epochs. Hyperband and EvolutionES promote into new, empty directories; this finds
@@ -224,6 +226,7 @@ class TrialStorage(MirroredStorage):
             raise UserError(f"`--parent` must be the id of a trial, but got {parent!r}.")
         self._config, self._siblings, self._trial, self._part = config, siblings, directory, part
         self._parent = parent and part_key(parent, part)
+        self._uid = uid
 
     def load(
         self,
@@ -242,7 +245,14 @@ class TrialStorage(MirroredStorage):
         failure: CheckpointError | None = None
         try:
             if (own := super().load(look, on_refused, most)) is not None:
-                return own
+                if self._uid is None or own.meta.get("uid") == self._uid:
+                    return own
+                # A copy of the parent's, which may have gone on on another machine since.
+                try:
+                    return self._from_parent(check, on_refused, most, above=own.epoch) or own
+                except CheckpointError as error:
+                    on_refused(error)
+                    return own
         except CheckpointError as error:
             # One that is whole, but of other hyperparameters, is a mistake that somebody should hear of.
             if whole:
@@ -281,10 +291,15 @@ class TrialStorage(MirroredStorage):
         check: Callable[[Checkpoint], None],
         on_refused: Callable[[CheckpointError], None],
         most: int,
+        above: int = -1,
     ) -> Checkpoint | None:
         if self.store is None or self._parent is None:
             return None
-        found = self._newest_of(self._parent, check, on_refused, most, up_to=self._config.task.epochs)
+        found = self._newest_of(
+            self._parent, check, on_refused, most, above=above, up_to=self._config.task.epochs
+        )
+        if found is None and above >= 0:
+            return None
         if found is None:
             self._log.warning(
                 "the parent %s has no checkpoint in %s: looks for others", self._parent, self.store.name

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import failure, yamlio
+from ppo_hpo import failure, gpus, yamlio
 from ppo_hpo.client import Objective, prepare_trial
 from ppo_hpo.config import GROUPS, TrialConfig, check_key
 from ppo_hpo.errors import UserError
@@ -151,7 +151,8 @@ def sweep(
     seeds: int | None = None,
     storage: str | Mapping[str, Any] | None = None,
     executor: Any = None,
-    device: str = "auto",
+    device: str | Sequence[int | str] = "auto",
+    trials_per_device: int | None = None,
     warm_start: Any = None,
     name: str | None = None,
     epochs: str | int | None = None,
@@ -181,7 +182,11 @@ def sweep(
         executor: what runs the trials: None for worker processes of ours, ``single``, ``joblib``,
             ``poolexecutor``, ``dask``, ``ray``, a cluster's address (``tcp://host:8786``,
             ``ray://host:10001``), ``{name: options}``, or an executor of Orion's.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``cpu``; ``cuda``, the GPUs that can be seen are shared out among the trials; ``cuda:N``;
+            ``cuda:N,M`` or a list, these are; ``auto``, as ``cuda`` for images, where there is a GPU, and else the
+            CPU.
+        trials_per_device: that a GPU trains at a time, of all sweeps and hunts of the user's on that machine;
+            None: as many as come.
         warm_start: configurations to be tried first, in a new sweep: a preset's name or file, a nested
             mapping, or a list of these. What they leave out is PPO's default; only what is searched counts.
         name: of the sweep and its directory; from environment and algorithm.
@@ -199,6 +204,8 @@ def sweep(
     for what, number in (("max_trials", max_trials), ("n_workers", n_workers), ("seeds", seeds)):
         if number is not None and (type(number) is not int or number < 1):
             raise UserError(f"`{what}` must be a whole number of at least 1, but got {number!r}.")
+    device = gpus.device_name(device)
+    gpus.check_limit(trials_per_device)
     name = _name(name, env, space, wanted)
     place = Path(directory or name).absolute()
     from ppo_hpo.executors import Stop
@@ -207,12 +214,15 @@ def sweep(
         with _script_on_path():
             plan = _Plan.of(name, place, storage, wanted)
             document = plan.document(env, space, seeds, epochs, overrides)
-            client, where = plan.build(document, wanted, max_trials, device, store)
+            client, where = plan.build(document, wanted, max_trials, _options(device, trials_per_device, store))
             _write_files(where, plan.storage, n_workers)
         run_space = read_space(str(where / "space.yaml"))
         if warm_start is not None and not client.fetch_trials():
             _insert(client, run_space, _configurations(warm_start))
-        function = Objective(run_space, device=device, console=False, store=store, log_stops=False)
+        function = Objective(
+            run_space, device=device, console=False, store=store, log_stops=False,
+            trials_per_device=trials_per_device,
+        )  # fmt: skip
         _run(client, function, executor, n_workers, progress, where, stop)
         return _result(client, where)
 
@@ -235,6 +245,15 @@ def _algorithm(algorithm: str | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _with_settings(algorithm: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """With what a new one needs to be told."""
     return {name: {**_SETTINGS.get(name.lower(), {}), **options} for name, options in algorithm.items()}
+
+
+def _options(device: str, trials_per_device: int | None, store: str | None) -> list[str]:
+    """Of the command that each trial of an `orion hunt` runs."""
+    return [
+        *([] if device == "auto" else ["--device", device]),
+        *([] if trials_per_device is None else ["--trials-per-device", str(trials_per_device)]),
+        *([] if store is None else ["--store", store, "--parent", "{trial.parent}"]),
+    ]
 
 
 def _name(name: str | None, env: str | None, space: str | None, algorithm: Mapping[str, Any] | None) -> str:
@@ -385,14 +404,13 @@ class _Plan:
         document: Document,
         algorithm: Mapping[str, Any] | None,
         max_trials: int | None,
-        device: str,
-        store: str | None,
+        options: Sequence[str],
     ) -> tuple[ExperimentClient, Path]:
         """Orion's client of the experiment, and the directory with the sweep's files."""
         path = self.place / "space.yaml"
         new = not path.exists()
         try:
-            return self._build(document, algorithm, max_trials, device, store), self.place
+            return self._build(document, algorithm, max_trials, options), self.place
         except BaseException:
             if new:
                 path.unlink(missing_ok=True)  # of a sweep that there is not
@@ -403,8 +421,7 @@ class _Plan:
         document: Document,
         algorithm: Mapping[str, Any] | None,
         max_trials: int | None,
-        device: str,
-        store: str | None,
+        options: Sequence[str],
     ) -> ExperimentClient:
         from orion.client.experiment import ExperimentClient
         from orion.core.io import resolve_config
@@ -420,9 +437,7 @@ class _Plan:
             if algorithm is None:
                 algorithm = _algorithm("asha" if space.max_epochs else "random")
             algorithm = _with_settings(algorithm)
-            user_args = ["ppo-hpo", "run", "--config", str(path)]
-            user_args += [] if device == "auto" else ["--device", device]
-            user_args += [] if store is None else ["--store", store, "--parent", "{trial.parent}"]
+            user_args = ["ppo-hpo", "run", "--config", str(path), *options]
             metadata = resolve_config.fetch_metadata(user_args=user_args)
             settings: dict[str, Any] = {
                 "space": metadata["priors"], "metadata": metadata, "algorithm": algorithm,
@@ -630,7 +645,8 @@ def _run(
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.callback(shown.close)
-        watched = Watched(make(executor, n_workers, retries=failure.RETRIES, threads=threads), stop, shown)
+        watched = Watched(make(executor, n_workers, retries=failure.RETRIES, threads=threads, device=function.device,
+                 trials_per_device=function.trials_per_device), stop, shown)
         try:
             with client.tmp_executor(watched):
                 while not client.is_done and not stop.signum:

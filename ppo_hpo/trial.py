@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import failure, lock, results, seeds, yamlio
+from ppo_hpo import failure, gpus, lock, results, seeds, yamlio
 from ppo_hpo.checkpoint import Storage, remove_leftovers, writing
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import CheckpointError, LostLock, NotHere, UserError
@@ -36,7 +36,6 @@ _WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", "lock", "writer")
 _FILES = ("log.txt", "timing.jsonl", "lock", "failure.json", "curve.jsonl", "results.json", "config.yaml")
 _Write = Callable[[Path, bytes], None]
 _MAX_RETRIES = 1000
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
 _EPISODES_PER_EPOCH = 5
 
@@ -105,8 +104,7 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
     """
     from ppo_hpo.envs import probe, refuse_what_does_not_fit
 
-    if not _DEVICE.fullmatch(device):
-        raise UserError(f"`device` must be auto, cpu, cuda or cuda:N, but got {device!r}.")
+    gpus.device_name(device)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -143,6 +141,7 @@ def run(
     directory: Path,
     *,
     device: str = "auto",
+    trials_per_device: int | None = None,
     uid: str | None = None,
     experiment: str | None = None,
     siblings: Path | None = None,
@@ -159,7 +158,10 @@ def run(
     Args:
         config: the trial.
         directory: of its state; made where it is missing.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``cpu``; ``cuda``, any GPU that can be seen; ``cuda:N``; ``cuda:N,M``, one of these; ``auto``, any
+            GPU for images, where there is one, and else the CPU.
+        trials_per_device: that a GPU trains at a time: a trial waits where all have as many. None: as many
+            as come.
         uid: Orion's id of the trial.
         experiment: Orion's name of the experiment.
         siblings: the directory in which the directories of the experiment's other trials lie.
@@ -177,11 +179,14 @@ def run(
     if not 0 <= retries <= _MAX_RETRIES:
         raise UserError(f"`0 <= retries <= {_MAX_RETRIES}` must hold, but got {retries}.")
     info = check(config, directory, device)
+    gpus.check_limit(trials_per_device)
+    # A small network on vectors is trained faster by the CPU (`ppo_hpo.fast`).
+    device = "cpu" if device == "auto" and not info.images else device
     if store is not None:
         store.names()  # before torch is imported, as everything that may be wrong
     trial = _Trial(
-        config, directory, info, device, uid, experiment, siblings, console, results_path, tick, store,
-        parent, retries,
+        config, directory, info, device, trials_per_device, uid, experiment, siblings, console, results_path,
+        tick, store, parent, retries,
     )  # fmt: skip
     lost: LostLock | None = None
     while True:
@@ -202,6 +207,7 @@ class _Trial:
     directory: Path
     info: EnvInfo
     device: str
+    trials_per_device: int | None
     uid: str | None
     experiment: str | None
     siblings: Path | None
@@ -232,7 +238,11 @@ class _Trial:
             parts = seeds.parts(config)
             write = failure.patiently(claim.write, self.retries, log)
             try:
-                done = [self._train(part, own, claim, write, known, log) for part, own in parts.items()]
+                with self._device(claim, log) as device:
+                    done = [
+                        self._train(part, own, device, claim, write, known, log)
+                        for part, own in parts.items()
+                    ]
             except Exception as error:
                 # Under Orion it is written down with what Orion is told; and what belongs to another trial
                 # stays as it is.
@@ -261,10 +271,25 @@ class _Trial:
             )
             return outcome
 
+    def _device(self, claim: lock.Claim, log: logging.Logger) -> contextlib.AbstractContextManager[str]:
+        """What torch is told, while the trial is trained."""
+
+        def count() -> int:
+            from ppo_hpo.device import count_gpus
+
+            return count_gpus()
+
+        def tick() -> None:
+            claim.tick()
+            self.tick()
+
+        return gpus.taken(self.device, self.trials_per_device, count=count, log=log, tick=tick)
+
     def _train(
         self,
         part: str,
         config: TrialConfig,
+        device: str,
         claim: lock.Claim,
         write: _Write,
         known: str | None,
@@ -275,6 +300,7 @@ class _Trial:
         Args:
             part: see `seeds.parts`.
             config: of the seed.
+            device: where.
             claim: of the trial.
             write: a file of the trial.
             known: where an earlier process failed, if one did.
@@ -293,7 +319,7 @@ class _Trial:
 
         if part:
             log.info("%s of %d: task.seed %d", part, self.config.task.seeds, config.task.seed)
-        attempt = functools.partial(self._attempt, part, config, write, tick, work, log)
+        attempt = functools.partial(self._attempt, part, config, device, write, tick, work, log)
         task, start = failure.persist(attempt, work, self.retries, known, log)
         wall = time.perf_counter() - started
         outcome = _outcome(task, config, self.directory / part, start, work, wall, _cpu_seconds() - cpu)
@@ -305,6 +331,7 @@ class _Trial:
         self,
         part: str,
         config: TrialConfig,
+        device: str,
         write: _Write,
         tick: Callable[[], None],
         work: failure.Work,
@@ -331,7 +358,7 @@ class _Trial:
         # This imports torch: everything that could be wrong was looked at before.
         from ppo_hpo.task import PPO
 
-        task = PPO.from_config(config, self.device, storage=storage, logger=log, uid=self.uid)
+        task = PPO.from_config(config, device, storage=storage, logger=log, uid=self.uid)
         task.tick = tick
         if not task.lineage:
             storage.register()

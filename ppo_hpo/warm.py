@@ -27,12 +27,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from ppo_hpo.errors import Interrupted
+from ppo_hpo.rundir import open_rundir
 
 # What the server answers where a trial does not suit it; a status of a process is never as large.
 DECLINED = 1 << 16
 # Orion's variables differ from trial to trial and are sent with it; all others are part of a server's name.
 _SENT = "ORION_"
 _PATIENCE = 120.0  # seconds that a server may take to import everything, far above what it takes
+# Which of the environment say where the directory of the user's servers is.
+_PLACES = ("XDG_RUNTIME_DIR", "TMPDIR")
 _RETRY = 60.0  # seconds after which a server that died is started again
 LENGTH = struct.Struct("!I")
 STATUS = struct.Struct("!i")
@@ -132,24 +135,6 @@ def _die_by(signum: int) -> None:
 # ------------------------------------------------------------------ finding a server
 
 
-def directory() -> int:
-    """Open the directory of the user's servers; return its descriptor.
-
-    Raises:
-        Unavailable: it is somebody else's, or open to others.
-    """
-    bases = [os.environ.get("XDG_RUNTIME_DIR", ""), os.environ.get("TMPDIR", ""), "/tmp"]
-    path = os.path.join(next(filter(os.path.isdir, bases), "/tmp"), f"ppo-hpo-{os.geteuid()}")
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    found = os.fstat(descriptor)
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        os.close(descriptor)
-        raise Unavailable(f"{path} must be your own and closed to others (mode 700)")
-    return descriptor
-
-
 def is_own(connection: socket.socket) -> bool:
     """Whether the other end is a process of the same user."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -158,7 +143,7 @@ def is_own(connection: socket.socket) -> bool:
 
 def servers() -> Iterator[int]:
     """Process ids of the user's servers."""
-    where = directory()
+    where = open_rundir(_PLACES)
     try:
         for name in sorted(os.listdir(where)):
             if name.endswith(".lock"):
@@ -177,7 +162,7 @@ def servers() -> Iterator[int]:
 @contextlib.contextmanager
 def _connected() -> Iterator[socket.socket]:
     """A connection to the server that suits this process."""
-    where = directory()
+    where = open_rundir(_PLACES)
     try:
         name = _name()
         lock = _lock(where, name)

@@ -19,7 +19,10 @@ GRACE = 10.0
 
 def serve(connection_fd: int, lifeline: int) -> NoReturn:
     """What a worker does: answer one call after the other, until nobody is at the other end."""
+    from ppo_hpo import gpus
     from ppo_hpo.cli import leave
+
+    gpus.own_process()
 
     def stop(signum: int, frame: object) -> None:
         # One is enough: a second must not disturb the tidying up after the first.

@@ -287,7 +287,7 @@ def test_a_trial_that_fails_is_released_as_broken(
         ({"overrides": {"ppo": {"n_steps": 7}}}, "must divide task.steps_per_epoch"),
         ({"overrides": {"ppo": {"n_stpes": 32}}}, "Did you mean n_steps?"),
         ({"env": "Pendulum-v7"}, "Pendulum-v7"),
-        ({"device": "gpu"}, "`device` must be auto, cpu, cuda or cuda:N"),
+        ({"device": "gpu"}, "`device` must be auto, cpu, cuda, cuda:N or cuda:N,M"),
     ],
     ids=["combination", "name", "environment", "device"],
 )

@@ -25,7 +25,9 @@ TINY = {
 
 # Every module of the package, lowest layer first; each may import those of its own layer and below.
 LAYERS = {
-    "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "stats", "components", "seeds"],
+    "plain": ["errors", "config", "yamlio", "space", "results", "seeding", "stats", "components", "seeds",
+        "rundir", "gpus",
+    ],
     "numbers": ["gae", "normalize", "losses", "networks", "adam"],
     "loop": [
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
@@ -34,7 +36,7 @@ LAYERS = {
     "trial": ["failure", "lock", "sources", "trial", "batch"],
     "Orion edge": [
         "client", "experiment", "lineage", "clean", "report", "best", "retry", "progress", "worker",
-        "executors", "lean", "sweeps",
+        "executors", "lean", "promote", "sweeps",
     ],
     # What Orion imports by its entry points: for every user of it, whatever they do.
     "Orion plugins": ["plugin", "rayexecutor", "sqlitedb", "workers"],

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,6 +286,24 @@ def test_a_fork_finds_its_parent_in_the_store(url: str, tmp_path: Path) -> None:
     assert (again.statistics["continued_from_epoch"], again.statistics["forked"]) == (3.0, 1.0)
 
 
+def test_a_copy_of_the_parent_that_is_older_than_the_parent(tmp_path: Path) -> None:
+    """The parent was killed here and went on elsewhere; Orion has copied the directory that it left here."""
+    store, lr = Store(str(tmp_path / "s")), {"optimizer": {"lr": 1e-3}}
+    run(tmp_path / "here" / "p", 1, uid="aa01", store=store)
+    run(tmp_path / "there" / "p", 2, uid="aa01", store=store)
+    for uid, options, epoch in (("bb01", {"parent": "aa01"}, 2), ("bb02", {}, 1)):
+        shutil.copytree(tmp_path / "here" / "p", tmp_path / "here" / uid)
+        groups = {**lr, "task": {"epochs": 3}}
+        outcome = run(tmp_path / "here" / uid, 3, uid=uid, store=store, groups=groups, **options)
+        assert outcome.statistics["continued_from_epoch"] == epoch
+        lineage = read(tmp_path / "here" / uid / "checkpoint-000003.safetensors").meta["lineage"]
+        assert [(born["uid"], born["epoch"]) for born in lineage] == [("aa01", epoch)]
+    # Its own checkpoints are never older than its parent's.
+    again = run(tmp_path / "here" / "bb02", 4, uid="bb02", parent="aa01", store=store,
+                groups={**lr, "task": {"epochs": 4}})  # fmt: skip
+    assert again.statistics["continued_from_epoch"] == 3.0
+
+
 def test_a_parent_that_is_not_there_is_told(tmp_path: Path) -> None:
     directory = tmp_path / "a"
     outcome = run(directory, 1, uid="bb02", store=Store(str(tmp_path / "s")), parent="aa02")
@@ -403,81 +418,13 @@ def test_s3(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_sftp(tmp_path: Path, undisturbed: Path) -> None:
     """A server whose files have no appearing at once: an object is written aside, and renamed."""
-    paramiko = pytest.importorskip("paramiko")
+    pytest.importorskip("paramiko")
+    import sftp_server
+
     root = tmp_path / "served"
     root.mkdir()
-
-    class Login(paramiko.ServerInterface):  # type: ignore[misc, name-defined]
-        def check_auth_password(self, username: str, password: str) -> int:
-            return int(paramiko.AUTH_SUCCESSFUL if password == "secret" else paramiko.AUTH_FAILED)
-
-        def check_channel_request(self, kind: str, chanid: int) -> int:
-            return int(paramiko.OPEN_SUCCEEDED)
-
-    class File(paramiko.SFTPHandle):  # type: ignore[misc, name-defined]
-        def stat(self) -> Any:
-            return paramiko.SFTPAttributes.from_stat(os.fstat(self.readfile.fileno()))
-
-    def answering(do: Any) -> Any:
-        def method(self: Any, *arguments: Any) -> Any:
-            try:
-                return do(self, *arguments)
-            except OSError as error:
-                return paramiko.SFTPServer.convert_errno(error.errno)
-
-        return method
-
-    def attributes(path: Path) -> Any:
-        return paramiko.SFTPAttributes.from_stat(path.stat(), path.name)
-
-    def opened(self: Any, path: str, flags: int, attr: Any) -> Any:
-        descriptor = os.open(root / path.lstrip("/"), flags, 0o666)
-        handle = File(flags)
-        mode = "wb" if flags & os.O_WRONLY else "rb+" if flags & os.O_RDWR else "rb"
-        handle.filename, handle.readfile = path, os.fdopen(descriptor, mode)
-        handle.writefile = handle.readfile
-        return handle
-
-    renames: list[str] = []
-
-    def renamed(self: Any, old: str, new: str) -> int:
-        renames.append(new)
-        os.replace(root / old.lstrip("/"), root / new.lstrip("/"))
-        return int(paramiko.SFTP_OK)
-
-    def done(do: Any) -> Any:
-        return answering(lambda self, path, *_: (do(root / path.lstrip("/")), paramiko.SFTP_OK)[1])
-
-    methods = {
-        "open": answering(opened),
-        "posix_rename": answering(renamed),
-        "list_folder": answering(
-            lambda self, path: [attributes(p) for p in (root / path.lstrip("/")).iterdir()]
-        ),
-        "stat": answering(lambda self, path: attributes(root / path.lstrip("/"))),
-        "lstat": answering(lambda self, path: attributes(root / path.lstrip("/"))),
-        "mkdir": done(os.mkdir),
-        "remove": done(os.unlink),
-    }
-    interface = type("Files", (paramiko.SFTPServerInterface,), methods)
-    listener = socket.create_server(("127.0.0.1", 0))
-    transports: list[Any] = []
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                transport = paramiko.Transport(connection)
-                transports.append(transport)
-                transport.add_server_key(key)
-                transport.set_subsystem_handler("sftp", paramiko.SFTPServer, interface)
-                transport.start_server(server=Login())
-
-    key = paramiko.ECDSAKey.generate()
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    url = f"sftp://me:secret@127.0.0.1:{listener.getsockname()[1]}/here/there"
-    try:
+    with sftp_server.serving(root) as (port, renames):
+        url = f"sftp://me:{sftp_server.PASSWORD}@127.0.0.1:{port}/here/there"
         run(tmp_path / "a", 2, uid="11aa", store=Store(url))
         outcome = run(tmp_path / "b", uid="11aa", store=Store(url))
         assert outcome.statistics["continued_from_epoch"] == 2.0
@@ -485,8 +432,4 @@ def test_sftp(tmp_path: Path, undisturbed: Path) -> None:
         there = root / "here" / "there" / "trials" / "11aa"
         assert sorted(path.name for path in there.iterdir()) == ["checkpoint-000003.safetensors", LAST]
         assert f"/here/there/trials/11aa/{LAST}" in renames
-        assert "secret" not in (tmp_path / "b" / "log.txt").read_text()
-    finally:
-        listener.close()
-        for transport in transports:
-            transport.close()
+        assert sftp_server.PASSWORD not in (tmp_path / "b" / "log.txt").read_text()
