@@ -22,8 +22,8 @@ from ppo_hpo.errors import ComesAgain, Interrupted, UserError
 # The signal that asked this process to stop, once one has.
 _PENDING: list[int] = []
 _DEVICE = (
-    "auto (default): a GPU for images, if there is one, else the CPU; cpu; cuda: the GPUs here are shared out; "
-    "cuda:N or cuda:N,M: these (docs/devices.md)"
+    "auto (default): a GPU for images, if there is one, else the CPU; cpu; cuda: the GPUs here are shared "
+    "out; cuda:N or cuda:N,M: these (docs/devices.md)"
 )
 # Numerical libraries read these when they are first imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -156,8 +156,8 @@ def objective(
         env: the environment's id, the same as ``overrides={"env": {"id": env}}``.
         overrides: group to key to value, which win over the space and over Orion.
         directory: where trials go that come without ``trial_arg``.
-        device: ``cpu``; ``cuda``, the GPUs that can be seen are shared out; ``cuda:N``; ``cuda:N,M`` or a list,
-            these are; ``auto``, a GPU for images, where there is one, and else the CPU.
+        device: ``cpu``; ``cuda``, the GPUs that can be seen are shared out; ``cuda:N``; ``cuda:N,M`` or a
+            list, these are; ``auto``, a GPU for images, where there is one, and else the CPU.
         trials_per_device: that a GPU trains at a time; None: as many as come.
         console: whether trials log to standard error; each also has its own ``log.txt``.
         store: URL of a second place for checkpoints, for workers that share no file system.

@@ -201,8 +201,8 @@ def choose(free: Sequence[int | None], trials: Sequence[int], limit: int | None 
     """Which GPU the next trial takes: the one with the most free memory for each trial that it would have.
 
     That is D'Hondt's method of giving out seats: equal GPUs get equally many trials, and one with twice
-    the memory twice as many. Where the memory of one is not known, all count as equal. Of equal ones that with
-    fewer trials is taken, then the first.
+    the memory twice as many. Where the memory of one is not known, all count as equal. Of equal ones that
+    with fewer trials is taken, then the first.
 
     Args:
         free: of each GPU; MiB, or any other unit.
@@ -282,16 +282,16 @@ def taken(
     """One GPU for one trial; waits where all have as many trials as they may.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` (any of those that can be seen), ``cuda:N`` or ``cuda:N,M`` (any of
-            these, by torch's numbers).
+        device: ``auto``, ``cpu``, ``cuda`` (any of those that can be seen), ``cuda:N`` or ``cuda:N,M`` (any
+            of these, by torch's numbers).
         limit: trials that each GPU may have; None for as many as come.
         count: torch's number of GPUs.
         log: is told which one it is.
         tick: called while it waits; what it raises ends that.
 
     Yields:
-        What torch is told: ``cpu``, ``cuda:N``, or in a process of its own ``cuda``. ``auto`` stays that where
-        torch has to say whether it can use a GPU.
+        What torch is told: ``cpu``, ``cuda:N``, or in a process of its own ``cuda``. ``auto`` stays that
+        where torch has to say whether it can use a GPU.
 
     Raises:
         NotHere: a GPU was named that is not there.

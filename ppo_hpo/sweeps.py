@@ -183,8 +183,8 @@ def sweep(
             ``poolexecutor``, ``dask``, ``ray``, a cluster's address (``tcp://host:8786``,
             ``ray://host:10001``), ``{name: options}``, or an executor of Orion's.
         device: ``cpu``; ``cuda``, the GPUs that can be seen are shared out among the trials; ``cuda:N``;
-            ``cuda:N,M`` or a list, these are; ``auto``, as ``cuda`` for images, where there is a GPU, and else the
-            CPU.
+            ``cuda:N,M`` or a list, these are; ``auto``, as ``cuda`` for images, where there is a GPU, and
+            else the CPU.
         trials_per_device: that a GPU trains at a time, of all sweeps and hunts of the user's on that machine;
             None: as many as come.
         warm_start: configurations to be tried first, in a new sweep: a preset's name or file, a nested
@@ -214,7 +214,8 @@ def sweep(
         with _script_on_path():
             plan = _Plan.of(name, place, storage, wanted)
             document = plan.document(env, space, seeds, epochs, overrides)
-            client, where = plan.build(document, wanted, max_trials, _options(device, trials_per_device, store))
+            options = _options(device, trials_per_device, store)
+            client, where = plan.build(document, wanted, max_trials, options)
             _write_files(where, plan.storage, n_workers)
         run_space = read_space(str(where / "space.yaml"))
         if warm_start is not None and not client.fetch_trials():
@@ -645,8 +646,11 @@ def _run(
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.callback(shown.close)
-        watched = Watched(make(executor, n_workers, retries=failure.RETRIES, threads=threads, device=function.device,
-                 trials_per_device=function.trials_per_device), stop, shown)
+        made = make(
+            executor, n_workers, retries=failure.RETRIES, threads=threads, device=function.device,
+            trials_per_device=function.trials_per_device,
+        )  # fmt: skip
+        watched = Watched(made, stop, shown)
         try:
             with client.tmp_executor(watched):
                 while not client.is_done and not stop.signum:

@@ -158,8 +158,8 @@ def run(
     Args:
         config: the trial.
         directory: of its state; made where it is missing.
-        device: ``cpu``; ``cuda``, any GPU that can be seen; ``cuda:N``; ``cuda:N,M``, one of these; ``auto``, any
-            GPU for images, where there is one, and else the CPU.
+        device: ``cpu``; ``cuda``, any GPU that can be seen; ``cuda:N``; ``cuda:N,M``, one of these; ``auto``,
+            any GPU for images, where there is one, and else the CPU.
         trials_per_device: that a GPU trains at a time: a trial waits where all have as many. None: as many
             as come.
         uid: Orion's id of the trial.

@@ -115,7 +115,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--set", "env.kwargs=3", "--set", "env.kwargs.gravity=3"],
         ["`env.kwargs` must map argument names to values, but got 3"],
     ),
-    "unknown device": (["--device", "gpu"], ["`device` must be auto, cpu, cuda, cuda:N or cuda:N,M, but got 'gpu'"]),
+    "unknown device": (
+        ["--device", "gpu"],
+        ["`device` must be auto, cpu, cuda, cuda:N or cuda:N,M, but got 'gpu'"],
+    ),
     "unknown key": (["--set", "ppo.clip_rnge=0.1"], ["`ppo.clip_rnge`", "Did you mean clip_range?"]),
     "unknown group": (["--set", "pppo.gamma=0.1"], ["A group must be one of env, task", "'pppo'"]),
     "no equals sign": (["--set", "optimizer.lr"], ["--set takes GROUP.KEY=VALUE", "'optimizer.lr'"]),

@@ -71,7 +71,8 @@ def test_names_of_devices(given: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["", "gpu", "cuda:", "cuda:-1", "cuda:1,", "cuda:1, 2", "cpu:0", "CUDA", "cuda:²", [], [-1], None, 0]
+    "given",
+    ["", "gpu", "cuda:", "cuda:-1", "cuda:1,", "cuda:1, 2", "cpu:0", "CUDA", "cuda:²", [], [-1], None, 0],
 )
 def test_what_is_no_device(given: Any) -> None:
     with pytest.raises(UserError, match=r"`device` must be auto, cpu, cuda, cuda:N or cuda:N,M, but got"):
@@ -93,7 +94,9 @@ def test_what_is_no_number_of_trials(limit: Any) -> None:
 
 
 def test_what_nvidia_smi_prints() -> None:
-    memory = "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77, [N/A]\nGPU-0aa11ebd-627f-af3f-1a0d-4e1fd92fd7b0, 39000\n"
+    memory = (
+        "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77, [N/A]\nGPU-0aa11ebd-627f-af3f-1a0d-4e1fd92fd7b0, 39000\n"
+    )
     first, second, third = cards(MIG_LISTING, memory)
     assert (first.name, first.uuid) == ("A100-SXM4-40GB", "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77")
     assert [card.free for card in (first, second, third)] == [None, 39000, None]
@@ -316,7 +319,9 @@ def test_those_that_are_named(machine: Callable[..., Path], monkeypatch: pytest.
         taking("cuda:2").__enter__()
 
 
-def test_without_gpus_torch_has_the_word(machine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gpus_torch_has_the_word(
+    machine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(EQUAL)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for device, told in {"cuda": "cuda", "cuda:1,0": "cuda:1", "cpu": "cpu", "auto": "cpu"}.items():
@@ -394,7 +399,9 @@ def test_one_that_has_to_wait(machine: Callable[..., Path], monkeypatch: pytest.
         assert {first.took().split()[1], second.took().split()[1]} == {B, C}
         third = Process("cuda", 1)
         assert third.process.stderr is not None
-        assert third.process.stderr.readline() == "waits for a GPU: each of 2 has as many trials as it may (1)\n"
+        assert (
+            third.process.stderr.readline() == "waits for a GPU: each of 2 has as many trials as it may (1)\n"
+        )
         assert third.process.poll() is None
         first.end()
         assert third.took().startswith("cuda GPU-")
