@@ -5,8 +5,8 @@ The rule, for every algorithm of Orion's:
 1. The trial's own working directory, or its own objects in the store: whichever is further. A retried
    trial finds there what it left; for ASHA and population-based training Orion has copied the
    parent's directory.
-   The copy may be older than what the parent did on another machine since: where the parent is told
-   (``--parent``) and the store has more of it, that is taken.
+   The copy may be older than what the parent did on another machine since: if the store has more of it,
+   that is taken; of a fork's parent where it is told (``--parent``).
 2. Where neither holds a whole checkpoint: the parent's in the store, where the parent is told
    (``--parent``); then one of the same identity (hyperparameters and seed), the most advanced that is not
    beyond the trial's epochs. Hyperband and EvolutionES promote into new, empty directories; this finds
@@ -247,12 +247,7 @@ class TrialStorage(MirroredStorage):
             if (own := super().load(look, on_refused, most)) is not None:
                 if self._uid is None or own.meta.get("uid") == self._uid:
                     return own
-                # A copy of the parent's, which may have gone on on another machine since.
-                try:
-                    return self._from_parent(check, on_refused, most, above=own.epoch) or own
-                except CheckpointError as error:
-                    on_refused(error)
-                    return own
+                return self._newer_than(own, check, on_refused, most) or own
         except CheckpointError as error:
             # One that is whole, but of other hyperparameters, is a mistake that somebody should hear of.
             if whole:
@@ -268,6 +263,25 @@ class TrialStorage(MirroredStorage):
             if failure is not None:
                 on_refused(failure)
         return found
+
+    def _newer_than(
+        self,
+        copy: Checkpoint,
+        check: Callable[[Checkpoint], None],
+        on_refused: Callable[[CheckpointError], None],
+        most: int,
+    ) -> Checkpoint | None:
+        """What the store has of a parent that went on elsewhere after it left here what was copied."""
+        if self.store is None:
+            return None
+        try:
+            if found := self._from_parent(check, on_refused, most, above=copy.epoch):
+                return found
+        except CheckpointError as error:
+            on_refused(error)
+        if copy.meta.get("identity") != self._config.identity() or copy.meta.get("lineage"):
+            return None  # of a fork: those of its hyperparameters have another history
+        return self._from_siblings(on_refused, most, above=copy.epoch)
 
     def register(self) -> None:
         """Let trials of the same identity find this one.
@@ -338,8 +352,10 @@ class TrialStorage(MirroredStorage):
         self._log.warning("no checkpoint is whole: starts again; torn ones that lie here are kept as *.torn")
         return True
 
-    def _from_siblings(self, on_refused: Callable[[CheckpointError], None], most: int) -> Checkpoint | None:
-        """The most advanced checkpoint of the same identity that is not too far, copied to here."""
+    def _from_siblings(
+        self, on_refused: Callable[[CheckpointError], None], most: int, above: int = -1
+    ) -> Checkpoint | None:
+        """The most advanced checkpoint of the same identity between two epochs, copied to here."""
         identity, places = self._config.identity(), list[tuple[int, int, str, str]]()
         if self._siblings is not None:
             for directory in self._listed(self._siblings, identity, self._part):
@@ -349,7 +365,7 @@ class TrialStorage(MirroredStorage):
             for key in self.store.names(IDENTITIES, identity[:32]):
                 places += [(epoch_of(n) or 0, 1, key, n) for n in self._names(key) if key != self.key]
         for epoch, remote, place, name in sorted(places, key=lambda p: (-p[0], p[1:])):
-            if epoch > self._config.task.epochs:
+            if not above < epoch <= self._config.task.epochs:
                 continue
             try:
                 if remote:

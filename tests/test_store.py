@@ -298,6 +298,9 @@ def test_a_copy_of_the_parent_that_is_older_than_the_parent(tmp_path: Path) -> N
         assert outcome.statistics["continued_from_epoch"] == epoch
         lineage = read(tmp_path / "here" / uid / "checkpoint-000003.safetensors").meta["lineage"]
         assert [(born["uid"], born["epoch"]) for born in lineage] == [("aa01", epoch)]
+    # A promotion is no fork: its parent is found without being told.
+    shutil.copytree(tmp_path / "here" / "p", tmp_path / "here" / "cc01")
+    assert run(tmp_path / "here" / "cc01", 3, uid="cc01", store=store).statistics["env_steps_here"] == 128
     # Its own checkpoints are never older than its parent's.
     again = run(tmp_path / "here" / "bb02", 4, uid="bb02", parent="aa01", store=store,
                 groups={**lr, "task": {"epochs": 4}})  # fmt: skip
