@@ -82,8 +82,8 @@ KINDS = {
 FINDINGS = """
 What these sweeps and those before them showed:
 
-- A trial's directory that could not be read gave a traceback; now it is one sentence. The trial is interrupted
-  and its hunt stops, and both go on when the hunt is started again.
+- A trial's directory that could not be read gave a traceback; now it is one sentence. The trial is
+  interrupted and its hunt stops, and both go on when the hunt is started again.
 - A trial whose only checkpoint was torn stayed broken for ever; now it starts again.
 - A first sweep of seed 3 failed: a process was killed while it looked at a trial that another one had just
   completed, and left its empty claim there. Nobody comes to a completed trial again, so that the supervisor
