@@ -456,6 +456,7 @@ class Sweep:
     def tear(self, victim: Running, kind: str) -> bool:
         """Spoil a file of a trial and kill it, so that it has to be read again."""
         from ppo_hpo.checkpoint import Storage
+        from ppo_hpo.errors import UserError
 
         # Stopped, so that it does not end in between: nobody could put back what a completed trial lost.
         os.kill(victim.pid, signal.SIGSTOP)
@@ -475,8 +476,8 @@ class Sweep:
                 content = content[: self.random.randrange(len(content))]
             path.write_bytes(content)
             done = True
-        except OSError:
-            return False
+        except (OSError, UserError):
+            return False  # its directory is unreadable just now
         finally:
             os.kill(victim.pid, signal.SIGKILL if done else signal.SIGCONT)
         return True
