@@ -38,12 +38,15 @@ lint: setup-dev
 # The peers' environments are made by the scripts themselves, in benchmarks/.peers.
 bench: setup-dev
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[box2d,mujoco,envpool,atari]'
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/warm.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning.py
-	$(BIN)/python benchmarks/orion_cost.py
+	$(BIN)/python benchmarks/where.py
+	$(BIN)/python benchmarks/vectorization.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/sweep.py
+	@cd benchmarks/results && cat learning.md overhead.md sweep.md speed.md
 
 clean:
 	rm -rf $(VENV) benchmarks/.peers build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -82,8 +82,8 @@ KINDS = {
 FINDINGS = """
 What these sweeps and those before them showed:
 
-- A trial's directory that could not be read gave a traceback; now it is one sentence, and the trial goes on
-  when it is put back.
+- A trial's directory that could not be read gave a traceback; now it is one sentence. The trial is
+  interrupted and its hunt stops, and both go on when the hunt is started again.
 - A trial whose only checkpoint was torn stayed broken for ever; now it starts again.
 - A first sweep of seed 3 failed: a process was killed while it looked at a trial that another one had just
   completed, and left its empty claim there. Nobody comes to a completed trial again, so that the supervisor
@@ -456,6 +456,7 @@ class Sweep:
     def tear(self, victim: Running, kind: str) -> bool:
         """Spoil a file of a trial and kill it, so that it has to be read again."""
         from ppo_hpo.checkpoint import Storage
+        from ppo_hpo.errors import UserError
 
         # Stopped, so that it does not end in between: nobody could put back what a completed trial lost.
         os.kill(victim.pid, signal.SIGSTOP)
@@ -475,8 +476,8 @@ class Sweep:
                 content = content[: self.random.randrange(len(content))]
             path.write_bytes(content)
             done = True
-        except OSError:
-            return False
+        except (OSError, UserError):
+            return False  # its directory is unreadable just now
         finally:
             os.kill(victim.pid, signal.SIGKILL if done else signal.SIGCONT)
         return True

@@ -17,7 +17,6 @@ from ppo_hpo import yamlio
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import UserError
 from ppo_hpo.experiment import open_experiment, params_of, statistics_of
-from ppo_hpo.seeds import test_seeds
 from ppo_hpo.space import fill, list_spaces, read_space
 
 if TYPE_CHECKING:
@@ -253,9 +252,10 @@ def preset_of(config: TrialConfig) -> str | None:
 def jobs_of(candidate: Candidate, seeds: int, place: Path) -> list[Job]:
     """The test trials of one configuration, each of one seed, in a directory named after its identity."""
     from ppo_hpo.batch import Job
+    from ppo_hpo.seeds import test_seeds as fresh_seeds  # which imports numpy
 
     found = []
-    for number, seed in enumerate(test_seeds(candidate.config, seeds), 1):
+    for number, seed in enumerate(fresh_seeds(candidate.config, seeds), 1):
         config = candidate.config.replace(task={"seed": seed, "seeds": 1})
         found.append(Job(f"{candidate.label}, seed {number}", config, place / config.identity()[:32]))
     return found

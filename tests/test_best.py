@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import signal
 import subprocess
@@ -316,7 +317,13 @@ def orion_file(root: Path) -> str:
 
 
 def test_nothing_is_hunted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["best", "other", "-c", orion_file(tmp_path)]) == 2
+    file = orion_file(tmp_path)
+    assert cli.main(["best", "other", "-c", file]) == 2
+    assert f"The database {tmp_path / 'orion.pkl'} does not exist" in capsys.readouterr().err
+    from orion.core.io.database.ephemeraldb import EphemeralDB
+
+    (tmp_path / "orion.pkl").write_bytes(pickle.dumps(EphemeralDB()))
+    assert cli.main(["best", "other", "-c", file]) == 2
     assert capsys.readouterr().err == "ppo-hpo: error: There is no experiment 'other' in the database.\n"
 
 

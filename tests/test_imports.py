@@ -74,7 +74,8 @@ def modules_after(code: str, *arguments: str | Path, cwd: Path = REPOSITORY) -> 
     done = subprocess.run(
         [sys.executable, "-c", whole, *map(str, arguments)],
         cwd=cwd,
-        env={**own, "PYTHONPATH": str(REPOSITORY)},
+        # `plugin` would import Orion's algorithms, which is where it is imported from.
+        env={**own, "PYTHONPATH": str(REPOSITORY), "PPO_HPO_LEAN": "0"},
         capture_output=True,
         text=True,
         check=False,
