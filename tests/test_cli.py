@@ -119,6 +119,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--device", "gpu"],
         ["`device` must be auto, cpu, cuda, cuda:N or cuda:N,M, but got 'gpu'"],
     ),
+    "no trials on a device": (
+        ["--trials-per-device", "0"],
+        ["`trials_per_device` must be a whole number of at least 1, but got 0"],
+    ),
     "unknown key": (["--set", "ppo.clip_rnge=0.1"], ["`ppo.clip_rnge`", "Did you mean clip_range?"]),
     "unknown group": (["--set", "pppo.gamma=0.1"], ["A group must be one of env, task", "'pppo'"]),
     "no equals sign": (["--set", "optimizer.lr"], ["--set takes GROUP.KEY=VALUE", "'optimizer.lr'"]),

@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from orion.client import get_experiment
 
-from ppo_hpo import gpus, trial
+import ppo_hpo
+from ppo_hpo import gpus, trial, yamlio
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import NotHere, UserError
 from ppo_hpo.executors import make
@@ -463,6 +465,27 @@ def test_a_trial_that_asks_for_a_gpu_takes_one(machine: Callable[..., Path], tmp
     with pytest.raises(NotHere, match="Device 'cuda:0' was asked for, but torch finds none here"):
         trial.run(CONFIG, tmp_path / "trial", device="cuda", trials_per_device=2, console=False)
     assert f"takes GPU 0 of 3 ({A}, 100 MiB free)" in (tmp_path / "trial" / "log.txt").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_sweep_hands_it_on(
+    machine: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(EQUAL)
+    monkeypatch.chdir(tmp_path)
+    groups = CONFIG.to_mapping()
+    groups["optimizer"]["lr"] = "orion~loguniform(1e-4, 1e-2)"
+    (tmp_path / "space.yaml").write_text(yamlio.dump(groups))
+    options = {"space": "space.yaml", "algorithm": "random", "name": "it", "max_trials": 1, "progress": False}
+    # A worker is a process of its own, and sees its GPU alone: it is not told the number.
+    with pytest.raises(UserError, match="Device 'cuda' was asked for, but torch finds none here"):
+        ppo_hpo.sweep(**options, device=[2, 1], trials_per_device=2)
+    (log,) = (tmp_path / "it" / "trials").glob("*/log.txt")
+    assert f"takes GPU 1 of 3 ({B}, 80 MiB free)" in log.read_text()
+    # And a hunt that goes on with the sweep is told the same.
+    storage = yamlio.load(tmp_path / "it" / "orion.yaml")["storage"]
+    command = get_experiment("it", storage=storage).metadata["user_args"]
+    assert command[4:] == ["--device", "cuda:2,1", "--trials-per-device", "2"]
 
 
 def test_ray_gives_out_gpus_itself() -> None:

@@ -274,6 +274,7 @@ print("MODULES", *sorted(sys.modules))
     assert {name for name in modules if name.startswith("ppo_hpo.")} == {
         "ppo_hpo.cli",
         "ppo_hpo.errors",
+        "ppo_hpo.rundir",
         "ppo_hpo.warm",
     }
     assert not {"numpy", "yaml", "torch", "gymnasium"} & modules
