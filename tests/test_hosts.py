@@ -169,11 +169,12 @@ class Lab:
         self.stack.callback(end, process)
         return process
 
-    def hunt(self, host: str, max_trials: int, **variables: str) -> subprocess.Popen[str]:
+    def hunt(self, host: str, max_trials: int) -> subprocess.Popen[str]:
         """The very same command on each host."""
         return self.start(
             host, "orion", "hunt", "-n", "two", "-c", "orion.yaml", "--exp-max-trials", str(max_trials),
-            "ppo-hpo", "run", "--config", "space.yaml", "--device", "cpu", "--store", self.store, **variables,
+            "ppo-hpo", "run", "--config", "space.yaml", "--device", "cpu", "--parent", "{trial.parent}",
+            PPO_HPO_STORE=self.store,
         )  # fmt: skip
 
     def trials(self) -> dict[str, Any]:
