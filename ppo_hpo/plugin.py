@@ -1,4 +1,4 @@
-"""What Orion imports when it makes an algorithm: it turns on `lean`, and nothing else.
+"""What Orion imports when it makes an algorithm: it turns on `lean` and `orionfixes`, and nothing else.
 
 An entry point of Orion's group ``BaseAlgorithm`` is the only thing of ours that a plain ``orion hunt``
 loads, and one that fails would break every algorithm of everybody. So nothing that goes wrong here gets
@@ -7,9 +7,10 @@ out.
 
 loaded = True
 try:
-    from ppo_hpo import lean
+    from ppo_hpo import lean, orionfixes
 
     lean.install()
+    orionfixes.install()
 except Exception:  # Orion does without
     loaded = False
     import logging
