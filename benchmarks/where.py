@@ -46,7 +46,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("  Adam", learner.FlatAdam, "step"),
     ("evaluation", task.PPO, "_evaluate"),
     ("checkpoint", task.PPO, "_save"),
-    ("curve and log", trial, "_keep_records"),
+    ("curve and log", trial._Trial, "_keep_records"),
 ]
 
 

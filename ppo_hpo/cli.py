@@ -245,6 +245,17 @@ def _build_parser() -> argparse.ArgumentParser:
     retry.add_argument("--trial", metavar="ID", help="only this one, by its id or the beginning of it")
     retry.add_argument("--status", choices=["broken", "reserved"], help="only those of this status")
     retry.set_defaults(command=_retry)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed here, how a database is, and what is wrong with it",
+        description="Versions, devices, extras, and the state of a database: broken and stuck trials, locks "
+        "that a killed worker left. Each thing that needs doing is one sentence that says how. Exit code 1 "
+        "if there is one.",
+    )
+    doctor.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file, for its database")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -598,3 +609,11 @@ def _retry(arguments: argparse.Namespace) -> int:
 
     print(retry(arguments.name, arguments.config, trial=arguments.trial, status=arguments.status))
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.doctor import examine, to_json
+
+    report = examine(arguments.config)
+    print(to_json(report) if arguments.json else report)
+    return 1 if report.findings else 0

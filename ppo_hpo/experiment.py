@@ -10,6 +10,9 @@ from ppo_hpo import yamlio
 from ppo_hpo.errors import UserError
 from ppo_hpo.space import leaves
 
+#: Orion's databases, and ours, that are a file.
+_FILES = ("pickleddb", "sqlitedb")
+
 
 def open_experiment(name: str, config: str | None = None, mode: str = "r") -> Any:
     """Orion's client of an experiment that is in the database.
@@ -23,12 +26,7 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
     Raises:
         UserError: there is no such experiment, or its database cannot be opened.
     """
-    storage = None
-    if config is not None:
-        content = yamlio.load(Path(config))
-        storage = content.get("storage") if isinstance(content, Mapping) else None
-        if storage is None and isinstance(content, Mapping) and "database" in content:
-            storage = {"type": "legacy", "database": content["database"]}
+    storage = storage_of(config)
     import warnings
 
     with warnings.catch_warnings():
@@ -37,7 +35,7 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
         from orion.client import get_experiment
         from orion.core.utils.exceptions import NoConfigurationError
     source = f"the storage in {config}" if storage else "Orion's own configuration"
-    _refuse_missing_file(storage, source)
+    refuse_missing_file(storage, source)
     try:
         return get_experiment(name, storage=storage, mode=mode)
     except Exception as error:
@@ -51,13 +49,24 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
         raise UserError(f"There is no experiment {name!r} in the database.{hint}") from None
 
 
-def _refuse_missing_file(storage: Any, source: str) -> None:
+def storage_of(config: str | None) -> dict[str, Any] | None:
+    """What Orion's configuration file says of its storage; None without a file, or without a word of it."""
+    if config is None:
+        return None
+    content = yamlio.load(Path(config))
+    storage = content.get("storage") if isinstance(content, Mapping) else None
+    if storage is None and isinstance(content, Mapping) and "database" in content:
+        storage = {"type": "legacy", "database": content["database"]}
+    return storage
+
+
+def refuse_missing_file(storage: Any, source: str) -> None:
     """Orion would make the file of a mistyped name, and its directories, and find nothing in it."""
     import orion.core
 
     found: Any = storage or orion.core.config.storage.to_dict()
     database: Any = found.get("database") if isinstance(found, Mapping) else None
-    if not isinstance(database, Mapping) or str(database.get("type")).lower() != "pickleddb":
+    if not isinstance(database, Mapping) or str(database.get("type")).lower() not in _FILES:
         return
     host = database.get("host")  # nothing: Orion's own file, which it may make
     if isinstance(host, str) and host and not Path(host).exists():

@@ -1,4 +1,4 @@
-"""What Orion imports when it makes an algorithm: it turns on `lean` and `promote`, and nothing else.
+"""What Orion imports when it makes an algorithm: it turns on `lean`, `orionfixes` and `promote`, no more.
 
 An entry point of Orion's group ``BaseAlgorithm`` is the only thing of ours that a plain ``orion hunt``
 loads, and one that fails would break every algorithm of everybody. So nothing that goes wrong here gets
@@ -7,9 +7,10 @@ out.
 
 loaded = True
 try:
-    from ppo_hpo import lean, promote
+    from ppo_hpo import lean, orionfixes, promote
 
-    if lean.install():
+    lean.install()
+    if orionfixes.install():
         promote.install()
 except Exception:  # Orion does without
     loaded = False

@@ -5,7 +5,7 @@ another machine the whole hunt fails (`prepare_trial_working_dir` in orion/clien
 tests/test_hosts.py shows it). From Python `client.prepare_trial` takes its place; a hunt can be told of none.
 
 `install` gives such a trial an empty directory instead, where the experiment's command is ours: `ppo-hpo run`
-finds its beginning in the store, and without one starts again. ``PPO_HPO_LEAN=0`` turns it off.
+finds its beginning in the store, and without one starts again. ``PPO_HPO_FIXES=0`` turns it off.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ that two things are looked at:
 
 A worker that is killed while it holds the lock of the experiment's algorithm leaves it locked, and all
 others wait. Nothing says who holds it, only since when. They wait for a minute at a time, so that one who has
-held it for `_PATIENCE` is gone, or as good as gone. One that is killed after it stored a result and before it
+held it for `PATIENCE` is gone, or as good as gone. One that is killed after it stored a result and before it
 told the algorithm leaves ASHA and Hyperband waiting for it for ever: results that were not told are told.
 """
 
@@ -26,8 +26,8 @@ from ppo_hpo.experiment import open_experiment
 
 #: Statuses that a trial can be stuck in.
 STUCK = ("broken", "reserved")
-# Seconds, two of Orion's heartbeats, and twice what Orion's workers wait for the algorithm's lock.
-_PATIENCE = 120.0
+#: Seconds, two of Orion's heartbeats, and twice what Orion's workers wait for the algorithm's lock.
+PATIENCE = 120.0
 _MOMENT = 10.0
 # Characters of the reason why a trial was broken; the rest is in its directory.
 _SHOWN = 200
@@ -98,10 +98,10 @@ def _put_back(client: Any, trial: Any, *, named: bool) -> str:
         if named:
             raise UserError(f"Trial {trial.id} {text}. End that first, or wait for it.")
         return f"{line}{text}: left alone"
-    if was == "reserved" and not named and (age := _age(trial.heartbeat)) < _PATIENCE:
+    if was == "reserved" and not named and (seconds := age(trial.heartbeat)) < PATIENCE:
         return (
-            f"{line}has a worker, seen {max(age, 0):.0f} s ago: left alone; if that one is gone, try again "
-            f"in {_PATIENCE - age:.0f} s, or take it with --trial {trial.id[:8]}"
+            f"{line}has a worker, seen {max(seconds, 0):.0f} s ago: left alone; if that one is gone, try "
+            f"again in {PATIENCE - seconds:.0f} s, or take it with --trial {trial.id[:8]}"
         )
     try:
         client.storage.set_trial_status(trial, "interrupted", was=was)
@@ -112,7 +112,7 @@ def _put_back(client: Any, trial: Any, *, named: bool) -> str:
     return f"{line}{why}put back"
 
 
-def _age(moment: datetime.datetime | None) -> float:
+def age(moment: datetime.datetime | None) -> float:
     """Seconds since a moment, by this machine's clock; Orion keeps UTC without saying so."""
     if moment is None:
         return float("inf")
@@ -128,9 +128,9 @@ def _mend_algorithm(client: Any) -> list[str]:
     text = ""
     if held := database.read("algo", query):
         since = held[0]["heartbeat"]
-        age = _age(since)
+        seconds = age(since)
         text = f"the algorithm's lock is held since {since:%Y-%m-%d %H:%M:%S} UTC"
-        if age >= _PATIENCE:
+        if seconds >= PATIENCE:
             now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
             data = {"locked": 0, "heartbeat": now}
             if database.read_and_write("algo", query={**query, "heartbeat": since}, data=data) is None:
@@ -138,7 +138,8 @@ def _mend_algorithm(client: Any) -> list[str]:
             lines.append(f"{text}, longer than anybody needs it: released")
         else:
             text += (
-                f", {max(age, 0):.0f} s: left alone; if that stays so, try again in {_PATIENCE - age:.0f} s"
+                f", {max(seconds, 0):.0f} s: left alone; if that stays so, try again in "
+                f"{PATIENCE - seconds:.0f} s"
             )
     from orion.storage.base import LockAcquisitionTimeout
 

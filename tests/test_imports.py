@@ -35,8 +35,8 @@ LAYERS = {
     ],
     "trial": ["failure", "lock", "sources", "trial", "batch"],
     "Orion edge": [
-        "client", "experiment", "lineage", "clean", "report", "best", "retry", "progress", "worker",
-        "executors", "lean", "promote", "sweeps",
+        "client", "experiment", "lineage", "clean", "report", "best", "retry", "doctor", "progress", "worker",
+        "executors", "lean", "orionfixes", "promote", "sweeps",
     ],
     # What Orion imports by its entry points: for every user of it, whatever they do.
     "Orion plugins": ["plugin", "rayexecutor", "sqlitedb", "workers"],
@@ -75,7 +75,7 @@ def modules_after(code: str, *arguments: str | Path, cwd: Path = REPOSITORY) -> 
         [sys.executable, "-c", whole, *map(str, arguments)],
         cwd=cwd,
         # `plugin` would import Orion's algorithms, which is where it is imported from.
-        env={**own, "PYTHONPATH": str(REPOSITORY), "PPO_HPO_LEAN": "0"},
+        env={**own, "PYTHONPATH": str(REPOSITORY), "PPO_HPO_LEAN": "0", "PPO_HPO_FIXES": "0"},
         capture_output=True,
         text=True,
         check=False,

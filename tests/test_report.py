@@ -191,6 +191,7 @@ def test_bad_configuration_of_orion(text: str | None, part: str, tmp_path: Path)
         ("storage: {type: legacy, database: {type: foo, host: x}}", "cannot be opened (NotImplementedError"),
         ("storage: {type: legacy, database: {type: pickleddb, host: torn.pkl}}", "cannot be opened ("),
         ("storage: {type: legacy, database: {type: pickleddb, host: no/a.pkl}}", "no/a.pkl does not exist"),
+        ("storage: {type: legacy, database: {type: sqlitedb, host: no/a.db}}", "no/a.db does not exist"),
     ],
 )  # fmt: skip
 def test_a_database_that_cannot_be_opened(
