@@ -1,8 +1,8 @@
 """Mistakes of Orion 0.2.7 that stop a sweep, worked round from our side until a release repairs them.
 
-Each of the functions below `_install` mends one, says where it is known, and acts only where Orion fails, waits
-for ever or sorts by NaN: a sweep that went well without it gets the very same suggestions. What a plugin
-cannot mend is in docs/orion.md, with what to do.
+Each of the functions below `_install` mends one, says where it is known, and acts only where Orion fails,
+waits for ever or sorts by NaN: a sweep that went well without it gets the very same suggestions. What a
+plugin cannot mend is in docs/orion.md, with what to do.
 
 Like `lean`, all this is for the version of Orion that it was tested with, and ``PPO_HPO_FIXES=0`` in the
 environment turns it off. ``tests/test_orionfixes.py`` shows each mistake in Orion as it is, and fails once it
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import builtins
 import functools
-import importlib.util
 import logging
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -99,8 +97,8 @@ class _Generator:
 def _register(plain: Callable[..., Any], asha: type) -> Callable[..., Any]:
     """A broken trial, and one whose objective is NaN, is the worst of its rung.
 
-    A rung of Hyperband or EvolutionES waits until each trial has an objective, and a broken one never gets any:
-    https://github.com/Epistimio/orion/issues/757, 691 and 858. ASHA leaves broken trials out, and does so still.
+    A rung of Hyperband or EvolutionES waits until each trial has an objective; a broken one never gets any:
+    https://github.com/Epistimio/orion/issues/757, 691 and 858. ASHA leaves broken trials out, as before.
     Among floats NaN is neither less nor more, so that a sorted rung is in no order, and NaN was promoted.
     When a broken trial was put back and completes, its result takes the place of this one.
     """
@@ -121,11 +119,11 @@ def _register(plain: Callable[..., Any], asha: type) -> Callable[..., Any]:
 def _init(plain: Callable[..., Any], truncate: type) -> Callable[..., Any]:
     """PBT begins at the lowest fidelity, and with a population smaller than its rules ask for.
 
-    Its fidelities are powers: from 3 with the base 5 they begin with 3.0000000000000004, the trials with 3, and
-    the first promotion ends in ``KeyError: 3`` (so with 51 of the 180 pairs of a whole ``low`` up to 20 and a ``base``
-    from 2 to 10). And its rules decide on nothing before five trials of a generation are completed, nor where a
-    fifth of them is less than one: with ``population_size`` below five none is ever continued, and
-    `suggest` waits for ever. What is stored of the configuration stays what it was.
+    Its fidelities are powers: from 3 with the base 5 they begin with 3.0000000000000004, the trials with
+    3, and the first promotion ends in ``KeyError: 3`` (so with 51 of the 180 pairs of a ``low`` from 1 to 20
+    and a ``base`` from 2 to 10). And its rules decide on nothing before five trials of a generation are
+    completed, nor where a fifth of them is less than one: with ``population_size`` below five none is ever
+    continued, and `suggest` waits for ever. What is stored of the configuration stays what it was.
     """
 
     @functools.wraps(plain)  # Orion reads the names of what it stores from the signature
@@ -193,14 +191,3 @@ def _sorted(
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def without_profet() -> None:
-    """Let `orion`, about to be imported, do without the benchmarks of `profet`, which cannot work here.
-
-    Every command of Orion's imports its web server, and with it these benchmarks: they import torch and then warn
-    that GPy or emukit is missing. An entry point comes too late for that; ``ppo-hpo orion`` does it.
-    Orion's own handling of their absence goes on from there.
-    """
-    if os.environ.get(VARIABLE, "1") != "0" and importlib.util.find_spec("emukit") is None:
-        sys.modules.setdefault("orion.benchmark.task.profet", None)  # type: ignore[arg-type]

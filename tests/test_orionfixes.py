@@ -98,50 +98,75 @@ import sys, warnings
 warnings.simplefilter("ignore")
 from orion.client import build_experiment
 space = {"x": "uniform(0, 1)", "epochs": "fidelity(1, 9, base=3)"}
-for number, (name, options) in enumerate([("hyperband", {"seed": 3, "repetitions": 2}), ("pbt", {"generations": 2}),
-                                          ("evolutiones", {"seed": 3, "repetitions": 1})]):
+for name, options in [("hyperband", {"seed": 3, "repetitions": 2}), ("pbt", {"generations": 2}),
+                      ("evolutiones", {"seed": 3, "repetitions": 1})]:
     client = build_experiment(name, space=space, algorithm={name: options},
                               storage={"type": "legacy", "database": {"type": "ephemeraldb"}})
     stored = client._experiment.algorithm.configuration[name]
     print(name, {key: stored.get(key, "lost") for key in options}, len(stored))
 """
-# Prints what became of a sweep: how many trials were completed, how many failed, the fidelities, and how it ended.
-LAST = """
+CASES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "population": (
+        {"pbt": {"seed": 3, "population_size": 2, "generations": 2, "fork_timeout": 5}},
+        "fidelity(1, 16, base=4)",
+        "",
+    ),
+    "power": ({"pbt": {"seed": 3, "population_size": 5, "generations": 1}}, "fidelity(3, 15, base=5)", ""),
+    "hyperband": ({"hyperband": {"seed": 3, "repetitions": 1}}, "fidelity(1, 4, base=2)", "broken"),
+    "evolutiones": (
+        {"evolutiones": {"seed": 3, "repetitions": 1, "nums_population": 4}},
+        "fidelity(1, 4, base=2)",
+        "broken",
+    ),
+    "nan": ({"asha": {"seed": 3, "num_rungs": 3, "num_brackets": 1}}, "fidelity(1, 9, base=3)", "nan"),
+}
+# Prints of each sweep: x and fidelity of its trials, which was broken, how many NaN were promoted, the end.
+SWEEPS = """
 import json, math, sys, warnings
 warnings.simplefilter("ignore")
 from orion.client import build_experiment
 from orion.core.utils.exceptions import CompletedExperiment, WaitingForTrials
-algorithm, fidelity, bad = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
-client = build_experiment("e", space={"x": "uniform(0, 1)", "epochs": fidelity}, algorithm=algorithm, max_trials=999,
-                          max_broken=999, storage={"type": "legacy", "database": {"type": "ephemeraldb"}},
-                          working_dir=sys.argv[4])
-told, spoilt, broken, end = [], set(), [], "going on"
-for step in range(40):
-    try:
-        trial = client.suggest()
-    except (WaitingForTrials, CompletedExperiment, KeyError) as error:
-        end = type(error).__name__
-        break
-    x, epochs = trial.params["x"], trial.params["epochs"]
-    told.append([x, epochs])
-    if bad == "broken" and epochs == 1 and not broken:
-        broken.append(len(told) - 1)
-        client.release(trial, status="broken")
-    elif bad == "nan" and step in (1, 4, 6):
-        spoilt.add(x)
-        client.observe(trial, math.nan)
-    else:
-        client.observe(trial, x)
-print(json.dumps({"told": told, "nan_promoted": sum(x in spoilt for x, _ in told) - len(spoilt), "end": end,
-                  "broken": broken}))
+
+
+def sweep(name, algorithm, fidelity, bad):
+    client = build_experiment(name, space={"x": "uniform(0, 1)", "epochs": fidelity}, algorithm=algorithm,
+                              max_trials=999, max_broken=999, working_dir=sys.argv[2],
+                              storage={"type": "legacy", "database": {"type": "ephemeraldb"}})
+    told, spoilt, broken, end = [], set(), None, "going on"
+    for step in range(30):
+        try:
+            trial = client.suggest()
+        except (WaitingForTrials, CompletedExperiment, KeyError) as error:
+            end = type(error).__name__
+            break
+        x, epochs = trial.params["x"], trial.params["epochs"]
+        told.append([x, epochs])
+        if bad == "broken" and epochs == 1 and broken is None:
+            broken = step
+            client.release(trial, status="broken")
+        elif bad == "nan" and step in (1, 4, 6):
+            spoilt.add(x)
+            client.observe(trial, math.nan)
+        else:
+            client.observe(trial, x)
+    promoted = sum(x in spoilt for x, _ in told) - len(spoilt)
+    return {"told": told, "promoted": promoted, "end": end, "broken": broken}
+
+
+print(json.dumps({name: sweep(name, *case) for name, case in json.loads(sys.argv[1]).items()}))
 """
 
 
-def sweep(on: bool, algorithm: dict[str, Any], fidelity: str, bad: str, folder: Path) -> dict[str, Any]:
-    done = run(on, LAST, json.dumps(algorithm), fidelity, bad, str(folder), cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Each case by Orion as it is, and mended."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    both = []
+    for on in (False, True):
+        done = run(on, SWEEPS, json.dumps(CASES), str(folder), cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        both.append(json.loads(done.stdout.splitlines()[-1]))
+    return both
 
 
 def test_what_orion_stores_of_an_algorithm_is_whole(tmp_path: Path) -> None:
@@ -151,32 +176,29 @@ def test_what_orion_stores_of_an_algorithm_is_whole(tmp_path: Path) -> None:
     assert "hyperband {'seed': 3, 'repetitions': 2} 2\n" in with_.stdout
 
 
-def test_a_population_of_two(tmp_path: Path) -> None:
+def test_a_population_of_two(sweeps: list[dict[str, Any]]) -> None:
     """Two trials of each of three generations; Orion alone continues none of the first two."""
-    algorithm = {"pbt": {"seed": 3, "population_size": 2, "generations": 2, "fork_timeout": 5}}
-    found = [sweep(on, algorithm, "fidelity(1, 16, base=4)", "", tmp_path) for on in (False, True)]
+    found = [both["population"] for both in sweeps]
     assert (found[0]["end"], len(found[0]["told"])) == ("WaitingForTrials", 2)
     assert [epochs for _, epochs in found[1]["told"]] == [1, 1, 4, 4, 16, 16]
     assert found[1]["end"] == "CompletedExperiment"
     assert found[1]["told"][:2] == found[0]["told"]
 
 
-def test_a_lowest_fidelity_that_is_no_exact_power(tmp_path: Path) -> None:
-    algorithm = {"pbt": {"seed": 3, "population_size": 5, "generations": 1}}
-    found = [sweep(on, algorithm, "fidelity(3, 15, base=5)", "", tmp_path) for on in (False, True)]
+def test_a_lowest_fidelity_that_is_no_exact_power(sweeps: list[dict[str, Any]]) -> None:
+    found = [both["power"] for both in sweeps]
     assert found[0]["end"] == "KeyError"
     assert found[1]["end"] == "CompletedExperiment"
     assert {round(epochs, 9) for _, epochs in found[1]["told"]} == {3, 15}
 
 
 @pytest.mark.parametrize("name", ["hyperband", "evolutiones"])
-def test_a_broken_trial_does_not_block_its_rung(tmp_path: Path, name: str) -> None:
-    options = {"seed": 3, "repetitions": 1} | ({"nums_population": 4} if name == "evolutiones" else {})
-    found = [sweep(on, {name: options}, "fidelity(1, 4, base=2)", "broken", tmp_path) for on in (False, True)]
+def test_a_broken_trial_does_not_block_its_rung(sweeps: list[dict[str, Any]], name: str) -> None:
+    found = [both[name] for both in sweeps]
     assert found[0]["end"] == "WaitingForTrials"
     assert found[1]["end"] == "CompletedExperiment"
     assert len(found[1]["told"]) > len(found[0]["told"])
-    (index,) = found[1]["broken"]
+    index = found[1]["broken"]
     broken = found[1]["told"][index][0]
     if name == "hyperband":  # the worst of its rung, so not promoted
         assert sum(x == broken for x, _ in found[1]["told"]) == 1
@@ -184,11 +206,10 @@ def test_a_broken_trial_does_not_block_its_rung(tmp_path: Path, name: str) -> No
     assert found[1]["told"][: index + 1] == found[0]["told"][: index + 1]
 
 
-def test_no_nan_is_promoted(tmp_path: Path) -> None:
-    algorithm = {"asha": {"seed": 3, "num_rungs": 3, "num_brackets": 1}}
-    found = [sweep(on, algorithm, "fidelity(1, 9, base=3)", "nan", tmp_path) for on in (False, True)]
-    assert found[0]["nan_promoted"] > 0
-    assert found[1]["nan_promoted"] == 0
+def test_no_nan_is_promoted(sweeps: list[dict[str, Any]]) -> None:
+    found = [both["nan"] for both in sweeps]
+    assert found[0]["promoted"] > 0
+    assert found[1]["promoted"] == 0
 
 
 NAN = """
