@@ -355,5 +355,5 @@ def test_a_whole_number_that_was_computed_by_powers() -> None:
     config = TrialConfig.from_mapping({"task": {"epochs": 44.99999999999997, "max_epochs": 45}})
     assert config.task.epochs == 45
     assert type(config.task.epochs) is int
-    with pytest.raises(UserError, match="must be a whole number, but got 44.999"):
+    with pytest.raises(UserError, match=r"must be a whole number, but got 44\.999"):
         TrialConfig.from_mapping({"task": {"epochs": 44.999, "max_epochs": 45}})
