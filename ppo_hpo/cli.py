@@ -614,6 +614,6 @@ def _retry(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from ppo_hpo.doctor import examine, to_json
 
-    report = examine(arguments.config)
+    report = examine(arguments.config, progress=sys.stderr)
     print(to_json(report) if arguments.json else report)
     return 1 if report.findings else 0

@@ -35,8 +35,14 @@ def _integer(default: Any, low: int, doc: str, *, high: int, optional: bool = Fa
     def rule(name: str, value: Any) -> Any:
         if optional and _is_none(value):
             return None
-        whole = isinstance(value, float) and value.is_integer()
-        if isinstance(value, bool) or not (isinstance(value, int) or whole):
+        # Orion's PBT computes its fidelities by powers: 45 comes as 44.99999999999997.
+        if (
+            isinstance(value, float)
+            and math.isfinite(value)
+            and abs(value - round(value)) <= 1e-12 * abs(value)
+        ):
+            value = round(value)
+        if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"`{name}` must be a whole number, but got {value!r}.")
         if value < low:
             raise UserError(f"`{name} >= {low}` must hold, but got {value!r}.")

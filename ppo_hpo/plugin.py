@@ -7,13 +7,21 @@ out.
 
 loaded = True
 try:
-    from ppo_hpo import lean, orionfixes, promote
+    from ppo_hpo import lean
 
     lean.install()
-    if orionfixes.install():
-        promote.install()
 except Exception:  # Orion does without
     loaded = False
     import logging
 
     logging.getLogger("ppo_hpo").warning("Orion is left as it is", exc_info=True)
+try:
+    from ppo_hpo import orionfixes, promote
+
+    if orionfixes.install():
+        promote.install()
+except Exception:
+    loaded = False
+    import logging
+
+    logging.getLogger("ppo_hpo").warning("Orion's mistakes are left as they are", exc_info=True)

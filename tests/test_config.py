@@ -348,3 +348,12 @@ def test_names_that_other_tables_use_exist() -> None:
 def test_every_hyperparameter_says_what_it_is() -> None:
     for group, item in FIELDS:
         assert item.metadata["doc"], f"{group}.{item.name}"
+
+
+def test_a_whole_number_that_was_computed_by_powers() -> None:
+    """Orion's PBT asks for 45 epochs so; what is further off is no whole number."""
+    config = TrialConfig.from_mapping({"task": {"epochs": 44.99999999999997, "max_epochs": 45}})
+    assert config.task.epochs == 45
+    assert type(config.task.epochs) is int
+    with pytest.raises(UserError, match=r"must be a whole number, but got 44\.999"):
+        TrialConfig.from_mapping({"task": {"epochs": 44.999, "max_epochs": 45}})
