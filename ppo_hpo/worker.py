@@ -29,12 +29,12 @@ def serve(connection_fd: int, lifeline: int) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Interrupted(signum)
 
-    signal.signal(signal.SIGTERM, stop)
-    for descriptor in (connection_fd, lifeline):
-        os.set_inheritable(descriptor, False)
-    threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
     code = 0
     try:
+        signal.signal(signal.SIGTERM, stop)
+        for descriptor in (connection_fd, lifeline):
+            os.set_inheritable(descriptor, False)
+        threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
         connection = multiprocessing.connection.Connection(connection_fd)
         while True:
             connection.send_bytes(_answer(connection.recv_bytes()))
