@@ -234,6 +234,35 @@ def test_nan_is_the_worst_for_pbt_and_tpe(tmp_path: Path) -> None:
     assert run(True, NAN, cwd=tmp_path).stdout.split("\n")[:3] == ["[1.0, 2.0, 3.0, nan]"] * 2 + ["inf"]
 
 
+SAME = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import lean_sweeps
+lean_sweeps.main()
+from orion.algo.hyperband.hyperband import Hyperband
+print(hasattr(Hyperband, "rng"))
+"""
+
+
+def test_sweeps_that_went_well_get_the_very_same_suggestions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweeps of `test_lean`: what was suggested, the state in the end and all trials."""
+    # Orion's own registry holds sets of names, whose order would differ between processes.
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setenv("PPO_HPO_LEAN", "0")
+    cases = [f"{name}:one" for name in ("hyperband", "EvolutionES", "pbt", "tpe", "asha")]
+    arguments = [str(Path(__file__).parent), str(tmp_path), "ephemeraldb", "1", *cases]
+    (as_it_is, off), (mended, on) = (
+        run(mending, SAME, *arguments, cwd=tmp_path).stdout.splitlines()[-2:] for mending in (False, True)
+    )
+    assert (off, on) == ("False", "True")
+    found = json.loads(as_it_is)
+    assert sorted(found) == sorted(cases)
+    assert all(len(told) >= 5 for told, *_ in found.values())
+    assert json.loads(mended) == found
+
+
 def test_another_version_is_left_as_it_is(tmp_path: Path) -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
