@@ -138,7 +138,7 @@ def test_lines_of_others_and_torn_lines_are_left_out(tmp_path: Path) -> None:
 
 
 def test_report_counts_a_broken_and_a_killed_trial(tmp_path: Path) -> None:
-    """Through Orion: one completed at the first try, one killed and broken, one that failed and was completed."""
+    """Through Orion: one completed at once, one killed and broken, one that failed and went on."""
     from orion.client import build_experiment
     from orion.client.runner import prepare_trial_working_dir
 
