@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ def cost_of(trials: Sequence[Any]) -> Cost:
 def costs_of(trials: Sequence[Any]) -> list[Cost]:
     """What each of these trials of Orion's has cost, in their order.
 
-    From its directory, where every process has written down what it spent; where that is not to be had, as on
-    another machine, from what the process that completed it reported.
+    From its directory, where every process has written down what it spent; and from what the process that
+    completed it reported, where that one wrote on another machine.
     """
     # Of one configuration each rung above the lowest went on from where one below had ended.
     rungs: dict[str, list[float]] = {}
@@ -88,31 +88,40 @@ def costs_of(trials: Sequence[Any]) -> list[Cost]:
             again = min(values.get("continued_from_epoch", 0.0), max(below))
             saved = again * values["env_steps"] / values["epochs"]
         lines = ledger.read(Path(trial.working_dir), trial.id)
-        if lines:
-            evaluation = sum(line.eval_steps for line in lines)
-            found.append(
-                Cost(
-                    env_steps=sum(line.steps for line in lines) + evaluation,
-                    eval_steps=evaluation,
-                    wall_seconds=sum(line.wall_seconds for line in lines),
-                    cpu_seconds=sum(line.cpu_seconds for line in lines),
-                    saved_steps=round(saved),
-                    unkept_steps=ledger.unkept(lines),
-                    unended=len({line.process for line in lines if line.state in ("began", "epoch")}),
-                )
-            )
-            continue
-        evaluation = int(values.get("eval_steps_here", 0.0))
-        found.append(
-            Cost(
-                env_steps=int(values.get("env_steps_here", 0.0)) + evaluation,
-                eval_steps=evaluation,
-                wall_seconds=values.get("wall_seconds", 0.0),
-                cpu_seconds=values.get("cpu_seconds", 0.0),
-                saved_steps=round(saved),
-            )
+        cost = Cost(
+            env_steps=sum(line.steps + line.eval_steps for line in lines),
+            eval_steps=sum(line.eval_steps for line in lines),
+            wall_seconds=sum(line.wall_seconds for line in lines),
+            cpu_seconds=sum(line.cpu_seconds for line in lines),
+            saved_steps=round(saved),
+            unkept_steps=ledger.unkept(lines),
+            unended=len({line.process for line in lines if line.state in ("began", "epoch")}),
         )
+        found.append(cost if _is_among(values, lines) else _with(cost, values))
     return found
+
+
+def _is_among(values: Mapping[str, float], lines: Sequence[ledger.Line]) -> bool:
+    """Whether the process that completed the trial, if one did, wrote its lines here and not elsewhere."""
+    if not values:
+        return True
+    spent: dict[str, tuple[int, int]] = {}
+    for line in lines:
+        steps, evaluation = spent.get(line.process, (0, 0))
+        spent[line.process] = steps + line.steps, evaluation + line.eval_steps
+    return (values.get("env_steps_here"), values.get("eval_steps_here")) in spent.values()
+
+
+def _with(cost: Cost, values: Mapping[str, float]) -> Cost:
+    """What is known from here, and what the process that completed the trial reported to Orion."""
+    evaluation = int(values.get("eval_steps_here", 0.0))
+    return replace(
+        cost,
+        env_steps=cost.env_steps + int(values.get("env_steps_here", 0.0)) + evaluation,
+        eval_steps=cost.eval_steps + evaluation,
+        wall_seconds=cost.wall_seconds + values.get("wall_seconds", 0.0),
+        cpu_seconds=cost.cpu_seconds + values.get("cpu_seconds", 0.0),
+    )
 
 
 def _reported(trial: Any) -> Mapping[str, float]:

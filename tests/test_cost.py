@@ -194,6 +194,12 @@ def test_report_counts_a_broken_and_a_killed_trial(tmp_path: Path) -> None:
         assert (
             f"<tr><td>{uid[:8]}<td>{trials[uid].status}<td>{cost.env_steps:,}<td>{cost.eval_steps:,}" in html
         )
+    # It was completed on another machine, and here is only what failed.
+    path = failed_dir / ledger.FILE
+    lines = path.read_text().splitlines(keepends=True)
+    failed = json.loads(lines[0])["process"]
+    path.write_text("".join(line for line in lines if json.loads(line)["process"] == failed))
+    assert costs_of([trials[again.id]])[0].env_steps == each[again.id].env_steps
     # Where the directories are not, what was reported to Orion is left: the two completed trials'.
     for path in (tmp_path / "trials").glob(f"*/{ledger.FILE}"):
         path.unlink()
