@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from ppo_hpo.client import objective, run_trial
     from ppo_hpo.components import ActorCritic, LRSchedule, Optimizer, RolloutLoader
     from ppo_hpo.config import TrialConfig
+    from ppo_hpo.cost import Cost
     from ppo_hpo.errors import BadResume, CheckpointError, UserError
     from ppo_hpo.guard import BadResumeGuard
     from ppo_hpo.policy import Policy, export_policy, load_policy
     from ppo_hpo.space import get_space, list_spaces
-    from ppo_hpo.sweeps import Cost, SweepInterrupted, SweepResult, sweep
+    from ppo_hpo.sweeps import SweepInterrupted, SweepResult, sweep
     from ppo_hpo.task import PPO
 
 __version__ = "0.1.0"
@@ -26,7 +27,7 @@ _HOMES = {
     "BadResume": "errors",
     "BadResumeGuard": "guard",
     "CheckpointError": "errors",
-    "Cost": "sweeps",
+    "Cost": "cost",
     "LRSchedule": "components",
     "Optimizer": "components",
     "PPO": "task",

@@ -116,6 +116,9 @@ class Work:
         epoch: done in the attempt under way.
         step: environment steps of the epoch under way.
         part: what of the trial it is, where it has several seeds.
+        eval_steps: environment steps of evaluations, repeated ones included.
+        wall_seconds: of what it did before it lost the trial's lock.
+        cpu_seconds: likewise.
     """
 
     steps: int = 0
@@ -125,6 +128,9 @@ class Work:
     epoch: int = 0
     step: int = 0
     part: str = ""
+    eval_steps: int = 0
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def count(self, steps: int) -> None:
         """Take in environment steps that are about to be taken."""

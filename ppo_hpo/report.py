@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppo_hpo.cost import Cost, cost_of, costs_of
 from ppo_hpo.errors import CheckpointError, UserError
 from ppo_hpo.experiment import open_experiment, params_of, statistics_of
 from ppo_hpo.results import is_row, seeds_text
@@ -32,9 +33,10 @@ class Summary:
         configurations: distinct sets of hyperparameters that were completed at some fidelity.
         steps: environment steps trained; what a promoted trial had done before counts once.
         steps_in_full: had every configuration been trained to the highest fidelity.
-        steps_restarted: had every promotion started again.
+        steps_restarted: had every promotion that went on started again.
         max_epochs: the highest fidelity, or the epochs of every trial.
         reached: the most epochs that a completed trial has.
+        cost: of all trials, whatever became of them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Summary:
     steps_restarted: int
     max_epochs: int
     reached: int
+    cost: Cost
 
 
 def report(name: str, config: str | None = None, html: str | None = None) -> str:
@@ -100,6 +103,7 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
         steps = sum(int(statistics_of(trial)["env_steps_here"]) for trial in completed)
     else:
         steps = sum(max(group) for group in steps_of)
+    cost = cost_of(trials)
     some = next((t for t in completed if not statistics_of(t)["diverged"]), completed[0])
     per_epoch = statistics_of(some)["env_steps"] / max(statistics_of(some)["epochs"], 1.0)
     max_epochs = _max_epochs(client, completed)
@@ -113,9 +117,10 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
         configurations=len(rungs),
         steps=steps,
         steps_in_full=int(len(rungs) * max_epochs * per_epoch),
-        steps_restarted=sum(sum(group) for group in steps_of),
+        steps_restarted=steps + cost.saved_steps,
         max_epochs=max_epochs,
         reached=int(max(statistics_of(trial)["epochs"] for trial in completed)),
+        cost=cost,
     )
 
 
@@ -147,12 +152,13 @@ def to_text(summary: Summary) -> str:
             f"            {saved:,} ({saved / summary.steps_in_full:.0%}) {how}: all of "
             f"them in full are {summary.steps_in_full:,}"
         )
-    again = summary.steps_restarted - summary.steps
+    again = summary.cost.saved_steps
     if again > 0:
         lines.append(
             f"            {again:,} ({again / summary.steps_restarted:.0%}) more saved by continuing "
             f"promoted trials instead of starting them again"
         )
+    lines.append(str(summary.cost))
     lines.append(f"lies in     {best.working_dir}")
     return "\n".join(lines)
 
@@ -235,5 +241,19 @@ def _page(client: Any, summary: Summary, trials: Sequence[Any], text: str) -> st
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<body style="font-family: sans-serif; max-width: 70em; margin: 2em auto">'
-        f"<h1>{title}</h1><pre>{html.escape(text)}</pre>{''.join(pictures)}</body></html>\n"
+        f"<h1>{title}</h1><pre>{html.escape(text)}</pre>{''.join(pictures)}{_cost_table(trials)}</body></html>\n"
     )
+
+
+def _cost_table(trials: Sequence[Any]) -> str:
+    """What each trial cost, as a table of the page."""
+    import html
+
+    names = ("trial", "status", "steps", "of evaluation", "repeated or not ended", "wall s", "CPU s")
+    rows = "".join(
+        f"<tr><td>{html.escape(trial.id[:8])}<td>{html.escape(trial.status)}<td>{cost.env_steps:,}"
+        f"<td>{cost.eval_steps:,}<td>{cost.unkept_steps:,}<td>{cost.wall_seconds:.1f}<td>{cost.cpu_seconds:.1f}"
+        for trial, cost in zip(trials, costs_of(trials), strict=True)
+    )
+    head = "".join(f"<th>{name}" for name in names)
+    return f'<table class="cost" cellpadding="6"><tr>{head}{rows}</table>'

@@ -16,7 +16,6 @@ Neither Orion nor torch is imported before a sweep runs.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_hpo import failure, gpus, yamlio
 from ppo_hpo.client import Objective, prepare_trial
 from ppo_hpo.config import GROUPS, TrialConfig, check_key
+from ppo_hpo.cost import Cost, cost_of, costs_of
 from ppo_hpo.errors import UserError
 from ppo_hpo.experiment import params_of, statistics_of
 from ppo_hpo.space import MARK, Space, read_space, with_fidelities
@@ -71,27 +71,6 @@ class SweepInterrupted(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a sweep's completed trials have cost, in all calls and hunts.
-
-    What a killed process had trained since its last checkpoint is in nobody's books.
-
-    Attributes:
-        env_steps: environment steps, those of evaluations included.
-        eval_steps: those of evaluations.
-        wall_seconds: of all trials, one after the other.
-        cpu_seconds: of all trials.
-        saved_steps: training steps that would have been done again if promotions did not continue.
-    """
-
-    env_steps: int
-    eval_steps: int
-    wall_seconds: float
-    cpu_seconds: float
-    saved_steps: int
-
-
-@dataclass(frozen=True)
 class SweepResult:
     """What a sweep has found so far; `print` shows it.
 
@@ -100,8 +79,9 @@ class SweepResult:
         directory: where everything of the sweep lies.
         best: Orion's record of the best trial; None where none is completed.
         trials: a pandas frame, one row for each trial: id, status, objective, parent, working_dir, then
-            hyperparameters and statistics, each a column.
-        cost: of all completed trials.
+            hyperparameters and statistics, each a column; last what it cost, failed processes included:
+            ``cost_env_steps``, ``cost_eval_steps``, ``cost_wall_seconds`` and ``cost_cpu_seconds``.
+        cost: of all trials, whatever became of them.
         commands: what goes on from here, in a shell.
         client: Orion's.
     """
@@ -130,12 +110,7 @@ class SweepResult:
         try:
             lines = [report.to_text(report.summarise(self.client, self.client.fetch_trials()))]
         except UserError as error:
-            lines = [str(error)]
-        cost = self.cost
-        lines.append(
-            f"cost        {cost.env_steps:,} steps with evaluation ({cost.eval_steps:,}), "
-            f"{cost.wall_seconds:,.0f} s in trials, {cost.cpu_seconds:,.0f} s of CPU"
-        )
+            lines = [str(error), str(self.cost)]
         return "\n".join(
             [*lines, "go on       the same call, or", *(f"            {c}" for c in self.commands)]
         )
@@ -740,51 +715,20 @@ def _result(client: ExperimentClient, place: Path) -> SweepResult:
             "id": trial.id, "status": trial.status, "parent": trial.parent,
             "objective": trial.objective.value if trial.objective else None,
             **params_of(trial), **statistics_of(trial), "working_dir": trial.working_dir,
+            "cost_env_steps": cost.env_steps, "cost_eval_steps": cost.eval_steps,
+            "cost_wall_seconds": cost.wall_seconds, "cost_cpu_seconds": cost.cpu_seconds,
         }
-        for trial in trials
+        for trial, cost in zip(trials, costs_of(trials), strict=True)
     ]  # fmt: skip
     return SweepResult(
         name=client.name,
         directory=place,
         best=best,
         trials=pandas.DataFrame(rows, columns=None if rows else ["id", "status", "parent", "objective"]),
-        cost=cost_of(completed),
+        cost=cost_of(trials),
         commands=_commands(client.name, place),
         client=client,
     )
-
-
-def cost_of(trials: Sequence[Any]) -> Cost:
-    """What completed trials of Orion's have cost; see `Cost`."""
-    all_statistics = [statistics_of(trial) for trial in trials]
-
-    def total(name: str) -> float:
-        return sum(values.get(name, 0.0) for values in all_statistics)
-
-    # Of one configuration each rung above the lowest went on from where one below had ended.
-    rungs: dict[str, list[float]] = {}
-    for trial, values in zip(trials, all_statistics, strict=True):
-        rungs.setdefault(_configuration(trial), []).append(values["epochs"])
-    saved = 0.0
-    for trial, values in zip(trials, all_statistics, strict=True):
-        below = [epochs for epochs in rungs[_configuration(trial)] if epochs < values["epochs"]]
-        if below and not values["forked"]:
-            again = min(values["continued_from_epoch"], max(below))
-            saved += again * values["env_steps"] / values["epochs"]
-    evaluation = total("eval_steps_here")
-    return Cost(
-        env_steps=int(total("env_steps_here") + evaluation),
-        eval_steps=int(evaluation),
-        wall_seconds=total("wall_seconds"),
-        cpu_seconds=total("cpu_seconds"),
-        saved_steps=int(saved),
-    )
-
-
-def _configuration(trial: Any) -> str:
-    """What trials of one configuration have in common."""
-    kept = {name: value for name, value in params_of(trial).items() if name != "task.epochs"}
-    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _orion_yaml(place: Path) -> Path:

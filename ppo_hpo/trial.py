@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import failure, gpus, lock, results, seeds, yamlio
+from ppo_hpo import failure, gpus, ledger, lock, results, seeds, yamlio
 from ppo_hpo.checkpoint import Storage, remove_leftovers, writing
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import CheckpointError, LostLock, NotHere, UserError
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from ppo_hpo.task import PPO
 
 # What is appended to, locked or emptied: in a directory of somebody else's a link would lead to other files.
-_WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", "lock", "writer")
-_FILES = ("log.txt", "timing.jsonl", "lock", "failure.json", "curve.jsonl", "results.json", "config.yaml")
+_WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", ledger.FILE, "lock", "writer")
+_FILES = (*_WRITTEN_IN_PLACE[:-1], "failure.json", "curve.jsonl", "results.json", "config.yaml")
 _Write = Callable[[Path, bytes], None]
 _MAX_RETRIES = 1000
 # How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
@@ -219,6 +219,8 @@ class _Trial:
     retries: int
     #: What this process did for each seed, also before it lost its lock.
     works: dict[str, failure.Work] = field(default_factory=dict)
+    #: Which process it is, in the ledger; one that trains many trials is another one for each.
+    process: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}")
 
     def run(self, claim: lock.Claim, lost: LostLock | None) -> Outcome:
         """`run` by the one writer.
@@ -311,6 +313,18 @@ class _Trial:
         """
         work = self.works.setdefault(part, failure.Work(part=part))
         started, cpu = time.perf_counter(), _cpu_seconds()
+        wall_before, cpu_before = work.wall_seconds, work.cpu_seconds
+
+        def enter_into_ledger(state: ledger.State, epoch: int) -> None:
+            work.wall_seconds = wall_before + time.perf_counter() - started
+            work.cpu_seconds = cpu_before + _cpu_seconds() - cpu
+            line = ledger.Line(
+                self.uid or "", self.process, part, state, work.began or 0, epoch,
+                config.task.steps_per_epoch, work.steps, work.eval_steps, work.wall_seconds, work.cpu_seconds,
+            )  # fmt: skip
+            # It is a count: where it cannot be written for the moment, the trial goes on.
+            with contextlib.suppress(OSError, UserError):
+                ledger.append(self.directory, line)
 
         def tick() -> None:
             claim.tick()
@@ -319,10 +333,17 @@ class _Trial:
 
         if part:
             log.info("%s of %d: task.seed %d", part, self.config.task.seeds, config.task.seed)
-        attempt = functools.partial(self._attempt, part, config, device, write, tick, work, log)
-        task, start = failure.persist(attempt, work, self.retries, known, log)
-        wall = time.perf_counter() - started
-        outcome = _outcome(task, config, self.directory / part, start, work, wall, _cpu_seconds() - cpu)
+        attempt = functools.partial(
+            self._attempt, part, config, device, write, tick, enter_into_ledger, work, log
+        )
+        try:
+            task, start = failure.persist(attempt, work, self.retries, known, log)
+        except BaseException:
+            if work.attempted:
+                enter_into_ledger("failed", work.epoch)
+            raise
+        enter_into_ledger("done", task.epoch)
+        outcome = _outcome(task, config, self.directory / part, start, work)
         if part:
             write(outcome.directory / "results.json", results.to_bytes(outcome.entries))
         return outcome, task.metrics.curve
@@ -334,6 +355,7 @@ class _Trial:
         device: str,
         write: _Write,
         tick: Callable[[], None],
+        enter_into_ledger: Callable[[ledger.State, int], None],
         work: failure.Work,
         log: logging.Logger,
     ) -> tuple[PPO, int | None]:
@@ -373,8 +395,23 @@ class _Trial:
         for place, whole in {self.directory: self.config, directory: config}.items():
             write(place / "config.yaml", yamlio.dump(_written(whole)).encode())
         _write_curve(directory, task.metrics.curve, write)
-        task.events.subscribe("start_epoch", lambda task, epoch: work.enter(epoch))
-        task.events.subscribe("end_epoch", lambda task, epoch, row: self._keep_records(part, task, write))
+        enter_into_ledger("began", task.epoch)
+        untrained = not task.metrics.curve
+
+        def start_epoch(task: PPO, epoch: int) -> None:
+            nonlocal untrained
+            work.enter(epoch)
+            if untrained:
+                work.eval_steps += task.metrics.curve[0]["eval_steps"]
+                untrained = False
+
+        def end_epoch(task: PPO, epoch: int, row: results.Row) -> None:
+            work.eval_steps += row["eval_steps"]
+            self._keep_records(part, task, write)
+            enter_into_ledger("epoch", task.epoch)
+
+        task.events.subscribe("start_epoch", start_epoch)
+        task.events.subscribe("end_epoch", end_epoch)
         try:
             task.fit(config.task.epochs)
         except BaseException:
@@ -412,8 +449,6 @@ def _outcome(
     directory: Path,
     start: int | None,
     work: failure.Work,
-    wall_seconds: float,
-    cpu_seconds: float,
 ) -> Outcome:
     report = task.report(config.task.epochs)
     objective = report.pop("objective")
@@ -427,13 +462,9 @@ def _outcome(
         "eval_steps": sum(
             row["eval_steps"] for row in task.metrics.curve if row["epoch"] <= config.task.epochs
         ),
-        "eval_steps_here": sum(
-            row["eval_steps"]
-            for row in task.metrics.curve
-            if (-1 if work.began is None else work.began) < row["epoch"] <= config.task.epochs
-        ),
-        "wall_seconds": wall_seconds,
-        "cpu_seconds": cpu_seconds,
+        "eval_steps_here": work.eval_steps,
+        "wall_seconds": work.wall_seconds,
+        "cpu_seconds": work.cpu_seconds,
         "steps_per_second": trained_here / seconds_here if seconds_here else 0.0,
         "continued": float(work.began is not None),
         "continued_from_epoch": float(work.began or 0),

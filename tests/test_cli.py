@@ -287,6 +287,7 @@ def test_run_writes_what_the_documentation_lists(
         "config.yaml",
         "curve.jsonl",
         "timing.jsonl",
+        "work.jsonl",
         "checkpoint-000001.safetensors",
         "results.json",
         "log.txt",

@@ -33,10 +33,10 @@ LAYERS = {
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
         "events", "checkpoint", "store", "belonging", "guard", "task", "policy",
     ],
-    "trial": ["failure", "lock", "sources", "trial", "batch"],
+    "trial": ["failure", "ledger", "lock", "sources", "trial", "batch"],
     "Orion edge": [
-        "client", "experiment", "lineage", "clean", "report", "best", "retry", "doctor", "progress", "worker",
-        "executors", "lean", "orionfixes", "promote", "sweeps",
+        "client", "experiment", "cost", "lineage", "clean", "report", "best", "retry", "doctor", "progress",
+        "worker", "executors", "lean", "orionfixes", "promote", "sweeps",
     ],
     # What Orion imports by its entry points: for every user of it, whatever they do.
     "Orion plugins": ["plugin", "rayexecutor", "sqlitedb", "workers"],

@@ -234,9 +234,9 @@ def small_space() -> dict[str, Any]:
 def test_promoted_trials_are_counted_once(tmp_path: Path) -> None:
     client = experiment(tmp_path, small_space(), algorithm={"asha": {"seed": 1, "num_rungs": 3}})
     for epochs, value in ((1, -10.0), (2, -20.0), (4, -40.0)):
-        insert(client, 0.1, epochs, value)
+        insert(client, 0.1, epochs, value, continued_from_epoch=float(epochs // 2))
     for epochs, value in ((1, -5.0), (2, -15.0)):
-        insert(client, 0.2, epochs, value)
+        insert(client, 0.2, epochs, value, continued_from_epoch=float(epochs // 2))
     insert(client, 0.3, 1, -1.0)
     client.insert({"optimizer": {"lr": 0.4}, "task": {"epochs": 1}})  # Orion calls it interrupted
     summary = summarise(client, client.fetch_trials())
