@@ -315,9 +315,12 @@ class _Trial:
         started, cpu = time.perf_counter(), _cpu_seconds()
         wall_before, cpu_before = work.wall_seconds, work.cpu_seconds
 
-        def enter_into_ledger(state: ledger.State, epoch: int) -> None:
+        def look_at_the_clock() -> None:
             work.wall_seconds = wall_before + time.perf_counter() - started
             work.cpu_seconds = cpu_before + _cpu_seconds() - cpu
+
+        def enter_into_ledger(state: ledger.State, epoch: int) -> None:
+            look_at_the_clock()
             line = ledger.Line(
                 self.uid or "", self.process, part, state, work.began or 0, epoch,
                 config.task.steps_per_epoch, work.steps, work.eval_steps, work.wall_seconds, work.cpu_seconds,
@@ -338,6 +341,10 @@ class _Trial:
         )
         try:
             task, start = failure.persist(attempt, work, self.retries, known, log)
+        except LostLock:
+            # It writes nothing here any more, and all of it when it comes again.
+            look_at_the_clock()
+            raise
         except BaseException:
             if work.attempted:
                 enter_into_ledger("failed", work.epoch)
