@@ -269,8 +269,10 @@ def _commands(report: Report) -> None:
 
 
 def _entry_points(report: Report) -> None:
-    places = {str(Path(str(found.locate_file("")))) for found in metadata.distributions(name="ppo_hpo")}
-    report.facts.append(("plugin in", ", ".join(sorted(places)) or "nowhere"))
+    # In the order of sys.path, each place once: the first is the one that counts.
+    found = metadata.distributions(name="ppo_hpo")
+    places = list(dict.fromkeys(str(Path(str(each.locate_file("")))) for each in found))
+    report.facts.append(("plugin in", ", ".join(places) or "nowhere"))
     missing = [
         f"{group}: {name}"
         for group, names in ENTRY_POINTS.items()
@@ -280,7 +282,7 @@ def _entry_points(report: Report) -> None:
     if missing:
         report.findings.append(
             f"Orion does not find what ppo_hpo brings ({', '.join(missing)}): an older installation is seen "
-            f"first, in {sorted(places)[0] if places else 'no place'}. Install ppo_hpo again, and remove a "
+            f"first, in {places[0] if places else 'no place'}. Install ppo_hpo again, and remove a "
             f"ppo_hpo.egg-info that lies in the directory you work in."
         )
 
