@@ -61,9 +61,32 @@ def main() -> None:
     if not arguments.ways and (arguments.trials, arguments.hunts) == (TRIALS, HUNTS):
         content = {"machine": machine.describe(), "commit": machine.commit(), "trials": TRIALS, "ways": rows}
         (RESULTS / "executors.json").write_text(json.dumps(content, indent=1) + "\n")
+        (RESULTS / "executors.md").write_text(table(content))
     bad = [way for way, row in rows.items() if row["duplicates"] or row["in another state"] or row["locked"]]
     if bad:
         raise SystemExit(f"trials were lost, doubled or stuck: {', '.join(bad)}")
+
+
+def table(content: dict[str, Any]) -> str:
+    """The page, from what `executors.json` holds."""
+    names = ("completed", "in another state", "duplicates", "locked", "seconds", "cpu_seconds")
+    lines = [
+        f"{content['trials']} trials of 64 steps through each way (`python benchmarks/executors.py`, commit "
+        f"{content['commit']}), on {content['machine']['cores']} core(s) of {content['machine']['cpu']}:",
+        "",
+        "| | completed | in another state | twice | locks left | seconds | CPU seconds |",
+        "|---" * 7 + "|",
+    ]
+    lines += [
+        f"| {way} | " + " | ".join(str(row[name]) for name in names) + " |"
+        for way, row in content["ways"].items()
+    ]
+    lines += [
+        "",
+        f'Sweeps from Python have two workers. "hunts" are {HUNTS} processes of `orion hunt` on one '
+        "PickledDB, each with a process for every trial: most of their time is importing torch.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def one(way: str, trials: int, hunts: int) -> dict[str, Any]:
