@@ -117,7 +117,7 @@ def sweep(way: str, trials: int) -> None:
     """One sweep, in a process of its own."""
     ppo_hpo.sweep(
         space="space.yaml", algorithm={"random": {"seed": 1}}, name="it", max_trials=trials,
-        n_workers=WORKERS, executor=way, progress=False,
+        n_workers=WORKERS, executor=way, progress=False, storage="orion.pkl",
     )  # fmt: skip
 
 

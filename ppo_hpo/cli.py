@@ -283,7 +283,7 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument("--name", metavar="NAME", help="of the sweep (default: environment and algorithm)")
     sweep.add_argument("--dir", metavar="DIR", help="where everything goes (default: the sweep's name)")
     sweep.add_argument("--storage", metavar="FILE|URL",
-                       help="Orion's database (default: orion.pkl in the sweep's directory)")  # fmt: skip
+                       help="Orion's database (default: orion.sqlite in the sweep's directory)")  # fmt: skip
     sweep.add_argument("--executor", metavar="NAME|ADDRESS", help="what runs the trials: workers, single, "
                        "joblib, poolexecutor, dask, ray, tcp://..., ray://..., with options as "
                        "{ray: {num_gpus: 0.5}} (default: workers; docs/distributed.md)")  # fmt: skip

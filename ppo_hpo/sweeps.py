@@ -7,7 +7,7 @@ either goes on with what the other began. Its directory, named after it, has all
 |---|---|
 | `space.yaml` | the space, with the environment and what else was fixed; what each trial is told |
 | `orion.yaml` | where the database is, and how `orion hunt -c` goes on |
-| `orion.pkl` | Orion's database, where no other was named |
+| `orion.sqlite` | Orion's database, where no other was named |
 | `trials/` | the trials' directories |
 
 Neither Orion nor torch is imported before a sweep runs.
@@ -152,8 +152,9 @@ def sweep(
         max_trials: to be completed in all, over all calls; 40.
         n_workers: trials at a time; 1, or as many as a cluster has room for.
         seeds: train each trial on so many seeds: ``task.seeds``.
-        storage: a file for Orion's database, a URL, or Orion's own configuration of one; ``orion.pkl`` in the
-            sweep's directory.
+        storage: a file for Orion's database (``NAME.sqlite``, else a PickledDB; one that is there is taken
+            for what it is), a URL, or Orion's own configuration of one; ``orion.sqlite`` in the sweep's
+            directory.
         executor: what runs the trials: None for worker processes of ours, ``single``, ``joblib``,
             ``poolexecutor``, ``dask``, ``ray``, a cluster's address (``tcp://host:8786``,
             ``ray://host:10001``), ``{name: options}``, or an executor of Orion's.
@@ -253,11 +254,24 @@ def _storage(storage: str | Mapping[str, Any] | None, place: Path) -> dict[str, 
         content = yamlio.load(place / "orion.yaml")
         if isinstance(content, Mapping) and isinstance(content.get("storage"), Mapping):
             return dict(content["storage"])
-    address = str(storage) if storage is not None else str(place / "orion.pkl")
+    address = str(storage) if storage is not None else str(place / "orion.sqlite")
     scheme, separator, _ = address.partition("://")
     if separator:
         return {"type": "legacy", "database": {"type": scheme, "host": address}}
-    return {"type": "legacy", "database": {"type": "pickleddb", "host": str(Path(address).absolute())}}
+    file = Path(address).absolute()
+    return {"type": "legacy", "database": {"type": _kind(file), "host": str(file)}}
+
+
+def _kind(file: Path) -> str:
+    """Orion's name for the database in a file: by what is in it; by its suffix where there is nothing yet."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(16)
+    except OSError:
+        start = b""
+    if start:
+        return "sqlitedb" if start == b"SQLite format 3\0" else "pickleddb"
+    return "sqlitedb" if file.suffix == ".sqlite" else "pickleddb"
 
 
 @dataclass(frozen=True)

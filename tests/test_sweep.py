@@ -98,10 +98,31 @@ def assert_each_once(result: ppo_hpo.SweepResult, count: int) -> None:
     assert [record["locked"] for record in database.read("algo", {"experiment": result.client.id})] == [0]
 
 
+def test_what_kind_of_database_a_file_is(tmp_path: Path) -> None:
+    """By its content; a new one by its name."""
+    from orion.core.io.database.pickleddb import PickledDB
+
+    from ppo_hpo.sqlitedb import SQLiteDB
+    from ppo_hpo.sweeps import _storage
+
+    def kind(name: str | None) -> tuple[str, str]:
+        database = _storage(None if name is None else str(tmp_path / name), tmp_path)["database"]
+        return database["type"], Path(database["host"]).name
+
+    assert kind(None) == ("sqlitedb", "orion.sqlite")
+    assert kind("new.sqlite") == ("sqlitedb", "new.sqlite")
+    assert kind("new.pkl") == ("pickleddb", "new.pkl")
+    PickledDB(host=str(tmp_path / "old.sqlite")).write("trials", {"a": 1})
+    SQLiteDB(host=str(tmp_path / "old.pkl")).write("trials", {"a": 1})
+    assert kind("old.sqlite") == ("pickleddb", "old.sqlite")
+    assert kind("old.pkl") == ("sqlitedb", "old.pkl")
+
+
 def test_python_then_hunt_then_python(tmp_path: Path, space: str) -> None:
     """The same as one sweep that nothing interrupted, trial for trial and to the bit."""
     first = ppo_hpo.sweep(space=space, algorithm=ASHA, name="mine", max_trials=3, progress=False)
     assert_each_once(first, 3)
+    assert (tmp_path / "mine" / "orion.sqlite").read_bytes().startswith(b"SQLite format 3")
     assert re.search(r"orion hunt -n mine -c mine/orion\.yaml", str(first))
     hunt = next(command for command in first.commands if "orion hunt" in command)
     run("sh", "-c", f"{hunt} --exp-max-trials 5")
