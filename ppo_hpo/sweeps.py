@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import failure, gpus, stopping, yamlio
+from ppo_hpo import failure, gpus, yamlio
 from ppo_hpo.client import Objective, prepare_trial
 from ppo_hpo.config import GROUPS, TrialConfig, check_key
 from ppo_hpo.cost import Cost, cost_of, costs_of
@@ -192,6 +192,8 @@ def sweep(
             plan = _Plan.of(name, place, storage, wanted)
             document = plan.document(env, space, seeds, epochs, overrides)
             if stop_poor:
+                from ppo_hpo import stopping
+
                 seeds = document.get("task", {}).get("seeds", 1)
                 stopping.refuse_what_does_not_fit(seeds=seeds, store=store)
             options = _options(device, trials_per_device, store, stop_poor)
