@@ -174,13 +174,18 @@ def _candidate(trial: Any, number: int) -> Candidate:
             f"{path} is missing: the files of trial {trial.id} are not on this machine, or were removed. "
             f"Run this where they are."
         )
+    config, statistics = TrialConfig.from_mapping(yamlio.load(path)), statistics_of(trial)
+    if statistics.get("stopped"):
+        # Judged, and saved, at an epoch before the one that it was asked for.
+        task = {"epochs": int(statistics["epochs"]), "max_epochs": config.max_epochs}
+        config = config.replace(task=task)
     return Candidate(
         label=f"{number}. {trial.id[:8]}",
-        config=TrialConfig.from_mapping(yamlio.load(path)),
+        config=config,
         claimed=-float(trial.objective.value),
         trial=str(trial.id),
         directory=place,
-        forked=bool(statistics_of(trial).get("forked")),
+        forked=bool(statistics.get("forked")),
     )
 
 

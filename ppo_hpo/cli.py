@@ -150,6 +150,7 @@ def _build_parser() -> argparse.ArgumentParser:
     run.add_argument("--retries", type=int, metavar="N",
                      help="after a fault that may pass, go on from the last checkpoint, up to N times for "
                      "each epoch (default: 2 under Orion, else 0)")  # fmt: skip
+    _add_stop_poor(run)
     run.set_defaults(command=_run, served=False)
 
     _add_sweep(commands)
@@ -264,6 +265,15 @@ def _add_trials_per_device(parser: argparse.ArgumentParser) -> None:
                         "time, of all sweeps and hunts of yours here (default: as many as come)")  # fmt: skip
 
 
+def _add_stop_poor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stop-poor",
+        action="store_true",
+        help="stop a trial between two rungs, if its best return is below the median of the experiment's "
+        "others (docs/sweeps.md)",
+    )
+
+
 def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
@@ -298,6 +308,7 @@ def _add_sweep(commands: Any) -> None:
                        dest="settings", help="fix a value; repeatable")  # fmt: skip
     sweep.add_argument("--store", metavar="URL", help="keep checkpoints there too, for workers that share no "
                        "file system")  # fmt: skip
+    _add_stop_poor(sweep)
     sweep.add_argument("--quiet", action="store_true", help="print only what was found")
     sweep.set_defaults(command=_sweep)
 
@@ -363,6 +374,7 @@ def run_trial(arguments: argparse.Namespace) -> int:
             # Orion fills in None where there is none.
             parent=None if arguments.parent in (None, "", "None") else arguments.parent,
             retries=retries,
+            stop_poor=arguments.stop_poor,
         )
     except UserError:
         raise
@@ -427,11 +439,12 @@ def _outcome_text(outcome: Any) -> str:
 
     stats = outcome.statistics
     seeds = seeds_text(stats)
+    how = "  (diverged)" if stats["diverged"] else "  (stopped)" if stats["stopped"] else ""
     lines = [
         f"return      {stats['return_mean']:.2f} +- {stats['return_std']:.2f} "
         f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps",
         *([f"            {seeds}"] if seeds else []),
-        f"objective   {outcome.objective:.6g}{'  (diverged)' if stats['diverged'] else ''}",
+        f"objective   {outcome.objective:.6g}{how}",
         f"trained     {stats['env_steps']:,.0f} steps, {stats['env_steps_here']:,.0f} of them now, "
         f"at {stats['steps_per_second']:,.0f} steps/s",
         f"lies in     {outcome.directory}",
@@ -508,7 +521,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
             trials_per_device=arguments.trials_per_device, warm_start=arguments.warm_start,
             epochs=int(epochs) if epochs is not None and epochs.isdigit() else epochs,
             overrides=overrides, directory=arguments.dir, store=arguments.store,
-            progress=not arguments.quiet,
+            stop_poor=arguments.stop_poor, progress=not arguments.quiet,
         )  # fmt: skip
     except SweepInterrupted as stop:
         code = 128 + stop.signum

@@ -49,6 +49,7 @@ class Objective:
         retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
         log_stops: log why a hunt is stopped; whoever catches the ExecutionError has it as its ``reason``.
         trials_per_device: see `trial.run`.
+        stop_poor: see `trial.run`.
     """
 
     space: Space
@@ -60,6 +61,7 @@ class Objective:
     retries: int = failure.RETRIES
     log_stops: bool = True
     trials_per_device: int | None = None
+    stop_poor: bool = False
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial, checked."""
@@ -121,6 +123,7 @@ class Objective:
             store=open_store(self.store),
             parent=parent,
             retries=self.retries,
+            stop_poor=self.stop_poor,
         )
         return outcome.entries
 
@@ -142,6 +145,7 @@ def objective(
     console: bool = True,
     store: str | None = None,
     retries: int = failure.RETRIES,
+    stop_poor: bool = False,
     **fidelities: Any,
 ) -> Objective:
     """The function to pass to Orion's ``client.workon``.
@@ -163,6 +167,7 @@ def objective(
         store: URL of a second place for checkpoints, for workers that share no file system.
         retries: after a fault that may pass (memory, a file system's hiccup, an error that does not come
             again), go on from the last checkpoint so often for each epoch.
+        stop_poor: stop a trial in the middle of its epochs, if it is poor among those of the experiment.
         **fidelities: the same as were given to `get_space`.
 
     Raises:
@@ -188,6 +193,7 @@ def objective(
         store,
         retries,
         trials_per_device=trials_per_device,
+        stop_poor=stop_poor,
     )
 
 

@@ -27,6 +27,8 @@ class Cost:
         saved_steps: training steps that would have been done again if promotions did not continue.
         unkept_steps: training steps that are in no epoch of a trial: done twice, or in epochs that did not
             end.
+        stopped_steps: training steps of the fidelities that trials were asked for, but that were not taken,
+            because they diverged or were stopped as poor; those that a promotion took after all do not count.
         unended: processes that have not said how they ended: killed, or running still.
     """
 
@@ -37,6 +39,7 @@ class Cost:
     saved_steps: int
     unkept_steps: int = 0
     unended: int = 0
+    stopped_steps: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -50,6 +53,10 @@ class Cost:
         if self.unended:
             lines.append(
                 f"            and less than an epoch each of {self.unended} that were killed, or run still"
+            )
+        if self.stopped_steps:
+            lines.append(
+                f"            {self.stopped_steps:,} more saved by ending trials that diverged or were poor"
             )
         return "\n".join(lines)
 
@@ -65,6 +72,7 @@ def cost_of(trials: Sequence[Any]) -> Cost:
         saved_steps=sum(cost.saved_steps for cost in each),
         unkept_steps=sum(cost.unkept_steps for cost in each),
         unended=sum(cost.unended for cost in each),
+        stopped_steps=sum(cost.stopped_steps for cost in each),
     )
 
 
@@ -76,9 +84,11 @@ def costs_of(trials: Sequence[Any]) -> list[Cost]:
     """
     # Of one configuration each rung above the lowest went on from where one below had ended.
     rungs: dict[str, list[float]] = {}
+    asked: dict[str, float] = {}
     for trial in trials:
         if (epochs := _reported(trial).get("epochs")) is not None:
             rungs.setdefault(_configuration(trial), []).append(epochs)
+            asked[_configuration(trial)] = max(_fidelity(trial), asked.get(_configuration(trial), 0.0))
     found = []
     for trial in trials:
         values = _reported(trial)
@@ -87,6 +97,7 @@ def costs_of(trials: Sequence[Any]) -> list[Cost]:
         if below and not values.get("forked"):
             again = min(values.get("continued_from_epoch", 0.0), max(below))
             saved = again * values["env_steps"] / values["epochs"]
+        highest = bool(values) and _fidelity(trial) == asked.get(_configuration(trial))
         lines = ledger.read(Path(trial.working_dir), trial.id)
         cost = Cost(
             env_steps=sum(line.steps + line.eval_steps for line in lines),
@@ -96,6 +107,7 @@ def costs_of(trials: Sequence[Any]) -> list[Cost]:
             saved_steps=round(saved),
             unkept_steps=ledger.unkept(lines),
             unended=len({line.process for line in lines if line.state in ("began", "epoch")}),
+            stopped_steps=int(values.get("env_steps_not_trained", 0.0)) if highest else 0,
         )
         found.append(cost if _is_among(values, lines) else _with(cost, values))
     return found
@@ -126,6 +138,11 @@ def _with(cost: Cost, values: Mapping[str, float]) -> Cost:
 
 def _reported(trial: Any) -> Mapping[str, float]:
     return statistics_of(trial) if trial.status == "completed" else {}
+
+
+def _fidelity(trial: Any) -> float:
+    """The epochs that Orion asked for; 0 where all trials have the same."""
+    return float(params_of(trial).get("task.epochs", 0.0))
 
 
 def _configuration(trial: Any) -> str:

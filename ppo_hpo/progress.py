@@ -62,9 +62,10 @@ class Progress:
         found = -values["objective"]
         self.best = found if self.best is None else max(self.best, found)
         epochs = f"{values.get('continued_from_epoch', 0):.0f} -> {values.get('epochs', 0):.0f}"
+        how = "  stopped" if values.get("stopped") else ""
         self._line(
             f"{self._clock()}  trial {self.done:3}  {trial.id[:8]}  epoch {epochs}  return {found:8.1f}  "
-            f"best {self.best:8.1f}"
+            f"best {self.best:8.1f}{how}"
         )
 
     def _failed(self, trial: Any, error: Exception, traceback: str) -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ppo_hpo.cost import Cost, cost_of, costs_of
-from ppo_hpo.errors import CheckpointError, UserError
+from ppo_hpo.errors import UserError
 from ppo_hpo.experiment import open_experiment, params_of, statistics_of
-from ppo_hpo.results import is_row, seeds_text
+from ppo_hpo.results import read_curve as read_curve
+from ppo_hpo.results import seeds_text
 
-# Ten thousand epochs, twice; and a line of one of them.
-_MAX_CURVE, _MAX_LINE = 16 << 20, 16 << 10
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -161,26 +160,6 @@ def to_text(summary: Summary) -> str:
     lines.append(str(summary.cost))
     lines.append(f"lies in     {best.working_dir}")
     return "\n".join(lines)
-
-
-def read_curve(directory: Path) -> list[dict[str, Any]]:
-    """A trial's learning curve; empty where there is none, or up to the first line that is torn."""
-    from ppo_hpo.checkpoint import read_bytes
-
-    rows: list[dict[str, Any]] = []
-    try:
-        content = read_bytes(directory / "curve.jsonl", _MAX_CURVE)
-    except CheckpointError:
-        return rows
-    for line in content.decode(errors="replace").splitlines():
-        try:
-            row = json.loads(line[:_MAX_LINE])
-        except (ValueError, RecursionError):
-            break
-        if not is_row(row):
-            break
-        rows.append(row)
-    return rows
 
 
 def curve_text(values: Sequence[float]) -> str:

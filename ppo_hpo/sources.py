@@ -38,6 +38,31 @@ TRIALS, IDENTITIES = "trials", "identities"
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
 
 
+def listed_trials(siblings: Path, most: int) -> dict[str, list[Path]]:
+    """Directories of the trials of an experiment that are no forks, by the first digits of their identity.
+
+    Args:
+        siblings: the directory in which they lie.
+        most: so many identities, in the order of their names; links, which would lead elsewhere, are not
+            followed.
+    """
+    index = siblings / INDEX
+    try:
+        if index.is_symlink():
+            return {}
+        names = [path.name for path in index.iterdir() if path.is_dir() and not path.is_symlink()]
+        return {
+            name: [
+                siblings / entry.name
+                for entry in (index / name).iterdir()
+                if not (siblings / entry.name).is_symlink()
+            ]
+            for name in sorted(names)[:most]
+        }
+    except OSError:
+        return {}
+
+
 def part_key(key: str, part: str) -> str:
     """The name in the store of a part of the trial ``key``; of the trial itself, where the part is ``""``."""
     return f"{key}-{part}" if part else key

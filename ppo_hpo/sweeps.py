@@ -134,6 +134,7 @@ def sweep(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     directory: str | Path | None = None,
     store: str | None = None,
+    stop_poor: bool = False,
     progress: bool = True,
 ) -> SweepResult:
     """Tune PPO on an environment, or go on with it.
@@ -170,6 +171,7 @@ def sweep(
         overrides: group to key to value: fixes what the space searches or fixes otherwise.
         directory: where everything goes; the sweep's name, in the current directory.
         store: URL of a second place for checkpoints, for workers that share no file system.
+        stop_poor: stop trials between two rungs, if they are poor among the others (`ppo_hpo.stopping`).
         progress: print to standard error how far it is.
 
     Raises:
@@ -190,7 +192,12 @@ def sweep(
         with _script_on_path():
             plan = _Plan.of(name, place, storage, wanted)
             document = plan.document(env, space, seeds, epochs, overrides)
-            options = _options(device, trials_per_device, store)
+            if stop_poor:
+                from ppo_hpo import stopping
+
+                seeds = document.get("task", {}).get("seeds", 1)
+                stopping.refuse_what_does_not_fit(seeds=seeds, store=store)
+            options = _options(device, trials_per_device, store, stop_poor)
             client, where = plan.build(document, wanted, max_trials, options)
             _write_files(where, plan.storage, n_workers)
         run_space = read_space(str(where / "space.yaml"))
@@ -198,7 +205,7 @@ def sweep(
             _insert(client, run_space, _configurations(warm_start))
         function = Objective(
             run_space, device=device, console=False, store=store, log_stops=False,
-            trials_per_device=trials_per_device,
+            trials_per_device=trials_per_device, stop_poor=stop_poor,
         )  # fmt: skip
         _run(client, function, executor, n_workers, progress, where, stop)
         return _result(client, where)
@@ -224,12 +231,13 @@ def _with_settings(algorithm: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
     return {name: {**_SETTINGS.get(name.lower(), {}), **options} for name, options in algorithm.items()}
 
 
-def _options(device: str, trials_per_device: int | None, store: str | None) -> list[str]:
+def _options(device: str, trials_per_device: int | None, store: str | None, stop_poor: bool) -> list[str]:
     """Of the command that each trial of an `orion hunt` runs."""
     return [
         *([] if device == "auto" else ["--device", device]),
         *([] if trials_per_device is None else ["--trials-per-device", str(trials_per_device)]),
         *([] if store is None else ["--store", store, "--parent", "{trial.parent}"]),
+        *(["--stop-poor"] if stop_poor else []),
     ]
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -168,6 +168,9 @@ class PPO:
         self._diverged_steps = 0
         #: Called before each environment step; what it raises stops `fit` there.
         self.tick: Callable[[], None] = lambda: None
+        #: Called with the learning curve after each evaluation, before the epoch is saved: so what it
+        #: decides can be written down before anybody could go on from there. True ends `fit`.
+        self.judge: Callable[[Sequence[results.Row]], bool] = lambda curve: False
 
     @classmethod
     def from_config(
@@ -405,7 +408,8 @@ class PPO:
                 if not evaluation.finite:
                     self._diverge("an evaluation return is not finite", config.task.steps_per_epoch)
                     break
-                self._finish_epoch(summary, evaluation, time.perf_counter() - started)
+                if self._finish_epoch(summary, evaluation, time.perf_counter() - started):
+                    break
             self.events.emit("end_fit", self, epochs=epochs, context=context)
 
     def config_or_fail(self) -> TrialConfig:
@@ -451,11 +455,13 @@ class PPO:
         self.metrics.curve.append(self._row({}, evaluation))
         self._save()
 
-    def _finish_epoch(self, summary: dict[str, Any], evaluation: Evaluation, seconds: float) -> None:
+    def _finish_epoch(self, summary: dict[str, Any], evaluation: Evaluation, seconds: float) -> bool:
+        """Save it; return whether `judge` says that it was the last."""
         summary.pop("collecting_seconds")
         self.epoch += 1
         self.metrics.curve.append(self._row(summary, evaluation))
         self.metrics.seconds[self.epoch] = seconds
+        stop = self.judge(self.metrics.curve)
         self._save()
         row = self.metrics.latest
         self._log.info(
@@ -468,6 +474,7 @@ class PPO:
             self.config.task.steps_per_epoch / seconds,
         )
         self.events.emit("end_epoch", self, epoch=self.epoch, row=row)
+        return stop
 
     def _row(self, summary: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
         row = {

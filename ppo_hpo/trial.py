@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo import failure, gpus, ledger, lock, results, seeds, yamlio
+from ppo_hpo import failure, gpus, ledger, lock, results, seeds, stopping, yamlio
 from ppo_hpo.checkpoint import Storage, remove_leftovers, writing
 from ppo_hpo.config import TrialConfig
 from ppo_hpo.errors import CheckpointError, LostLock, NotHere, UserError
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 # What is appended to, locked or emptied: in a directory of somebody else's a link would lead to other files.
 _WRITTEN_IN_PLACE = ("log.txt", "timing.jsonl", ledger.FILE, "lock", "writer")
-_FILES = (*_WRITTEN_IN_PLACE[:-1], "failure.json", "curve.jsonl", "results.json", "config.yaml")
+_FILES = (
+    *_WRITTEN_IN_PLACE[:-1], "failure.json", "curve.jsonl", "results.json", "config.yaml", stopping.RECORD,
+)  # fmt: skip
 _Write = Callable[[Path, bytes], None]
 _MAX_RETRIES = 1000
 # How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
@@ -152,6 +154,7 @@ def run(
     store: Store | None = None,
     parent: str | None = None,
     retries: int = 0,
+    stop_poor: bool = False,
 ) -> Outcome:
     """Run one trial to its epochs, going on from whatever is there.
 
@@ -172,12 +175,20 @@ def run(
         store: a second place for checkpoints, which other machines reach.
         parent: Orion's id of the trial that this one comes from, to be looked for in the store.
         retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
+        stop_poor: stop in the middle of its epochs, if it is poor among its siblings (`ppo_hpo.stopping`).
 
     Raises:
         UserError: bad input, a file that cannot be written, or a store that cannot be reached.
     """
     if not 0 <= retries <= _MAX_RETRIES:
         raise UserError(f"`0 <= retries <= {_MAX_RETRIES}` must hold, but got {retries}.")
+    if stop_poor:
+        stopping.refuse_what_does_not_fit(seeds=config.task.seeds, store=store)
+        if siblings is None:
+            raise UserError(
+                "`--stop-poor` compares a trial with the others of its experiment, but this one has none: it "
+                "is run without Orion, or in a directory of its own. Leave it out."
+            )
     info = check(config, directory, device)
     gpus.check_limit(trials_per_device)
     # A small network on vectors is trained faster by the CPU (`ppo_hpo.fast`).
@@ -186,7 +197,7 @@ def run(
         store.names()  # before torch is imported, as everything that may be wrong
     trial = _Trial(
         config, directory, info, device, trials_per_device, uid, experiment, siblings, console, results_path,
-        tick, store, parent, retries,
+        tick, store, parent, retries, stop_poor,
     )  # fmt: skip
     lost: LostLock | None = None
     while True:
@@ -217,6 +228,7 @@ class _Trial:
     store: Store | None
     parent: str | None
     retries: int
+    stop_poor: bool
     #: What this process did for each seed, also before it lost its lock.
     works: dict[str, failure.Work] = field(default_factory=dict)
     #: Which process it is, in the ledger; one that trains many trials is another one for each.
@@ -350,7 +362,14 @@ class _Trial:
                 enter_into_ledger("failed", work.epoch)
             raise
         enter_into_ledger("done", task.epoch)
-        outcome = _outcome(task, config, self.directory / part, start, work)
+        stop = stopping.read(self.directory / part, config)
+        if stop is not None:
+            log.info(
+                "stopped after epoch %d of %d: its best return, %.1f, is below %.1f, the median of %d other "
+                "trials (%s)",
+                stop.epoch, stop.epochs, stop.best, stop.median, stop.siblings, stopping.RECORD,
+            )  # fmt: skip
+        outcome = _outcome(task, config, stop, self.directory / part, start, work)
         if part:
             write(outcome.directory / "results.json", results.to_bytes(outcome.entries))
         return outcome, task.metrics.curve
@@ -395,7 +414,12 @@ class _Trial:
         if not work.attempted:
             work.attempted, work.began = True, start
         work.enter(task.epoch)
-        _announce(task, config, start, self.experiment, log)
+        aim = config.task.epochs
+        if (stop := stopping.read(directory, config)) is not None:
+            aim = stop.epoch  # whatever this process was asked for: it is what became of the trial
+        elif self.stop_poor and not task.lineage:
+            task.judge = self._judge(directory, config, write)
+        _announce(task, aim, start, self.experiment, log)
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
         # Of the trial, and where that has several seeds, of this one.
@@ -420,7 +444,7 @@ class _Trial:
         task.events.subscribe("start_epoch", start_epoch)
         task.events.subscribe("end_epoch", end_epoch)
         try:
-            task.fit(config.task.epochs)
+            task.fit(aim)
         except BaseException:
             # What is broken may fail once more as it is closed: that would only hide how it began.
             with contextlib.suppress(Exception):
@@ -430,6 +454,21 @@ class _Trial:
         storage.finish()
         _write_curve(directory, task.metrics.curve, write)
         return task, start
+
+    def _judge(
+        self, directory: Path, config: TrialConfig, write: _Write
+    ) -> Callable[[Sequence[results.Row]], bool]:
+        """What says after each epoch whether the trial is poor, and writes it down if it is."""
+        assert self.siblings is not None
+        siblings = stopping.Siblings(self.siblings, config)
+
+        def judge(curve: Sequence[results.Row]) -> bool:
+            stop = stopping.decide(config, curve, siblings)
+            if stop is not None:
+                write(directory / stopping.RECORD, stopping.to_bytes(stop))
+            return stop is not None
+
+        return judge
 
     def _keep_records(self, part: str, task: PPO, write: _Write) -> None:
         _write_curve(self.directory / part, task.metrics.curve, write)
@@ -453,22 +492,27 @@ class _Trial:
 def _outcome(
     task: Any,
     config: TrialConfig,
+    stop: stopping.Stop | None,
     directory: Path,
     start: int | None,
     work: failure.Work,
 ) -> Outcome:
-    report = task.report(config.task.epochs)
+    epochs = config.task.epochs if stop is None else stop.epoch
+    # Of a poor trial the return that it stopped at, which is at most its best, and that is below the median:
+    # it cannot win a rung by having stopped at a lucky moment.
+    report = task.report(epochs)
     objective = report.pop("objective")
     seconds_here = sum(task.metrics.seconds.values())
     trained_here = (task.epoch - (start or 0)) * config.task.steps_per_epoch
+    per_epoch = config.task.steps_per_epoch
+    env_steps = min(task.epoch, epochs) * per_epoch + (task.env_steps - task.epoch * per_epoch)
     statistics = {
         **report,
-        "env_steps": min(task.epoch, config.task.epochs) * config.task.steps_per_epoch
-        + (task.env_steps - task.epoch * config.task.steps_per_epoch),
+        "stopped": float(stop is not None),
+        "env_steps": env_steps,
+        "env_steps_not_trained": config.task.epochs * per_epoch - env_steps,
         "env_steps_here": work.steps,
-        "eval_steps": sum(
-            row["eval_steps"] for row in task.metrics.curve if row["epoch"] <= config.task.epochs
-        ),
+        "eval_steps": sum(row["eval_steps"] for row in task.metrics.curve if row["epoch"] <= epochs),
         "eval_steps_here": work.eval_steps,
         "wall_seconds": work.wall_seconds,
         "cpu_seconds": work.cpu_seconds,
@@ -489,20 +533,19 @@ def _cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def _announce(
-    task: Any, config: TrialConfig, start: int | None, experiment: str | None, log: logging.Logger
-) -> None:
+def _announce(task: Any, epochs: int, start: int | None, experiment: str | None, log: logging.Logger) -> None:
+    config: TrialConfig = task.config
     of = f" of {experiment}" if experiment else ""
     threads = f"{config.task.threads} thread{'s' if config.task.threads > 1 else ''}"
     where = f"on {task.device}, {threads}, gradients by {task.agent.learner.engine}"
-    if start is None or start < config.task.epochs:
+    if start is None or start < epochs:
         where += f", environments by {task.vectorization}"
     if start is None:
-        log.info("starts%s: epoch 0 -> %d, %s", of, config.task.epochs, where)
-    elif start < config.task.epochs:
-        log.info("continues%s: epoch %d -> %d, %s", of, start, config.task.epochs, where)
+        log.info("starts%s: epoch 0 -> %d, %s", of, epochs, where)
+    elif start < epochs:
+        log.info("continues%s: epoch %d -> %d, %s", of, start, epochs, where)
     else:
-        log.info("has done epoch %d%s already: nothing to train", config.task.epochs, of)
+        log.info("has done epoch %d%s already: nothing to train", epochs, of)
     log.debug("%s", task.summary())
 
 

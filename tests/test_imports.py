@@ -33,7 +33,7 @@ LAYERS = {
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
         "events", "checkpoint", "store", "belonging", "guard", "task", "policy",
     ],
-    "trial": ["failure", "ledger", "lock", "sources", "trial", "batch"],
+    "trial": ["failure", "ledger", "lock", "sources", "stopping", "trial", "batch"],
     "Orion edge": [
         "client", "experiment", "cost", "lineage", "clean", "report", "best", "retry", "doctor", "progress",
         "worker", "executors", "lean", "orionfixes", "promote", "sweeps",

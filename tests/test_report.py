@@ -283,6 +283,19 @@ def test_a_diverged_trial_does_not_say_how_long_an_epoch_is(tmp_path: Path) -> N
     assert summary.best.objective.value == -10.0
 
 
+def test_what_ending_trials_saved_is_counted_once(tmp_path: Path) -> None:
+    client = experiment(tmp_path, small_space(), algorithm={"asha": {"seed": 1, "num_rungs": 3}})
+    insert(client, 0.9, 4, 7.0, diverged=1.0, epochs=0.0, env_steps=30.0, env_steps_not_trained=370.0)
+    insert(client, 0.2, 4, -5.0, stopped=1.0, epochs=3.0, env_steps=300.0, env_steps_not_trained=100.0)
+    # Stopped after one of two epochs, but promoted all the same: then it trained what it had saved.
+    insert(client, 0.1, 2, -8.0, stopped=1.0, epochs=1.0, env_steps=100.0, env_steps_not_trained=100.0)
+    insert(client, 0.1, 4, -10.0, continued_from_epoch=1.0, env_steps_not_trained=0.0)
+    insert(client, 0.3, 4, -9.0)  # of an older version, which did not say
+    summary = summarise(client, client.fetch_trials())
+    assert summary.cost.stopped_steps == 370 + 100
+    assert "470 more saved by ending trials that diverged or were poor" in to_text(summary)
+
+
 def test_without_fidelity_the_epochs_are_those_of_the_trials(tmp_path: Path) -> None:
     client = experiment(tmp_path, {"optimizer": {"lr": "loguniform(1e-4, 1)"}})
     insert(client, 0.1, None, -10.0, epochs=3.0)
