@@ -83,7 +83,7 @@ class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
                 check_value(group, key, value)
         if seed is not None:
             fixed.setdefault("task", {})["seed"] = seed
-        fidelities = {} if epochs is None else {"epochs": epochs}
+        fidelities: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
         self._objective: Objective = objective(
             space, env=env, overrides=fixed, directory=directory, device=device, console=False, **fidelities
         )

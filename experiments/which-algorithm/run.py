@@ -5,15 +5,15 @@
     python experiments/which-algorithm/run.py --budget 60000            # a quick look; the results stay
     python experiments/which-algorithm/run.py --redraw                  # table and pictures from the results
 
-A run is one algorithm on one environment with one seed, which is the algorithm's and that of all its trials. It
-asks Orion for trials one after the other until the budget of environment steps is spent: those of training and
-of every evaluation, a promoted trial's only from where it goes on. A trial that ends beyond the budget does
-not count. The incumbent is the trial with the best score of those that ended before; at the end its saved
+A run is one algorithm on one environment with one seed, which is the algorithm's and that of all its trials.
+It asks Orion for trials one after the other until the budget of environment steps is spent: those of training
+and of every evaluation, a promoted trial's only from where it goes on. A trial that ends beyond the budget
+does not count. The incumbent is the trial with the best score of those that ended before; at the end its saved
 policy plays fresh episodes.
 
 Each run is a process of its own with one thread and one worker, so its result follows from its seed, to the
-CPU seconds and the machine's arithmetic. It is stored in `results.json` when it ends; a run that is there is not
-done again, and one that was stopped in the middle begins anew.
+CPU seconds and the machine's arithmetic. It is stored in `results.json` when it ends; a run that is there is
+not done again, and one that was stopped in the middle begins anew.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ SETUPS = {
         budget=1_500_000,
         options={
             "evolutiones": {"nums_population": 6},
-            "pbt": {"population_size": 6, "generations": 4},
+            "pbt": {"population_size": 9, "generations": 4},
         },
         picture="pendulum.png",
     ),
@@ -119,7 +119,7 @@ def cut(history: History, budget: float) -> Mapping[str, float] | None:
     """The incumbent when so many steps were spent; None where no trial had ended by then.
 
     Args:
-        history: a row for each new incumbent, in their order: ``steps`` spent when its trial ended, ``score``.
+        history: a row for each new incumbent, in their order: ``steps`` spent by its trial's end, ``score``.
         budget: a trial that ends exactly there counts.
     """
     found = None
@@ -208,9 +208,7 @@ def play(env: str, algorithm: str, repetition: int, budget: int, place: Path) ->
         best = history[-1] if history else None
         # Of equals the one that was trained longer.
         if best is None or (score, epochs) > (best["score"], best["epochs"]):
-            history.append(
-                {"steps": spent, "score": score, "epochs": epochs, "directory": trial.working_dir}
-            )
+            history.append({"steps": spent, "score": score, "epochs": epochs, "directory": trial.working_dir})
     orion = time.process_time() - cpu - training
     judged = judge(Path(history[-1]["directory"])) if history else None
     rows = [{key: row[key] for key in ("steps", "score", "epochs")} for row in history]
@@ -328,9 +326,7 @@ def table(runs: Sequence[Run]) -> str:
             if not own:
                 continue
             cells = [
-                _median_and_range(
-                    [s for run in own for s in scores([run], part * run["budget"])], len(own)
-                )
+                _median_and_range([s for run in own for s in scores([run], part * run["budget"])], len(own))
                 for part in PARTS.values()
             ]
             judged = [run["judged"] for run in own if run["judged"] is not None]
@@ -393,7 +389,9 @@ def _repetitions(runs: Sequence[Run]) -> int:
 
 def write(out: Path, about: Mapping[str, Any], runs: Sequence[Run]) -> None:
     """All files of the results; the README's part of them where it lies beside."""
-    ordered = sorted(runs, key=lambda run: (run["env"], ALGORITHMS.index(run["algorithm"]), run["repetition"]))
+    ordered = sorted(
+        runs, key=lambda run: (run["env"], ALGORITHMS.index(run["algorithm"]), run["repetition"])
+    )
     keep_numbers(out / "results.json", about, ordered)
     text = table(ordered)
     (out / "results.md").write_text(text + "\n")
