@@ -8,8 +8,8 @@
 A run is one algorithm on one environment with one seed, which is the algorithm's and that of all its trials.
 It asks Orion for trials one after the other until the budget of environment steps is spent: those of training
 and of every evaluation, a promoted trial's only from where it goes on. A trial that ends beyond the budget
-does not count. The incumbent is the trial with the best score of those that ended before; at the end its saved
-policy plays fresh episodes.
+does not count. The incumbent is the trial with the best score of those that ended before; at the end its
+saved policy plays fresh episodes.
 
 Each run is a process of its own with one thread and one worker, so its result follows from its seed, to the
 CPU seconds and the machine's arithmetic. It is stored in `results.json` when it ends; a run that is there is
