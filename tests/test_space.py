@@ -151,7 +151,7 @@ def test_population_based_training_searches_only_what_may_change_in_mid_life() -
 
 
 def test_fidelity_of_the_file() -> None:
-    assert get_space("classic-control")["task"]["epochs"] == "fidelity(1, 16, base=4)"
+    assert get_space("classic-control")["task"]["epochs"] == "fidelity(1, 16, base=2)"
     assert read_space("classic-control").max_epochs == 16
 
 
