@@ -49,9 +49,9 @@ class Fault(Exception):
     pass
 
 
-def killed_at(tick: int, directory: Path, uid: str = "") -> None:
+def killed_at(tick: int, directory: Path, uid: str = "", groups: dict[str, dict[str, Any]] = GROUPS) -> None:
     """Train in a process that kills itself just before that tick."""
-    command = [sys.executable, "-c", KILLED, json.dumps(GROUPS), str(directory), str(tick), uid]
+    command = [sys.executable, "-c", KILLED, json.dumps(groups), str(directory), str(tick), uid]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -105,6 +105,23 @@ def test_every_process_is_counted(tmp_path: Path) -> None:
         for place in (tmp_path, tmp_path / "undisturbed")
     }
     assert len(digests) == 1
+
+
+def test_each_seed_has_its_own_account(tmp_path: Path) -> None:
+    """Killed ten ticks into the second seed's second epoch, then trained to the end by another process."""
+    groups = {**GROUPS, "task": {**GROUPS["task"], "seeds": 2}}
+    killed_at(EPOCHS * 64 + 64 + 11, tmp_path, groups=groups)
+    outcome = trial.run(TrialConfig.from_mapping(groups), tmp_path, device="cpu", console=False)
+    lines = ledger.read(tmp_path, "")
+    assert [(line.part, line.state, line.began, line.epoch, line.steps) for line in lines] == [
+        ("seed-1", "done", 0, 3, 3 * STEPS), ("seed-2", "epoch", 0, 1, STEPS),
+        ("seed-1", "done", 3, 3, 0), ("seed-2", "done", 1, 3, 2 * STEPS),
+    ]  # fmt: skip
+    curves = [read_curve(tmp_path / part) for part in ("seed-1", "seed-2")]
+    every = sum(row["eval_steps"] for curve in curves for row in curve)
+    assert spent(tmp_path) == (2 * EPOCHS * STEPS, every, 0)
+    assert outcome.statistics["env_steps"] == 2 * EPOCHS * STEPS
+    assert outcome.statistics["env_steps_here"] == 2 * STEPS
 
 
 def test_a_retry_in_one_process_counts_what_was_done_twice(tmp_path: Path) -> None:
