@@ -332,7 +332,8 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
                           label=LABELS[contender] if number == 0 else None)  # fmt: skip
         axis.axhline(target, color="black", linewidth=0.8, linestyle="--")
         axis.set(xscale="log", title=env, xlabel="seconds", ylabel="incumbent's return, 100 fresh episodes")
-        axis.legend(loc="lower right", fontsize="small")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="lower right", fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -345,10 +346,12 @@ def main() -> int:
     parser.add_argument("--cap", type=float, default=CAP, help="seconds for each run (default: %(default)g)")
     parser.add_argument("--out", type=Path, help="where the files go (default: benchmarks/results with the "
                         "whole cap, else nowhere)")  # fmt: skip
+    parser.add_argument("--note", help="how it was measured, kept with the results")
     arguments = parser.parse_args()
     out = arguments.out or (RESULTS if arguments.cap == CAP else None)
     path = None if out is None else out / "efficiency.json"
-    runs = json.loads(path.read_text())["runs"] if path is not None and path.exists() else []
+    stored = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    runs, note = stored.get("runs", []), arguments.note or stored.get("note", "")
     for repetition in arguments.repetition:
         for env in arguments.env:
             for contender in arguments.contender or CONTENDERS:
@@ -362,9 +365,9 @@ def main() -> int:
                 runs = [one for one in runs if one not in here] + [found]
                 if out is not None and path is not None:
                     out.mkdir(parents=True, exist_ok=True)
-                    content = {"machine": machine.describe(), "runs": runs}
+                    content = {"machine": machine.describe(), "note": note, "runs": runs}
                     path.write_text(json.dumps(content, indent=1) + "\n")
-                    (out / "efficiency.md").write_text(table(runs) + "\n")
+                    (out / "efficiency.md").write_text("\n\n".join(filter(None, [table(runs), note])) + "\n")
                     try:
                         picture(runs, out / "efficiency.png")
                     except ImportError:
