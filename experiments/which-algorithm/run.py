@@ -131,7 +131,8 @@ def cut(history: History, budget: float) -> Mapping[str, float] | None:
 
 def algorithm_of(name: str, setup: Setup, repetition: int) -> dict[str, Any]:
     """What Orion is told."""
-    own = {"asha": {"num_brackets": 1}}.get(name, {})
+    # TPE draws its first points at random, by default more of them than there are trials in a budget.
+    own = {"asha": {"num_brackets": 1}, "tpe": {"n_initial_points": 4}}.get(name, {})
     return {name: {"seed": repetition, **own, **setup.options.get(name, {})}}
 
 
