@@ -55,7 +55,7 @@ from ppo_hpo.config import EnvConfig
 from ppo_hpo.envs import make, probe
 
 TARGETS = {"Pendulum-v1": -200.0, "LunarLander-v3": 200.0}
-SPACES = {"Pendulum-v1": "classic-control", "LunarLander-v3": "default"}
+SPACES = {"Pendulum-v1": "classic-control", "LunarLander-v3": "box2d"}
 CONTENDERS = ("ours", "rl_zoo3", "optuna_sb3")
 LABELS = {"ours": "ours", "rl_zoo3": "rl_zoo3", "optuna_sb3": "Optuna + Stable-Baselines3"}
 REPETITIONS, CAP = 3, 3600.0
