@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +131,8 @@ def test_algorithms_round_to_legal_points_too(name: str) -> None:
 def test_epochs_hold_five_episodes_of_each_environment(name: str) -> None:
     fixed = read_space(name).fixed
     for env in {fixed["env"]["id"], *MEANT_FOR.get(name, [])}:
-        if find_spec("Box2D") is None and gymnasium.spec(env).entry_point.startswith("gymnasium.envs.box2d"):
-            limit = gymnasium.spec(env).max_episode_steps  # known without the engine, which cannot be made
+        if name == "box2d":  # the engine is an extra, and its import crashes where warnings are errors
+            limit = gymnasium.spec(env).max_episode_steps
         else:
             limit = probe(EnvConfig(**{**fixed["env"], "id": env})).time_limit
         assert limit is not None
