@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 import time
@@ -111,9 +110,8 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
 
 def test_a_worker_that_is_killed_each_time(tmp_path: Path) -> None:
     one = fails(tmp_path, "kill", tmp_path / "notes", at=100)
-    with pytest.raises(
-        UserError, match=r"seed-0 failed: its worker process ended with code -9\. What is fin"
-    ):
+    death = r"seed-0 failed: the worker process \d+ ended in mid-trial, by signal SIGKILL\. What is fin"
+    with pytest.raises(UserError, match=death):
         run_all([one], workers=2, device="cpu")
     assert (tmp_path / "notes-kill").stat().st_size == 3
 
@@ -166,12 +164,3 @@ def wait_until(condition: Any, seconds: float = 300.0) -> None:
     while not condition():
         assert time.monotonic() < ends
         time.sleep(0.05)
-
-
-def test_an_idle_worker_ends_with_its_input(tmp_path: Path) -> None:
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "ppo_hpo.batch", str(os.getpid())],
-        cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    out, _ = worker.communicate("", timeout=120)
-    assert (worker.returncode, out) == (0, "")

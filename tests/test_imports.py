@@ -33,10 +33,10 @@ LAYERS = {
         "device", "atari", "envs", "vector", "rollout", "autograd", "fast", "learner", "evaluate", "train",
         "events", "checkpoint", "store", "belonging", "guard", "task", "policy",
     ],
-    "trial": ["failure", "ledger", "lock", "sources", "stopping", "trial", "batch"],
+    "trial": ["failure", "ledger", "lock", "sources", "stopping", "trial"],
     "Orion edge": [
-        "client", "experiment", "cost", "lineage", "clean", "report", "best", "retry", "doctor", "progress",
-        "worker", "executors", "lean", "orionfixes", "promote", "sweeps",
+        "client", "experiment", "cost", "lineage", "clean", "report", "batch", "best", "retry", "doctor",
+        "progress", "worker", "executors", "lean", "orionfixes", "promote", "sweeps",
     ],
     # What Orion imports by its entry points: for every user of it, whatever they do.
     "Orion plugins": ["plugin", "rayexecutor", "sqlitedb", "workers"],
