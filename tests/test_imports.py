@@ -36,7 +36,8 @@ LAYERS = {
     "trial": ["failure", "ledger", "lock", "sources", "stopping", "trial"],
     "Orion edge": [
         "client", "experiment", "cost", "lineage", "clean", "report", "batch", "best", "retry", "doctor",
-        "progress", "worker", "executors", "lean", "orionfixes", "promote", "sweeps",
+        "progress", "worker", "executors", "lean", "orionfixes", "promote", "warmstart", "sweepplan",
+        "sweeps",
     ],
     # What Orion imports by its entry points: for every user of it, whatever they do.
     "Orion plugins": ["plugin", "rayexecutor", "sqlitedb", "workers"],

@@ -103,10 +103,10 @@ def test_what_kind_of_database_a_file_is(tmp_path: Path) -> None:
     from orion.core.io.database.pickleddb import PickledDB
 
     from ppo_hpo.sqlitedb import SQLiteDB
-    from ppo_hpo.sweeps import _storage
+    from ppo_hpo.sweepplan import storage_of
 
     def kind(name: str | None) -> tuple[str, str]:
-        database = _storage(None if name is None else str(tmp_path / name), tmp_path)["database"]
+        database = storage_of(None if name is None else str(tmp_path / name), tmp_path)["database"]
         return database["type"], Path(database["host"]).name
 
     assert kind(None) == ("sqlitedb", "orion.sqlite")
