@@ -293,7 +293,7 @@ def test_what_ending_trials_saved_is_counted_once(tmp_path: Path) -> None:
     insert(client, 0.3, 4, -9.0)  # of an older version, which did not say
     summary = summarise(client, client.fetch_trials())
     assert summary.cost.stopped_steps == 370 + 100
-    assert "470 more saved by ending trials that diverged or were poor" in to_text(summary)
+    assert "470 of the steps not trained are of trials that diverged or were poor" in to_text(summary)
 
 
 def test_without_fidelity_the_epochs_are_those_of_the_trials(tmp_path: Path) -> None:

@@ -399,7 +399,7 @@ def test_a_sweep_stops_its_poor_trial_and_counts_what_that_saves(
     saved = (4 - epoch) * 2560
     assert result.cost.stopped_steps == saved
     assert result.cost.env_steps - result.cost.eval_steps == (5 * 4 + epoch) * 2560
-    assert f"{saved:,} more saved by ending trials that diverged or were poor" in str(result)
+    assert f"{saved:,} of the steps not trained are of trials that diverged or were poor" in str(result)
     # What goes on with it in a shell stops as well.
     stored = result.client._experiment.metadata["user_args"]
     assert stored[-1] == "--stop-poor"
@@ -411,7 +411,7 @@ def test_a_sweep_stops_its_poor_trial_and_counts_what_that_saves(
     assert not list((tmp_path / "other").rglob(stopping.RECORD))
     assert set(other.trials["stopped"]) == {0.0}
     assert other.cost.stopped_steps == 0
-    assert "more saved by ending" not in str(other)
+    assert "diverged or were poor" not in str(other)
     assert "--stop-poor" not in other.client._experiment.metadata["user_args"]
 
 
