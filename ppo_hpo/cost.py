@@ -56,7 +56,8 @@ class Cost:
             )
         if self.stopped_steps:
             lines.append(
-                f"            {self.stopped_steps:,} of the steps not trained are of trials that diverged or were poor"
+                f"            {self.stopped_steps:,} of the steps not trained are of trials that diverged or "
+                f"were poor"
             )
         return "\n".join(lines)
 
