@@ -6,6 +6,7 @@ is refused with the difference.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "evolutiones": {"seed": 1, "repetitions": 1},
     "pbt": {"seed": 1},
 }
+# What Python says of a file that is no pickle, or not all of one.
+_NO_PICKLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, KeyError)
 
 
 def algorithm_of(algorithm: str | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -89,7 +92,10 @@ def storage_of(storage: str | Mapping[str, Any] | None, place: Path) -> dict[str
         if isinstance(content, Mapping) and isinstance(content.get("storage"), Mapping):
             return dict(content["storage"])
     address = str(storage) if storage is not None else str(place / "orion.sqlite")
-    scheme, separator, _ = address.partition("://")
+    scheme, separator, rest = address.partition("://")
+    if scheme in ("sqlite", "sqlitedb", "pickleddb") and separator:  # a file all the same
+        kind = "pickleddb" if scheme == "pickleddb" else "sqlitedb"
+        return {"type": "legacy", "database": {"type": kind, "host": str(Path(rest).absolute())}}
     if separator:
         return {"type": "legacy", "database": {"type": scheme, "host": address}}
     file = Path(address).absolute()
@@ -106,6 +112,16 @@ def _kind(file: Path) -> str:
     if start:
         return "sqlitedb" if start == b"SQLite format 3\0" else "pickleddb"
     return "sqlitedb" if file.suffix == ".sqlite" else "pickleddb"
+
+
+def _address(storage: Mapping[str, Any]) -> str:
+    """A database's type and where it is, for messages."""
+    database = storage.get("database") or {}
+    return _without_password(f"{database.get('host') or storage} ({database.get('type')})")
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(?<=://)[^/\s']+@", "***@", text)
 
 
 @dataclass(frozen=True)
@@ -142,10 +158,9 @@ class Plan:
             stored = ExperimentBuilder(configuration).fetch_config_from_db(name) or None
         except NotImplementedError as error:
             raise UserError(f"Orion has no such storage: {str(error).splitlines()[0]}.") from None
-        except (OSError, DatabaseError) as error:
-            raise UserError(
-                f"The database of {configuration} cannot be used: {' '.join(str(error).split())}."
-            ) from None
+        except (OSError, DatabaseError, *_NO_PICKLE) as error:
+            why = _without_password(" ".join(str(error).split()).rstrip("."))
+            raise UserError(f"The database {_address(configuration)} cannot be used: {why}.") from None
         plan = cls(name, place, configuration, stored)
         if stored is not None and algorithm is not None:
             plan._refuse_another_algorithm(algorithm)

@@ -116,6 +116,34 @@ def test_what_kind_of_database_a_file_is(tmp_path: Path) -> None:
     SQLiteDB(host=str(tmp_path / "old.pkl")).write("trials", {"a": 1})
     assert kind("old.sqlite") == ("pickleddb", "old.sqlite")
     assert kind("old.pkl") == ("sqlitedb", "old.pkl")
+    for url, expected in (("sqlite", "sqlitedb"), ("sqlitedb", "sqlitedb"), ("pickleddb", "pickleddb")):
+        database = storage_of(f"{url}://{tmp_path}/new", tmp_path)["database"]
+        assert database == {"type": expected, "host": f"{tmp_path}/new"}
+
+
+@pytest.mark.parametrize(
+    "content", [b"nothing of the kind", b"SQLite format 3\0 and no more", b"\x80\x04\x95", None]
+)
+def test_a_file_that_is_no_database(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "orion.sqlite"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"^The database {re.escape(str(file))} \(\w+\) cannot be used: .*[^.]\.$"
+    ):
+        ppo_hpo.sweep("CartPole-v1", storage=str(file), directory=tmp_path / "sweep", progress=False)
+    if content is not None:
+        assert file.read_bytes() == content
+
+
+def test_a_password_is_not_printed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be used") as caught:
+        ppo_hpo.sweep(
+            "CartPole-v1", storage="mongodb://me:secret@localhost:1/x", directory=tmp_path, progress=False
+        )
+    assert "secret" not in str(caught.value)
 
 
 def test_python_then_hunt_then_python(tmp_path: Path, space: str) -> None:
