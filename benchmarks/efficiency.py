@@ -303,13 +303,15 @@ def _line(name: str, label: str, mine: list[dict[str, Any]], own: list[dict[str,
         value = statistics.median(one[key] for one in mine) / statistics.median(one[other] for one in own)
         return f"{at_least}{value:.1f}x"
 
+    # Steps of a run that did not end are those of the trials that had, which says nothing of the target.
+    fewer = ratio(steps, "steps") if not at_least else "-"
     seconds = [each("seconds"), f"{statistics.median(one['seconds'] for one in mine):,.0f}"]
     seconds.append(ratio("seconds", "seconds"))
     if steps == "restarting":
         seconds = ["-", "-", "-"]
     median = f"{statistics.median(one[steps] for one in mine):,.0f}"
     trials = ", ".join(str(one["trials"]) for one in mine)
-    cells = [name, label, *seconds, each(steps), median, ratio(steps, "steps"), trials]
+    cells = [name, label, *seconds, each(steps), median if not at_least else "-", fewer, trials]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -328,13 +330,20 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
             ):
                 seconds = [item["seconds"] for item in one["incumbents"]] + [one["seconds"]]
                 judged = [item["judged"] for item in one["incumbents"]]
-                axis.step(seconds, [*judged, judged[-1]] if judged else [np.nan], where="post", color=color,
+                judged = [*judged, judged[-1]] if judged else [np.nan]
+                axis.step(seconds, judged, where="post", color=color,
                           label=LABELS[contender] if number == 0 else None)  # fmt: skip
+                # Where it ended: one that reached the target by its first incumbent has no line.
+                axis.plot(seconds[-1], judged[-1], marker="o" if one["reached"] else "x", color=color)
         axis.axhline(target, color="black", linewidth=0.8, linestyle="--")
         axis.set(xscale="log", title=env, xlabel="seconds", ylabel="incumbent's return, 100 fresh episodes")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(loc="lower right", fontsize="small")
-    figure.tight_layout()
+    named: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(list(named.values()), list(named), loc="lower center", ncols=len(CONTENDERS), frameon=False)
+    figure.suptitle("o: the target is reached; x: not by then", fontsize="medium")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110)
 
 
