@@ -183,7 +183,11 @@ class SQLiteDB(Database):  # type: ignore[misc]
         found = []
         rows = db.execute(f"SELECT number, content FROM documents WHERE {where} ORDER BY number", arguments)
         for number, content in rows:
-            data, large = pickle.loads(content)
+            try:
+                data, large = pickle.loads(content)
+            except Exception as error:  # what a torn pickle raises may be anything
+                reason = str(error).rstrip(".")
+                raise DatabaseError(f"{self.host}: document {number} cannot be read: {reason}.") from error
             for field in large:
                 (data[field],) = db.execute(
                     "SELECT content FROM large WHERE number = ? AND field = ?", (number, field)

@@ -5,6 +5,7 @@ Orion's tests of a database (tests/unittests/core/database/test_database.py of 0
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import multiprocessing
@@ -264,3 +265,14 @@ def test_orion_finds_it_by_its_name(tmp_path: Path) -> None:
     found = database_factory.create("sqlitedb", host=str(tmp_path / "db"), timeout=3)
     assert type(found) is SQLiteDB
     assert (found.host, found.timeout, found.is_connected) == (str(tmp_path / "db"), 3, True)
+
+
+def test_a_document_that_is_torn_is_an_error_of_the_database(tmp_path):
+    database = SQLiteDB(host=str(tmp_path / "orion.sqlite"))
+    database.initiate_connection()
+    database.write("trials", {"_id": "a"})
+    with contextlib.closing(sqlite3.connect(database.host)) as db:
+        db.execute("UPDATE documents SET content = x'00ff'")
+        db.commit()
+    with pytest.raises(DatabaseError, match="document 1 cannot be read: invalid load key"):
+        database.read("trials")
