@@ -25,6 +25,7 @@ _DEVICE = (
     "auto (default): a GPU for images, if there is one, else the CPU; cpu; cuda: the GPUs here are shared "
     "out; cuda:N or cuda:N,M: these (docs/devices.md)"
 )
+_CONFIG = "Orion's configuration file of the hunt (of a sweep here: NAME/orion.yaml, needs not be given)"
 # Numerical libraries read these when they are first imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -180,7 +181,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Summarise an experiment of Orion's.",
     )
     report.add_argument("name", metavar="NAME", help="the experiment's name")
-    report.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    report.add_argument("-c", "--config", metavar="FILE", help=_CONFIG)
     report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
     report.set_defaults(command=_report)
 
@@ -192,7 +193,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "of its score is told. Stopped, the same command goes on where it was.",
     )
     best.add_argument("name", metavar="NAME", help="the experiment's name")
-    best.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    best.add_argument("-c", "--config", metavar="FILE", help=_CONFIG)
     best.add_argument("--top", type=int, default=3, metavar="K", help="so many configurations (default: 3)")
     best.add_argument("--test-seeds", type=int, default=0, metavar="N",
                       help="train each from scratch on N fresh seeds; 10 are a good number")  # fmt: skip
@@ -216,7 +217,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "highest fidelity, or promoted already. The best keeps its newest; curves, logs and results stay.",
     )
     clean.add_argument("name", metavar="NAME", help="the experiment's name")
-    clean.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    clean.add_argument("-c", "--config", metavar="FILE", help=_CONFIG)
     clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     clean.add_argument("--finished", action="store_true",
                        help="all others too: max_trials is reached, and nobody will raise it")  # fmt: skip
@@ -231,7 +232,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Print the trials of an experiment of Orion's, each below the one it came from.",
     )
     lineage.add_argument("name", metavar="NAME", help="the experiment's name")
-    lineage.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    lineage.add_argument("-c", "--config", metavar="FILE", help=_CONFIG)
     lineage.set_defaults(command=_lineage)
 
     retry = commands.add_parser(
@@ -242,7 +243,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "behind for the experiment's algorithm, its lock and a result that was not told, is mended too.",
     )
     retry.add_argument("name", metavar="NAME", help="the experiment's name")
-    retry.add_argument("-c", "--config", metavar="FILE", help="Orion's configuration file of the hunt")
+    retry.add_argument("-c", "--config", metavar="FILE", help=_CONFIG)
     retry.add_argument("--trial", metavar="ID", help="only this one, by its id or the beginning of it")
     retry.add_argument("--status", choices=["broken", "reserved"], help="only those of this status")
     retry.set_defaults(command=_retry)

@@ -20,7 +20,8 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
     Args:
         name: the experiment's name.
         config: Orion's configuration file of the hunt, for its storage; None uses Orion's own
-            configuration, which `ORION_DB_TYPE` and `ORION_DB_ADDRESS` set.
+            configuration, which `ORION_DB_TYPE` and `ORION_DB_ADDRESS` set, and where that has no such
+            experiment, the sweep's that lies here: ``NAME/orion.yaml``.
         mode: ``r`` to read, ``w`` to write as well.
 
     Raises:
@@ -43,6 +44,8 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
             # Orion checks nothing: whatever is wrong there comes up as whatever it leads to.
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(f"The database of {source} cannot be opened ({text}).") from None
+        if config is None and (beside := Path(name) / "orion.yaml").is_file():
+            return open_experiment(name, str(beside), mode)
         hint = (
             "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."
         )

@@ -95,9 +95,15 @@ class SweepResult:
             lines = [report.to_text(report.summarise(self.client, self.client.fetch_trials()))]
         except UserError as error:
             lines = [str(error), str(self.cost)]
-        return "\n".join(
-            [*lines, "go on       the same call, or", *(f"            {c}" for c in self.commands)]
-        )
+        call, commands = "the same call", list(self.commands)
+        if self.client.is_done:  # they would do nothing
+            call += " with more max_trials"
+            more = {"orion hunt": " --exp-max-trials N", "ppo-hpo sweep": " --max-trials N"}
+            commands = [
+                command + "".join(option for name, option in more.items() if f"{name} -" in command)
+                for command in commands
+            ]
+        return "\n".join([*lines, f"go on       {call}, or", *(f"            {c}" for c in commands)])
 
 
 def sweep(
@@ -388,7 +394,9 @@ def _commands(name: str, place: Path) -> tuple[str, ...]:
         prefix = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
     file = _orion_yaml(place)
     at = f"-n {shlex.quote(name)} -c {shlex.quote(str(file))}"
+    elsewhere = "" if file.parent == Path(name) else f" --dir {shlex.quote(str(file.parent))}"
     return (
         f"{prefix}orion hunt {at}",
+        f"{prefix}ppo-hpo sweep --name {shlex.quote(name)}{elsewhere}",
         f"{prefix}ppo-hpo report {shlex.quote(name)} -c {shlex.quote(str(file))} --html report.html",
     )

@@ -152,6 +152,30 @@ def test_unknown_experiment(hunted: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (hunted / "orion.pkl").read_bytes() == before
 
 
+def test_a_sweep_that_lies_here_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Orion's own configuration has no such experiment; one that it has comes first."""
+    from orion.core.io.database.ephemeraldb import EphemeralDB
+
+    from ppo_hpo.experiment import open_experiment
+
+    (tmp_path / "own").mkdir()
+    experiment(tmp_path / "own", small_space())
+    (tmp_path / "empty.pkl").write_bytes(pickle.dumps(EphemeralDB()))
+    here = tmp_path / NAME
+    here.mkdir()
+    insert(experiment(here, small_space()), 0.1, 1, -1.0)
+    (here / "orion.yaml").write_text(yamlio.dump({"storage": storage(here / "orion.pkl")}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ORION_DB_TYPE", "pickleddb")
+    found = []
+    for file in ("own/orion.pkl", "empty.pkl"):
+        monkeypatch.setenv("ORION_DB_ADDRESS", str(tmp_path / file))
+        found.append(len(open_experiment(NAME).fetch_trials()))
+    assert found == [0, 1]
+    with pytest.raises(UserError, match="no experiment 'other'"):
+        open_experiment("other")
+
+
 def test_unknown_experiment_where_no_database_was_named(tmp_path: Path) -> None:
     from orion.core.io.database.ephemeraldb import EphemeralDB
 
@@ -293,7 +317,12 @@ def test_what_ending_trials_saved_is_counted_once(tmp_path: Path) -> None:
     insert(client, 0.3, 4, -9.0)  # of an older version, which did not say
     summary = summarise(client, client.fetch_trials())
     assert summary.cost.stopped_steps == 370 + 100
-    assert "470 of the steps not trained are of trials that diverged or were poor" in to_text(summary)
+    text = to_text(summary)
+    assert "470 of the steps not trained are of trials that diverged or were poor" in text
+    # Four configurations in full are 1,600 steps: these 470 are what early stopping saved, no further ones.
+    assert (summary.steps_in_full, summary.steps) == (1600, 30 + 300 + 400 + 400)
+    assert "470 (29%) saved by early stopping: all of them in full are 1,600" in text
+    assert text.count("more saved") == 1  # by continuing
 
 
 def test_without_fidelity_the_epochs_are_those_of_the_trials(tmp_path: Path) -> None:

@@ -152,6 +152,12 @@ def test_python_then_hunt_then_python(tmp_path: Path, space: str) -> None:
     assert_each_once(first, 3)
     assert (tmp_path / "mine" / "orion.sqlite").read_bytes().startswith(b"SQLite format 3")
     assert re.search(r"orion hunt -n mine -c mine/orion\.yaml", str(first))
+    # It is done, so that the same call would do nothing.
+    lines = str(first).splitlines()
+    assert lines[-4] == "go on       the same call with more max_trials, or"
+    assert lines[-3].endswith("orion hunt -n mine -c mine/orion.yaml --exp-max-trials N")
+    assert lines[-2].endswith("ppo-hpo sweep --name mine --max-trials N")
+    assert first.commands[1].endswith("ppo-hpo sweep --name mine")
     hunt = next(command for command in first.commands if "orion hunt" in command)
     run("sh", "-c", f"{hunt} --exp-max-trials 5")
     # Nothing but the name is needed to go on.
