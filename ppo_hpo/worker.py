@@ -31,20 +31,22 @@ def serve(connection_fd: int, lifeline: int) -> NoReturn:
 
     code = 0
     try:
-        signal.signal(signal.SIGTERM, stop)
-        for descriptor in (connection_fd, lifeline):
-            os.set_inheritable(descriptor, False)
-        threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
-        connection = multiprocessing.connection.Connection(connection_fd)
-        while True:
-            connection.send_bytes(_answer(connection.recv_bytes()))
-    except (EOFError, OSError):
-        pass  # nobody is there any more
+        try:
+            signal.signal(signal.SIGTERM, stop)
+            for descriptor in (connection_fd, lifeline):
+                os.set_inheritable(descriptor, False)
+            threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
+            connection = multiprocessing.connection.Connection(connection_fd)
+            while True:
+                connection.send_bytes(_answer(connection.recv_bytes()))
+        except (EOFError, OSError):
+            pass  # nobody is there any more
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        # The leader closes the connection first and sends SIGTERM then: it may come here, too.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except (Interrupted, KeyboardInterrupt):
         code = 128 + signal.SIGTERM
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     leave(code)
 
 
