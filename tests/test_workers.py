@@ -181,3 +181,26 @@ def test_they_end_when_their_leader_is_killed_and_its_script_needs_no_guard(tmp_
         leader.wait()
     wait_for(lambda: not alive(pid))
     assert (tmp_path / "pid.tidy").exists()
+
+
+def test_a_worker_that_ends_is_told_to_end_without_a_word() -> None:
+    """Its leader closes the connection, then sends SIGTERM: here when it has seen the first."""
+    code = """
+import multiprocessing, os, signal
+from ppo_hpo import worker
+set_handler, told = signal.signal, []
+def signal_comes_first(signum, handler):
+    if handler is signal.SIG_IGN and not told:
+        told.append(signum)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return set_handler(signum, handler)
+signal.signal = signal_comes_first
+ours, theirs = multiprocessing.Pipe()
+lifeline, _ = os.pipe()
+ours.close()
+worker.serve(theirs.fileno(), lifeline)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
