@@ -50,9 +50,10 @@ import numpy as np
 import peers
 from sweep import BIN, HERE, ONE_THREAD, RESULTS
 
-from ppo_hpo import PPO, TrialConfig, yamlio
-from ppo_hpo.config import EnvConfig
-from ppo_hpo.envs import make, probe
+from ppo_hpo import PPO, TrialConfig
+from ppo_hpo.envs.make import make, probe
+from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.config import EnvConfig
 
 TARGETS = {"Pendulum-v1": -200.0, "LunarLander-v3": 200.0}
 SPACES = {"Pendulum-v1": "classic-control", "LunarLander-v3": "box2d"}

@@ -25,8 +25,8 @@ import machine
 import usage
 
 import ppo_hpo
-from ppo_hpo import yamlio
-from ppo_hpo.experiment import open_experiment, params_of
+from ppo_hpo.orion.experiment import open_experiment, params_of
+from ppo_hpo.spec import yamlio
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TRIALS, WORKERS, HUNTS = 200, 2, 8

@@ -455,8 +455,8 @@ class Sweep:
 
     def tear(self, victim: Running, kind: str) -> bool:
         """Spoil a file of a trial and kill it, so that it has to be read again."""
-        from ppo_hpo.checkpoint import Storage
-        from ppo_hpo.errors import UserError
+        from ppo_hpo.spec.errors import UserError
+        from ppo_hpo.state.checkpoint import Storage
 
         # Stopped, so that it does not end in between: nobody could put back what a completed trial lost.
         os.kill(victim.pid, signal.SIGSTOP)
@@ -484,7 +484,7 @@ class Sweep:
 
     def epochs(self, running: Running) -> int:
         """Of the trial, as Orion asked for them."""
-        from ppo_hpo import yamlio
+        from ppo_hpo.spec import yamlio
 
         arguments = Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")
         path = next(Path(os.fsdecode(a)) for a in arguments if a.endswith(b".conf"))
@@ -515,7 +515,7 @@ class End:
 def end_of(directory: Path, objective: float) -> End:
     import hashlib
 
-    from ppo_hpo.checkpoint import Storage, arrays_digest, read
+    from ppo_hpo.state.checkpoint import Storage, arrays_digest, read
 
     last = read(Storage(directory).paths()[0])
     curve = hashlib.sha256((directory / "curve.jsonl").read_bytes()).hexdigest()
@@ -524,12 +524,13 @@ def end_of(directory: Path, objective: float) -> End:
 
 def undisturbed(configuration: Path) -> End:
     """One run of a trial's `config.yaml` from its beginning, in a process of its own."""
-    from ppo_hpo import trial, yamlio
-    from ppo_hpo.config import TrialConfig
+    from ppo_hpo.spec import yamlio
+    from ppo_hpo.spec.config import TrialConfig
+    from ppo_hpo.trial import runner
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrialConfig.from_mapping(yamlio.load(configuration))
-        outcome = trial.run(config, Path(folder), device="cpu", console=False)
+        outcome = runner.run(config, Path(folder), device="cpu", console=False)
         return end_of(Path(folder), outcome.objective)
 
 
@@ -557,8 +558,8 @@ def judge(sweep: Sweep) -> dict[str, Any]:
     """Compare with undisturbed runs; the rows of the table."""
     import torch  # noqa: F401 - once for all forks below
 
-    from ppo_hpo import yamlio
-    from ppo_hpo.config import TrialConfig
+    from ppo_hpo.spec import yamlio
+    from ppo_hpo.spec.config import TrialConfig
 
     trials = sweep.client().fetch_trials()
     completed = [trial for trial in trials if trial.status == "completed"]

@@ -41,7 +41,7 @@ TARGETS: dict[str, float | None] = {
 }
 SEEDS = 5
 EPISODES = 100
-# Training's seeds lie below 2**30 and those of tuning's evaluations below 2**31 (ppo_hpo/seeding.py).
+# Training's seeds lie below 2**30 and those of tuning's evaluations below 2**31 (ppo_hpo/spec/seeding.py).
 FIRST_EPISODE_SEED = 2**31
 RESAMPLES = 10_000
 PEER = "sb3"
@@ -186,7 +186,7 @@ def run_all(presets: list[str], seeds: int, jobs: int, *, keep_peer: bool) -> tu
 def run_one(preset: str, seed: int) -> Run:
     """Train one preset on one seed, then play the fresh episodes."""
     from ppo_hpo import PPO, TrialConfig
-    from ppo_hpo.space import fill, read_space
+    from ppo_hpo.spec.space import fill, read_space
 
     config = TrialConfig.from_mapping(fill(read_space(preset), {})).replace(task={"seed": seed})
     task = PPO.from_config(config, "cpu")
@@ -213,8 +213,8 @@ def run_one(preset: str, seed: int) -> Run:
 
 def fresh_returns(task: Any) -> tuple[float, ...]:
     """Returns of a fitted task's policy, one for each of `EPISODES` seeds that nothing else uses."""
-    from ppo_hpo.device import limited_threads
-    from ppo_hpo.evaluate import Evaluator
+    from ppo_hpo.ppo.device import limited_threads
+    from ppo_hpo.ppo.evaluate import Evaluator
 
     seeds = list(range(FIRST_EPISODE_SEED, FIRST_EPISODE_SEED + EPISODES))
     evaluator = Evaluator(task.config.env, task.info, seeds, task.info.time_limit)

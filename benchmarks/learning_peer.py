@@ -36,7 +36,7 @@ class PeerRun:
 def task_of(preset: str, seed: int, first_episode_seed: int, episodes: int) -> dict[str, Any]:
     """A preset in the peer's words."""
     from ppo_hpo import TrialConfig
-    from ppo_hpo.space import fill, read_space
+    from ppo_hpo.spec.space import fill, read_space
 
     config = TrialConfig.from_mapping(fill(read_space(preset), {}))
     groups = config.to_mapping()

@@ -68,8 +68,8 @@ def environment(preset: Preset, vectorization: str | None = None) -> Seconds:
     """The floor of the environments: stepped as ours steps them, with random actions drawn before."""
     import numpy as np
 
-    from ppo_hpo.envs import probe
-    from ppo_hpo.vector import vectorize
+    from ppo_hpo.envs.make import probe
+    from ppo_hpo.envs.vector import vectorize
 
     config = trial(preset, vectorization).env
     info = probe(config)
@@ -110,7 +110,7 @@ def products(preset: Preset) -> Seconds:
 
 def mlps(preset: Preset) -> list[list[tuple[int, int]]]:
     """Layers of the actor and of the critic as (inputs, outputs)."""
-    from ppo_hpo.envs import probe
+    from ppo_hpo.envs.make import probe
 
     info = probe(trial(preset, None).env)
     width = preset["width"]

@@ -5,8 +5,8 @@
 
 An experiment with nine dimensions (and epochs as fidelity for ASHA), filled with so many completed trials
 that its algorithm has suggested (TPE's are drawn at random) and observed; then a few more, one worker, each
-of which reports at once. Each row starts from the same file, for Orion as it is, for `ppo_hpo.lean` on the
-same PickledDB, and for `ppo_hpo.lean` on `ppo_hpo.sqlitedb`. All figures are CPU seconds for each trial,
+of which reports at once. Each row starts from the same file, for Orion as it is, for `ppo_hpo.orion.speedups` on the
+same PickledDB, and for `ppo_hpo.orion.speedups` on `ppo_hpo.orion.sqlitedb`. All figures are CPU seconds for each trial,
 because what else the machine does changes them less than the clock; Orion computes all the time.
 
 - Python: `suggest` and `observe` of `ExperimentClient`. "Database" is the time inside the database's
@@ -151,10 +151,10 @@ class Clock:
 
 def filled(file: str, algorithm: str, stored: int) -> None:
     """Fill a database, by ours, which is quicker and leaves the same; run in a process of its own."""
-    from ppo_hpo import lean
+    from ppo_hpo.orion import speedups
 
-    if not lean.install():
-        raise SystemExit(f"{lean.VARIABLE} does not fit")
+    if not speedups.install():
+        raise SystemExit(f"{speedups.VARIABLE} does not fit")
     fill(Path(file), algorithm, stored)
 
 
@@ -179,11 +179,11 @@ def python(file: str, kind: str, trials: int) -> dict[str, float]:
     from orion.core.io.database.pickleddb import PickledDB
     from orion.storage.legacy import Legacy
 
-    from ppo_hpo import lean
-    from ppo_hpo.sqlitedb import SQLiteDB
+    from ppo_hpo.orion import speedups
+    from ppo_hpo.orion.sqlitedb import SQLiteDB
 
-    if lean.install() != (kind != "stock"):
-        raise SystemExit(f"{lean.VARIABLE} does not fit")
+    if speedups.install() != (kind != "stock"):
+        raise SystemExit(f"{speedups.VARIABLE} does not fit")
     database = Path(file)
     with tempfile.TemporaryDirectory() as folder:
         if kind == "sqlite":
@@ -227,10 +227,10 @@ def grown(file: str, stored: int) -> None:
     from orion.client import build_experiment
     from orion.storage.base import setup_storage
 
-    from ppo_hpo import lean
+    from ppo_hpo.orion import speedups
 
-    if not lean.install():
-        raise SystemExit(f"{lean.VARIABLE} does not fit")
+    if not speedups.install():
+        raise SystemExit(f"{speedups.VARIABLE} does not fit")
     storage = setup_storage({"type": "legacy", "database": {"type": "ephemeraldb", "host": ""}})
     storage._db = pickle.loads(Path(file).read_bytes())
     _grow(build_experiment("cost", storage=storage), stored)

@@ -25,11 +25,11 @@ from typing import Any
 
 import machine
 
-from ppo_hpo import yamlio
-from ppo_hpo.checkpoint import Checkpoint, Storage, arrays_digest, read
-from ppo_hpo.experiment import open_experiment, params_of, statistics_of
-from ppo_hpo.lineage import tree
-from ppo_hpo.space import space_path
+from ppo_hpo.inspect.lineage import tree
+from ppo_hpo.orion.experiment import open_experiment, params_of, statistics_of
+from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.space import space_path
+from ppo_hpo.state.checkpoint import Checkpoint, Storage, arrays_digest, read
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BIN = Path(sys.executable).parent

@@ -121,7 +121,7 @@ def measure_once(what: str, preset: Preset, pythons: dict[str, Path]) -> dict[st
         )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise LeftOut(lines[-1].removeprefix("ppo_hpo.errors.UserError: "))
+        raise LeftOut(lines[-1].removeprefix("ppo_hpo.spec.errors.UserError: "))
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -45,11 +45,12 @@ import numpy as np
 import peers
 from usage import timed
 
-from ppo_hpo import PPO, TrialConfig, yamlio
-from ppo_hpo.config import EnvConfig
-from ppo_hpo.envs import make, probe
-from ppo_hpo.experiment import open_experiment, statistics_of
-from ppo_hpo.space import space_path
+from ppo_hpo import PPO, TrialConfig
+from ppo_hpo.envs.make import make, probe
+from ppo_hpo.orion.experiment import open_experiment, statistics_of
+from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.config import EnvConfig
+from ppo_hpo.spec.space import space_path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

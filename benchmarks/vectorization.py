@@ -28,10 +28,10 @@ import gymnasium  # noqa: E402
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
 
-from ppo_hpo.config import EnvConfig  # noqa: E402
-from ppo_hpo.envs import probe  # noqa: E402
-from ppo_hpo.errors import UserError  # noqa: E402
-from ppo_hpo.vector import vectorize  # noqa: E402
+from ppo_hpo.envs.make import probe  # noqa: E402
+from ppo_hpo.envs.vector import vectorize  # noqa: E402
+from ppo_hpo.spec.config import EnvConfig  # noqa: E402
+from ppo_hpo.spec.errors import UserError  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("sync", "async", "native", "envpool")

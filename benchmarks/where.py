@@ -27,9 +27,12 @@ from typing import Any  # noqa: E402
 
 import machine  # noqa: E402
 
-from ppo_hpo import learner, task, train, trial, vector, yamlio  # noqa: E402
-from ppo_hpo.config import TrialConfig  # noqa: E402
-from ppo_hpo.space import space_path  # noqa: E402
+from ppo_hpo.envs import vector  # noqa: E402
+from ppo_hpo.ppo import learner, task, train  # noqa: E402
+from ppo_hpo.spec import yamlio  # noqa: E402
+from ppo_hpo.spec.config import TrialConfig  # noqa: E402
+from ppo_hpo.spec.space import space_path  # noqa: E402
+from ppo_hpo.trial import runner  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRESETS = ("cartpole", "acrobot", "pendulum", "mountain-car-continuous")
@@ -46,7 +49,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("  Adam", learner.FlatAdam, "step"),
     ("evaluation", task.PPO, "_evaluate"),
     ("checkpoint", task.PPO, "_save"),
-    ("curve and log", trial._Trial, "_keep_records"),
+    ("curve and log", runner._Trial, "_keep_records"),
 ]
 
 
@@ -86,7 +89,7 @@ def measure(preset: str) -> dict[str, float]:
                 with timed(owner, function, add):
                     return run(part + 1)
             started = time.perf_counter()
-            trial.run(config, Path(folder) / "trial", device="cpu", console=False)
+            runner.run(config, Path(folder) / "trial", device="cpu", console=False)
             return time.perf_counter() - started
 
         run(0)

@@ -29,9 +29,9 @@ import machine
 import numpy as np
 
 from ppo_hpo import TrialConfig, UserError
-from ppo_hpo.batch import Job, Progress, Result, run_all
-from ppo_hpo.space import fill, get_space, read_space
-from ppo_hpo.stats import claimed_and_kept
+from ppo_hpo.spec.space import fill, get_space, read_space
+from ppo_hpo.spec.stats import claimed_and_kept
+from ppo_hpo.sweeps.batch import Job, Progress, Result, run_all
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

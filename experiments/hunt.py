@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from ppo_hpo.report import curve_text, read_curve
+from ppo_hpo.inspect.report import curve_text, read_curve
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent

@@ -7,43 +7,43 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ppo_hpo.client import objective, run_trial
-    from ppo_hpo.components import ActorCritic, LRSchedule, Optimizer, RolloutLoader
-    from ppo_hpo.config import TrialConfig
-    from ppo_hpo.cost import Cost
-    from ppo_hpo.errors import BadResume, CheckpointError, UserError
-    from ppo_hpo.guard import BadResumeGuard
-    from ppo_hpo.policy import Policy, export_policy, load_policy
-    from ppo_hpo.space import get_space, list_spaces
-    from ppo_hpo.sweeps import SweepInterrupted, SweepResult, sweep
-    from ppo_hpo.task import PPO
+    from ppo_hpo.inspect.cost import Cost
+    from ppo_hpo.orion.objective import objective, run_trial
+    from ppo_hpo.ppo.components import ActorCritic, LRSchedule, Optimizer, RolloutLoader
+    from ppo_hpo.ppo.guard import BadResumeGuard
+    from ppo_hpo.ppo.policy import Policy, export_policy, load_policy
+    from ppo_hpo.ppo.task import PPO
+    from ppo_hpo.spec.config import TrialConfig
+    from ppo_hpo.spec.errors import BadResume, CheckpointError, UserError
+    from ppo_hpo.spec.space import get_space, list_spaces
+    from ppo_hpo.sweeps.run import SweepInterrupted, SweepResult, sweep
 
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import ppo_hpo` costs nothing and Orion's workers, which
 # only want a space or an objective, never import torch.
 _HOMES = {
-    "ActorCritic": "components",
-    "BadResume": "errors",
-    "BadResumeGuard": "guard",
-    "CheckpointError": "errors",
-    "Cost": "cost",
-    "LRSchedule": "components",
-    "Optimizer": "components",
-    "PPO": "task",
-    "Policy": "policy",
-    "RolloutLoader": "components",
-    "SweepInterrupted": "sweeps",
-    "SweepResult": "sweeps",
-    "TrialConfig": "config",
-    "UserError": "errors",
-    "export_policy": "policy",
-    "get_space": "space",
-    "list_spaces": "space",
-    "load_policy": "policy",
-    "objective": "client",
-    "run_trial": "client",
-    "sweep": "sweeps",
+    "ActorCritic": "ppo.components",
+    "BadResume": "spec.errors",
+    "BadResumeGuard": "ppo.guard",
+    "CheckpointError": "spec.errors",
+    "Cost": "inspect.cost",
+    "LRSchedule": "ppo.components",
+    "Optimizer": "ppo.components",
+    "PPO": "ppo.task",
+    "Policy": "ppo.policy",
+    "RolloutLoader": "ppo.components",
+    "SweepInterrupted": "sweeps.run",
+    "SweepResult": "sweeps.run",
+    "TrialConfig": "spec.config",
+    "UserError": "spec.errors",
+    "export_policy": "ppo.policy",
+    "get_space": "spec.space",
+    "list_spaces": "spec.space",
+    "load_policy": "ppo.policy",
+    "objective": "orion.objective",
+    "run_trial": "orion.objective",
+    "sweep": "sweeps.run",
 }
 
 __all__ = [

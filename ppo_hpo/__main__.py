@@ -21,7 +21,7 @@ def main() -> int:
     if sys.argv[1:2] == ["run"]:
         for number in (_signal.SIGTERM, _signal.SIGINT):
             _signal.signal(number, _leave)
-    from ppo_hpo.cli import main as command
+    from ppo_hpo.cli.main import main as command
 
     return command()
 

@@ -7,18 +7,18 @@ out.
 
 loaded = True
 try:
-    from ppo_hpo import lean
+    from ppo_hpo.orion import speedups
 
-    lean.install()
+    speedups.install()
 except Exception:  # Orion does without
     loaded = False
     import logging
 
     logging.getLogger("ppo_hpo").warning("Orion is left as it is", exc_info=True)
 try:
-    from ppo_hpo import orionfixes, promote
+    from ppo_hpo.orion import fixes, promote
 
-    if orionfixes.install():
+    if fixes.install():
         promote.install()
 except Exception:
     loaded = False

@@ -37,8 +37,8 @@ sys.path.insert(0, str(HERE.parent.parent / "benchmarks"))
 
 import machine  # noqa: E402
 
-from ppo_hpo import yamlio  # noqa: E402
-from ppo_hpo.space import MARK, read_space  # noqa: E402
+from ppo_hpo.spec import yamlio  # noqa: E402
+from ppo_hpo.spec.space import MARK, read_space  # noqa: E402
 
 Run = dict[str, Any]
 History = Sequence[Mapping[str, float]]
@@ -161,7 +161,7 @@ def play(env: str, algorithm: str, repetition: int, budget: int, place: Path) ->
     from orion.core.utils.exceptions import CompletedExperiment, WaitingForTrials
 
     from ppo_hpo import UserError, get_space, objective
-    from ppo_hpo.client import prepare_trial
+    from ppo_hpo.orion.objective import prepare_trial
 
     setup = SETUPS[env]
     shutil.rmtree(place, ignore_errors=True)
@@ -224,8 +224,8 @@ def play(env: str, algorithm: str, repetition: int, budget: int, place: Path) ->
 def judge(directory: Path) -> float:
     """Mean return of a trial's saved policy in fresh episodes, the same for all runs."""
     from ppo_hpo import PPO, TrialConfig
-    from ppo_hpo.envs import probe
-    from ppo_hpo.evaluate import Evaluator
+    from ppo_hpo.envs.make import probe
+    from ppo_hpo.ppo.evaluate import Evaluator
 
     config = TrialConfig.from_mapping(yamlio.load(directory / "config.yaml"))
     agent = PPO.from_config(config, "cpu", storage=str(directory), uid=directory.name).agent
@@ -421,7 +421,7 @@ def write(out: Path, about: Mapping[str, Any], runs: Sequence[Run]) -> None:
 
 def keep_numbers(path: Path, about: Mapping[str, Any], runs: Sequence[Run]) -> None:
     """In one piece: a run that is half written would be lost with all others."""
-    from ppo_hpo.checkpoint import write_atomically
+    from ppo_hpo.state.checkpoint import write_atomically
 
     content = {"about": dict(about), "runs": list(runs)}
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

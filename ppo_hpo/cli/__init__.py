@@ -1,0 +1,1 @@
+"""The command `ppo-hpo`: one module for each group of subcommands."""

@@ -1,0 +1,1 @@
+"""Reading and repairing an experiment that exists: reports, costs, requeueing, cleaning, diagnosis."""

@@ -1,0 +1,1 @@
+"""The algorithm: arithmetic, networks, gradient engines, the training loop and the task."""

@@ -1,0 +1,175 @@
+"""The general engine: any network, any device, gradients by torch's autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ppo_hpo.ppo import losses
+from ppo_hpo.ppo.rollout import Float32, Samples
+from ppo_hpo.spec.config import PPOConfig
+
+# Images that go through a network at once outside of minibatches: 512 of 4 x 84 x 84 fill 100 MB on their
+# way.
+_IMAGES_AT_ONCE = 512
+
+Kept = tuple[Tensor, Tensor]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Batch(NamedTuple):
+    """`Samples` as tensors on a device, each ``[B, ...]``."""
+
+    obs: Tensor
+    action: Tensor
+    old_log_prob: Tensor
+    old_value: Tensor
+    advantage: Tensor
+    returns: Tensor
+
+
+class AutogradEngine:
+    """Acts, rates and differentiates through torch.
+
+    Attributes:
+        keeps: whether the network has `policy_and_value`: what acting computes then serves the values too.
+    """
+
+    name = "autograd"
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, *, continuous: bool, criterion: Criterion | None
+    ) -> None:
+        self._module = module
+        self._both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = getattr(
+            module, "policy_and_value", None
+        )
+        self.keeps = self._both is not None
+        self._device = device
+        self._continuous = continuous
+        self._criterion = criterion
+
+    @torch.inference_mode()
+    def act(self, obs: NDArray[Any], noise: Float32 | None) -> NDArray[Any]:
+        """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode."""
+        return self._choose(self._policy(self._tensor(obs)), noise)
+
+    @torch.inference_mode()
+    def act_and_keep(self, obs: NDArray[Any], noise: Float32) -> tuple[NDArray[Any], Kept]:
+        """Actions for observations ``[N, D]``, and the network's outputs, which stay on the device."""
+        assert self._both is not None
+        kept = self._both(self._tensor(obs))
+        return self._choose(kept[0], noise), kept
+
+    @torch.inference_mode()
+    def rate_kept(self, kept: list[Kept], action: NDArray[Any]) -> tuple[Float32, Float32]:
+        """Log-probabilities and values ``[T * N]`` of what T times `act_and_keep` gave, with its actions."""
+        output, value = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        log_prob, _ = self._rate(output, self._tensor(action))
+        return log_prob.cpu().numpy(), value.cpu().numpy()
+
+    def _choose(self, output: Tensor, noise: Float32 | None) -> NDArray[Any]:
+        if noise is not None:
+            drawn = self._tensor(noise)
+            output = output + drawn * self._log_std.exp() if self._continuous else output + drawn
+        action = output if self._continuous else output.argmax(-1)
+        return action.cpu().numpy()
+
+    @torch.inference_mode()
+    def values(self, obs: NDArray[Any]) -> Float32:
+        """Values ``[B]`` of observations ``[B, D]``."""
+        parts = [self._value(self._tensor(part)) for part in _portions(obs)]
+        return torch.cat(parts).cpu().numpy()
+
+    @torch.inference_mode()
+    def log_probs(self, obs: NDArray[Any], action: NDArray[Any]) -> Float32:
+        """Log-probabilities ``[B]`` of actions ``[B]`` or ``[B, A]``."""
+        output = torch.cat([self._policy(self._tensor(part)) for part in _portions(obs)])
+        log_prob, _ = self._rate(output, self._tensor(action))
+        return log_prob.cpu().numpy()
+
+    def load(self, samples: Samples) -> Batch:
+        """All samples on the device, which they reach once for all passes."""
+        return Batch(*(self._tensor(array) for array in samples))
+
+    def shuffled(self, batch: Batch, order: NDArray[np.int64], ppo: PPOConfig) -> Iterator[Batch]:
+        """The samples in ``order``, a minibatch at a time: gathered once, then sliced.
+
+        Images are gathered for each minibatch, so that they are not held twice.
+        """
+        index = self._tensor(order)
+        images = batch.obs.ndim > 2
+        obs = batch.obs if images else batch.obs[index]
+        rest = [torch.split(tensor[index], ppo.batch_size) for tensor in batch[1:]]
+        for number, chosen in enumerate(torch.split(index, ppo.batch_size)):
+            first = number * ppo.batch_size
+            part = obs[chosen] if images else obs[first : first + ppo.batch_size]
+            yield Batch(part, *(tensors[number] for tensors in rest))
+
+    def loss(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> losses.LossParts:
+        """The loss of one minibatch, and its parts."""
+        if self._both is None:
+            log_prob, entropy = self._rate(self._policy(batch.obs), batch.action)
+            value = self._value(batch.obs)
+        else:
+            output, value = self._both(batch.obs)
+            log_prob, entropy = self._rate(output, batch.action)
+        if self._criterion is None:
+            critic = losses.value_loss(value, batch.old_value, batch.returns, ppo.clip_range_vf)
+        else:
+            critic = self._criterion(value, batch.returns)
+        advantage = batch.advantage
+        if ppo.normalize_advantage:
+            advantage = losses.normalize_advantage(advantage)
+        return losses.ppo_loss(
+            log_prob,
+            batch.old_log_prob,
+            advantage,
+            critic,
+            entropy,
+            clip_range=clip_range,
+            ent_coef=ppo.ent_coef,
+            vf_coef=ppo.vf_coef,
+        )
+
+    def backward(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> Tensor:
+        """Add the loss's gradient to the parameters'; return the parts of the loss, ``[5]``."""
+        parts = self.loss(batch, ppo, clip_range)
+        parts.loss.backward()  # type: ignore[no-untyped-call]
+        return torch.stack([part.detach() for part in parts[1:]])
+
+    @staticmethod
+    def mean(rows: list[Tensor], norms: list[Tensor | float]) -> list[float]:
+        """Means over minibatches; on a GPU this is where the host first waits for it."""
+        norm = torch.stack([torch.as_tensor(norm) for norm in norms]).double().mean()
+        return [*torch.stack(rows).double().mean(0).tolist(), float(norm)]
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _policy(self, obs: Tensor) -> Tensor:
+        return self._module.policy(obs)  # type: ignore[operator, no-any-return]
+
+    def _value(self, obs: Tensor) -> Tensor:
+        return self._module.value(obs)  # type: ignore[operator, no-any-return]
+
+    @property
+    def _log_std(self) -> Tensor:
+        return self._module.log_std  # type: ignore[return-value]
+
+    def _rate(self, output: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        if self._continuous:
+            return losses.diagonal_gaussian(output, self._log_std, action)
+        return losses.categorical(output, action)
+
+
+def _portions(obs: NDArray[Any]) -> list[NDArray[Any]]:
+    """Vectors all at once; images some at a time: what a convolution makes of them is much larger."""
+    if obs.ndim <= 2:
+        return [obs]
+    return [obs[at : at + _IMAGES_AT_ONCE] for at in range(0, len(obs), _IMAGES_AT_ONCE)]

@@ -1,0 +1,39 @@
+"""The guard that keeps failed tasks from going on."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from ppo_hpo.spec.errors import BadResume
+
+
+class _Guarded(Protocol):
+    bad_state: bool
+
+
+class BadResumeGuard:
+    """Marks a task as bad when what it guards fails, and keeps bad tasks from going on.
+
+    After a failure a task may be anywhere between two states. A new one, made with the same
+    hyperparameters and storage, starts at the last checkpoint instead.
+    """
+
+    def __init__(self, task: _Guarded) -> None:
+        self._task = task
+
+    def __enter__(self) -> None:
+        if self._task.bad_state:
+            raise BadResume(
+                "This task failed before and may be in a bad state. Make a new one with the same "
+                "hyperparameters and storage: it goes on from the last checkpoint."
+            )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._task.bad_state = True

@@ -1,0 +1,381 @@
+"""A trained policy by itself: from raw observations to what an environment's ``step`` takes.
+
+A policy file is a safetensors file with the format, the checks and the bounds of a checkpoint
+(`ppo_hpo.state.checkpoint`): weights and the normaliser's statistics as arrays, hyperparameters and the
+environment's interface as plain data. Loading one runs no code of its author's, and imports no environment.
+
+    from ppo_hpo import load_policy
+    policy = load_policy("policy.safetensors")
+    action = policy.act(observation)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ppo_hpo.envs.make import EnvInfo, probe
+from ppo_hpo.ppo.device import resolve_device
+from ppo_hpo.ppo.learner import Learner
+from ppo_hpo.ppo.networks import after_convolutions
+from ppo_hpo.ppo.normalize import EPSILON, ObservationNormalizer
+from ppo_hpo.ppo.task import build_network
+from ppo_hpo.spec.config import TrialConfig
+from ppo_hpo.spec.errors import CheckpointError, NotHere, UserError
+from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, from_bytes, read_bytes, to_bytes
+from ppo_hpo.state.checkpoint import write_atomically as write
+
+_KIND = "policy"
+_MODEL, _NORMALIZER = "model.", "observation_normalizer."
+_MOST_SIDES = 1 << 24
+# Where the first seed of a trial of several lies; `ppo-hpo best` judges them together.
+_FIRST_SEED = "seed-1"
+
+
+class Policy(nn.Module):
+    """The most probable action for each observation; the normaliser of training is inside.
+
+    `act` is for playing: numpy in, and out what ``env.step`` takes, computed by the very code that judged the
+    trial. `forward` is the same as a torch module, for batches on any device, and for export: its actions
+    differ from those of `act` by rounding.
+
+    Attributes:
+        config: hyperparameters of the trial.
+        info: of the environment, as it was when the policy was exported.
+        epoch: epochs that the policy was trained for.
+        network: actor and critic, with `policy`, `value` and, for continuous actions, `log_std`.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        info: EnvInfo,
+        epoch: int,
+        arrays: Mapping[str, NDArray[Any]],
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Build the network and fill it.
+
+        Args:
+            config: hyperparameters of the trial.
+            info: of the environment.
+            epoch: epochs done.
+            arrays: ``model.*`` and ``observation_normalizer.*`` of a checkpoint.
+            device: where `forward` and `act` compute.
+
+        Raises:
+            KeyError: an array is missing.
+            ValueError: an array has another shape.
+        """
+        super().__init__()
+        self.config, self.info, self.epoch = config, info, epoch
+        rules = config.normalize
+        dim = 0 if info.images else info.obs_dim
+        self._normalizer = ObservationNormalizer(dim, enabled=rules.norm_obs, clip=rules.clip_obs)
+        moments = {name: arrays[f"{_NORMALIZER}{name}"] for name in ("mean", "var", "count")}
+        for name in ("mean", "var"):
+            if moments[name].shape != (dim,):
+                raise ValueError(f"{name} has shape {moments[name].shape}, but {(dim,)} is needed")
+        self._normalizer.moments.load(moments)
+        _refuse_other_sizes(config, info, arrays)
+        network = build_network(config, info)
+        own = network.state_dict()
+        for name, tensor in own.items():
+            array = arrays[f"{_MODEL}{name}"]
+            if array.shape != tuple(tensor.shape):
+                raise ValueError(f"{name} has shape {array.shape}, but {tuple(tensor.shape)} is needed")
+            own[name] = torch.from_numpy(np.array(array))
+        network.load_state_dict(own)
+        self._learner = Learner(
+            network, config.optimizer, config.ppo, resolve_device(device), continuous=info.continuous
+        )
+        self.network = self._learner.module
+        state = self._normalizer.moments
+        self._mean: Tensor
+        self._scale: Tensor
+        self._low: Tensor
+        self._high: Tensor
+        for name, values in (
+            ("_mean", state.mean),
+            ("_scale", np.sqrt(state.var + EPSILON)),
+            ("_low", info.low),
+            ("_high", info.high),
+        ):
+            at = self._learner.device
+            self.register_buffer(name, torch.from_numpy(np.array(values)).to(at), persistent=False)
+
+    def extra_repr(self) -> str:
+        """What it plays."""
+        return f"{self.info.id}, {self.info.kind} actions, {self.epoch} epochs"
+
+    def act(self, observation: Any) -> Any:
+        """What ``env.step`` takes, for one raw observation; for a batch ``[N, ...]`` an array of such.
+
+        Raises:
+            UserError: observations of another shape.
+        """
+        shape = self.info.obs_shape
+        obs = np.asarray(observation, self.info.obs_dtype)
+        if obs.shape != shape and obs.shape[1:] != shape:
+            raise UserError(
+                f"An observation of {self.info.id} has the shape {shape}, and a batch one dimension more in "
+                f"front, but got {obs.shape}."
+            )
+        one = obs.shape == shape
+        actions = self._learner.act(self._normalizer(obs[None] if one else obs), None)
+        found = self.info.to_env(actions)
+        return found[0] if one else np.array(found)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Actions ``[N]`` or ``[N, *action_shape]`` for a batch of raw observations ``[N, ...]``."""
+        info, rules = self.info, self.config.normalize
+        obs = observations
+        if rules.norm_obs:
+            scaled = (obs.double() - self._mean) / self._scale
+            obs = scaled.clamp(-rules.clip_obs, rules.clip_obs)
+        output: Tensor = self.network.policy(obs if info.images else obs.float())  # type: ignore[operator]
+        if not info.continuous:
+            return output.argmax(-1) + info.first_action
+        bounded = torch.maximum(torch.minimum(output, self._high), self._low).to(self._low.dtype)
+        return bounded.reshape(-1, *info.action_shape)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy, as `load_policy` reads it.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        arrays = {
+            f"{_MODEL}{name}": t.detach().cpu().numpy() for name, t in self.network.state_dict().items()
+        }
+        arrays |= {f"{_NORMALIZER}{k}": np.asarray(v) for k, v in self._normalizer.moments.state().items()}
+        meta = {
+            "kind": _KIND,
+            "hyperparameters": self.config.own_mapping(),
+            "interface": _to_plain(self.info),
+        }
+        write(Path(path), to_bytes(Checkpoint(self.epoch, arrays, meta)))
+
+    def save_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write `forward` in ONNX: input ``observations [N, ...]``, output ``actions``, any N.
+
+        Raises:
+            UserError: the packages of ``ppo-hpo[onnx]`` are missing, or the file cannot be written.
+        """
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise NotHere(
+                f"ONNX needs a package that is not installed ({error}). Install it with: "
+                f"pip install 'ppo-hpo[onnx]'"
+            ) from None
+        import logging
+        import warnings
+
+        # The exporter warns of its own parts, and of packages that nothing here uses.
+        log = logging.getLogger("torch.onnx")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        example = torch.zeros((2, *self.info.obs_shape), dtype=_torch_dtype(self.info.obs_dtype))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                program = torch.onnx.export(
+                    self,
+                    (example.to(self._learner.device),),
+                    dynamo=True,
+                    input_names=["observations"],
+                    output_names=["actions"],
+                    dynamic_shapes=({0: torch.export.Dim("N")},),
+                    verbose=False,
+                )
+            finally:
+                log.setLevel(level)
+        assert program is not None
+        write(Path(path), program.model_proto.SerializeToString())
+
+
+def load_policy(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Policy:
+    """Read a policy that `Policy.save` or ``ppo-hpo best --policy`` wrote.
+
+    Args:
+        path: of the file.
+        device: where it computes.
+
+    Raises:
+        CheckpointError: the file is torn, cannot be read, or is no policy.
+        UserError: there is no such device.
+    """
+    found = from_bytes(read_bytes(Path(path), MAX_BYTES), str(path))
+    if found.meta.get("kind") != _KIND:
+        raise CheckpointError(
+            f"{path} is no policy: it is a checkpoint. Use ppo_hpo.export_policy on the trial's directory."
+        )
+    try:
+        config = TrialConfig.from_mapping(found.meta["hyperparameters"])
+        return Policy(config, _from_plain(found.meta["interface"]), found.epoch, found.arrays, device)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, UserError) and not isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is no policy that this ppo_hpo reads: {error}.") from None
+
+
+def export_policy(
+    directory: str | os.PathLike[str], path: str | os.PathLike[str], epoch: int | None = None
+) -> Policy:
+    """Write the policy of a trial's newest checkpoint to a file: ONNX if it ends in ``.onnx``.
+
+    The environment is made once, to look at its spaces. Of a trial of several seeds it is the first one's.
+
+    Args:
+        directory: of the trial.
+        path: of the file; what is there is replaced.
+        epoch: the epoch that the checkpoint has to be of; None takes the newest.
+
+    Returns:
+        The policy.
+
+    Raises:
+        UserError: there is no checkpoint that can be used, the environment cannot be made, or the file cannot
+            be written.
+    """
+    policy = policy_of(Path(directory), epoch)
+    if str(path).endswith(".onnx"):
+        policy.save_onnx(path)
+    else:
+        policy.save(path)
+    return policy
+
+
+def policy_of(directory: Path, epoch: int | None = None) -> Policy:
+    """The policy of a trial's newest checkpoint; see `export_policy`."""
+    place = directory / _FIRST_SEED if (directory / _FIRST_SEED).is_dir() else directory
+    found = Storage(place).load(lambda checkpoint: _refuse_other_epochs(checkpoint, epoch, place))
+    if found is None:
+        raise UserError(
+            f"{place} has no checkpoint. `ppo-hpo clean` keeps only those of the best trials; "
+            f"`ppo-hpo run --config {directory / 'config.yaml'} --dir {directory}` trains it again."
+        )
+    try:
+        config = TrialConfig.from_mapping(found.meta["hyperparameters"])
+        return Policy(config, probe(config.env), found.epoch, found.arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise CheckpointError(f"The checkpoint in {place} does not fit its environment: {error}.") from None
+
+
+def _refuse_other_sizes(config: TrialConfig, info: EnvInfo, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse arrays that the network will not have, before the memory for it is taken.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: one has another shape.
+    """
+    model, shapes = config.model, dict[str, tuple[int, ...]]()
+    if info.images:
+        height, width = info.obs_shape[:2] if info.channels_last else info.obs_shape[1:]
+        pixels = after_convolutions(height) * after_convolutions(width)
+        shapes["dense.1.weight"] = model.features_dim, 64 * pixels
+        shapes["policy_head.weight"] = info.action_dim, model.features_dim
+    else:
+        for name, outputs in (("actor", info.action_dim), ("critic", 1)):
+            sizes = [info.obs_dim, *[model.width] * model.depth, outputs]
+            for index in range(model.depth + 1):
+                shapes[f"{name}.{2 * index}.weight"] = sizes[index + 1], sizes[index]
+    for name, shape in shapes.items():
+        if arrays[f"{_MODEL}{name}"].shape != shape:
+            raise ValueError(f"{name} has shape {arrays[f'{_MODEL}{name}'].shape}, but {shape} is needed")
+
+
+def _refuse_other_epochs(checkpoint: Checkpoint, epoch: int | None, place: Path) -> None:
+    if epoch not in (None, checkpoint.epoch):
+        raise CheckpointError(f"{place} has a checkpoint of epoch {checkpoint.epoch}, and not of {epoch}.")
+
+
+def _to_plain(info: EnvInfo) -> dict[str, Any]:
+    """An environment's interface as JSON has it; an infinite bound is null."""
+
+    def bounds(values: NDArray[Any]) -> list[float | None]:
+        return [float(value) if math.isfinite(value) else None for value in values]
+
+    return {
+        "id": info.id,
+        "obs_shape": list(info.obs_shape),
+        "obs_dtype": np.dtype(info.obs_dtype).name,
+        "kind": info.kind,
+        "action_dim": info.action_dim,
+        "action_shape": list(info.action_shape),
+        "first_action": info.first_action,
+        "low": bounds(info.low),
+        "high": bounds(info.high),
+        "action_dtype": np.dtype(info.action_dtype).name,
+        "time_limit": info.time_limit,
+    }
+
+
+def _from_plain(plain: Mapping[str, Any]) -> EnvInfo:
+    """What `_to_plain` gave; it may come from anybody.
+
+    Raises:
+        KeyError: something is missing.
+        TypeError: something is of another type.
+        ValueError: something is impossible.
+    """
+    obs_dtype, action_dtype = _dtype(plain["obs_dtype"]), _dtype(plain["action_dtype"])
+    obs_shape, action_shape = _shape(plain["obs_shape"]), _shape(plain["action_shape"])
+    kind, dim = plain["kind"], plain["action_dim"]
+    low, high = plain["low"], plain["high"]
+    if kind not in ("discrete", "continuous") or len(obs_shape) not in (1, 3):
+        raise ValueError(f"actions are {kind!r}, observations have the shape {obs_shape}")
+    continuous = kind == "continuous"
+    sizes = {len(low), len(high), math.prod(action_shape)} if continuous else {dim}
+    if type(dim) is not int or not 0 < dim <= _MOST_SIDES or sizes != {dim}:
+        raise ValueError(f"`action_dim` is {dim!r}, which its bounds and its shape do not have")
+    if continuous and action_dtype.kind != "f":
+        raise ValueError(f"continuous actions cannot be {action_dtype}")
+
+    def bounds(values: list[float | None], infinite: float) -> NDArray[Any]:
+        return np.array([infinite if v is None else float(v) for v in values], action_dtype)
+
+    return EnvInfo(
+        id=str(plain["id"]),
+        obs_shape=obs_shape,
+        obs_dtype=obs_dtype,
+        kind=kind,
+        action_dim=dim,
+        action_shape=action_shape,
+        first_action=int(plain["first_action"]),
+        low=bounds(low, -math.inf) if continuous else np.zeros(0),
+        high=bounds(high, math.inf) if continuous else np.zeros(0),
+        action_dtype=action_dtype,
+        time_limit=None if plain["time_limit"] is None else int(plain["time_limit"]),
+    )
+
+
+def _shape(sides: Any) -> tuple[int, ...]:
+    if not isinstance(sides, list) or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"a shape must be a list of whole numbers, but got {sides!r}")
+    if math.prod(sides) > _MOST_SIDES:
+        raise ValueError(f"a shape of more than {_MOST_SIDES} entries is none: {sides!r}")
+    return tuple(sides)
+
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    found = np.dtype(str(name))
+    if found.kind not in "fiub":
+        raise ValueError(f"numbers cannot be {name!r}")
+    return found
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    return torch.from_numpy(np.zeros(1, dtype)).dtype

@@ -1,0 +1,1 @@
+"""What a trial is: hyperparameters, search spaces, seeds, objective and errors."""

@@ -1,0 +1,151 @@
+"""YAML as people write it: data only, `1e-4` is a number, and no key stands twice.
+
+Files may come from anybody: tags and aliases are not read, and how much of what there may be is bounded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ppo_hpo.spec.errors import UserError
+
+# Configurations are a page long; what is larger is not a configuration.
+_MAX_BYTES = 1 << 20
+_MAX_VALUES = 10_000
+_MAX_DEPTH = 30
+_MAX_DIGITS = 100
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1's safe loader with the number syntax of YAML 1.2.
+
+    PyYAML reads `1e-4` as a string, because YAML 1.1 wants `1.0e-4`; everybody means a number. Dates stay
+    words: no hyperparameter is one.
+    """
+
+    values = depth = 0
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen: set[str] = set()
+        for key in keys:
+            if not isinstance(key, str):
+                raise UserError(f"Line {node.start_mark.line + 1}: keys must be words, but got {key!r}.")
+            if key in seen:
+                raise UserError(f"Line {node.start_mark.line + 1}: key `{key}` is given twice.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        # An alias lets a kilobyte stand for gigabytes; configurations have no use for it.
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"Line {line}: YAML aliases (*name) are not read. Write the value out.")
+        if event.tag is not None:
+            raise UserError(f"Line {line}: YAML tags ({event.tag}) are not read. Write the plain value.")
+        self.values += 1
+        if self.values > _MAX_VALUES:
+            raise UserError(f"Line {line}: more than {_MAX_VALUES} values are no configuration.")
+        if self.depth >= _MAX_DEPTH:
+            raise UserError(f"Line {line}: values are nested more than {_MAX_DEPTH} deep.")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes words that `_Loader` would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        # Written so that it reads a long row of digits once, not once from each of them.
+        re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    digits = text.lstrip("+-")
+    if not digits.isdigit() or (digits.startswith("0") and digits != "0"):
+        raise UserError(
+            f"Line {node.start_mark.line + 1}: write whole numbers in decimal digits, without leading "
+            f"zeros, underscores or colons, but got {text!r}."
+        )
+    if len(digits) > _MAX_DIGITS:
+        raise UserError(
+            f"Line {node.start_mark.line + 1}: a number of {len(digits)} digits is no hyperparameter."
+        )
+    return int(text)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = str(loader.construct_scalar(node)).lower()
+    if text.lstrip("+-") in (".inf", ".nan"):
+        return float(text.replace(".", ""))
+    if "_" in text or ":" in text:
+        raise UserError(
+            f"Line {node.start_mark.line + 1}: write numbers without underscores or colons, but got {text!r}."
+        )
+    return float(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+
+
+def parse(text: str, source: str) -> Any:
+    """Parse YAML text.
+
+    Args:
+        text: the YAML.
+        source: what to call it in an error.
+
+    Raises:
+        UserError: the text is not YAML, or uses a tag, an alias or a key twice, or holds more than any
+            configuration does.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a safe loader, see above
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{source} is not valid YAML: {reason}") from None
+
+
+def load(path: Path) -> Any:
+    """Read one YAML file.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read or parsed.
+    """
+    try:
+        # Pipes and devices tell no size, so that only reading shows how much is there.
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise UserError(f"{path} is larger than {_MAX_BYTES} bytes: it is no configuration.")
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}.") from None
+    return parse(text, str(path))
+
+
+def dump(value: Any) -> str:
+    """Write plain data as YAML, keys in the order given."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False)

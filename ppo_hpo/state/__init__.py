@@ -1,0 +1,1 @@
+"""What is on disk: checkpoints, who owns them, and who may write them."""

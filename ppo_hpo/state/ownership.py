@@ -1,0 +1,79 @@
+"""Whose a checkpoint is: its own trial's, a parent's of a fork, or somebody else's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ppo_hpo.spec.config import CHANGEABLE_IN_MID_LIFE
+from ppo_hpo.spec.errors import CheckpointError
+
+Nested = Mapping[str, Mapping[str, Any]]
+
+
+def difference(there: Nested, here: Nested) -> str:
+    """In words, which hyperparameters differ between a checkpoint and a trial; empty where none does."""
+    return ", ".join(
+        f"{name} is {_at(there, name)!r} there and {_at(here, name)!r} here"
+        for name in differing(there, here)
+    )
+
+
+def differing(there: Nested, here: Nested) -> list[str]:
+    """Dotted names of the hyperparameters that differ."""
+    # Through JSON, because one side comes from a file.
+    there, here = (json.loads(json.dumps(side, default=str)) for side in (there, here))
+    names = {f"{group}.{key}" for side in (there, here) for group, values in side.items() for key in values}
+    return [name for name in sorted(names) if _at(there, name) != _at(here, name)]
+
+
+def check(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | None, where: str) -> None:
+    """Refuse another trial's checkpoint, unless Orion put it here for a fork.
+
+    Population-based training proposes a child with other hyperparameters and copies its parent's
+    directory for it. So a checkpoint that another trial wrote is a parent's; one that this very
+    trial wrote, or that somebody without a trial's id finds, must have the same hyperparameters.
+
+    Args:
+        meta: of the checkpoint.
+        epoch: of the checkpoint.
+        here: this trial's hyperparameters.
+        uid: this trial's id.
+        where: for the message, where the checkpoint lies.
+
+    Raises:
+        CheckpointError: it does not belong here.
+    """
+    try:
+        there, owner, lineage = meta["hyperparameters"], meta["uid"], meta["lineage"]
+        if not all(isinstance(text, str) for text in (owner or "", meta["identity"])):
+            raise TypeError
+        if not (isinstance(lineage, list) and all(isinstance(item, dict) for item in lineage)):
+            raise TypeError
+        text = difference(there, here)
+    except (KeyError, AttributeError, TypeError):
+        raise CheckpointError(
+            f"The checkpoint of epoch {epoch} in {where} does not say whose it is."
+        ) from None
+    if not text:
+        return
+    advice = "Use another directory, or the hyperparameters it was trained with."
+    if uid is not None and owner is not None and uid != owner:
+        rigid = [name for name in differing(there, here) if not _changeable(name)]
+        if not rigid:
+            return
+        advice = f"A fork cannot change {', '.join(rigid)} in mid-life."
+    raise CheckpointError(
+        f"The checkpoint of epoch {epoch} in {where} belongs to other hyperparameters: {text}. {advice}"
+    )
+
+
+def _changeable(name: str) -> bool:
+    group, _, key = name.partition(".")
+    return key in CHANGEABLE_IN_MID_LIFE.get(group, ())
+
+
+def _at(mapping: Nested, name: str) -> Any:
+    group, _, key = name.partition(".")
+    return mapping.get(group, {}).get(key)

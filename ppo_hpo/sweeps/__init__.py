@@ -1,0 +1,1 @@
+"""A whole sweep: its plan, its workers, its progress, and the winner on fresh seeds."""

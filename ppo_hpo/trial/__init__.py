@@ -1,0 +1,1 @@
+"""One trial: where it resumes from, its retries, its GPU slot, its process."""

@@ -1,0 +1,307 @@
+"""Trials from a warm process: the server, which has imported everything and forks a process for each trial.
+
+It has one thread, and neither computes nor touches a GPU before it forks. It ends when nobody has asked
+for `IDLE` seconds, and on SIGTERM once the trials that run have ended. `ppo_hpo.trial.preload_client` starts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+from ppo_hpo.cli import main
+from ppo_hpo.trial import preload_client
+
+IDLE = 60.0  # seconds; PPO_HPO_WARM_IDLE replaces it
+_TICK = 500  # milliseconds between two looks at the clock
+_GRACE = 10.0  # seconds a trial has to stop in when its client is gone
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
+# What a trial imports; a test asks a trial's process what it had to import itself.
+_IMPORTS = (
+    "ppo_hpo.envs.atari", "ppo_hpo.spec.space", "ppo_hpo.trial.runner", "ppo_hpo.ppo.task",
+    "filelock", "gymnasium.envs.classic_control", "gymnasium.vector",
+    "gymnasium.wrappers", "multiprocessing.sharedctypes", "numpy.ma", "numpy.random",
+    "safetensors.numpy", "threadpoolctl",
+)  # fmt: skip
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Declined(Exception):
+    """The trial needs something that was fixed when this process began."""
+
+
+@dataclass
+class _Trial:
+    """A trial's process, as the server sees it.
+
+    Attributes:
+        connection: to its client, or None once the client is gone.
+        pid: of the process.
+        pidfd: of the process; readable when it has ended.
+        declined: one byte of shared memory, not zero where the process has declined the trial.
+        deadline: when it is killed, if its client is gone.
+    """
+
+    connection: socket.socket | None
+    pid: int
+    pidfd: int
+    declined: mmap.mmap
+    deadline: float = float("inf")
+
+
+def serve(name: str, descriptors: list[int]) -> None:
+    """Serve until idle or asked to stop.
+
+    Args:
+        name: of the server, as `warm` computed it.
+        descriptors: of the lock, the listening socket and the directory, inherited.
+    """
+    for descriptor in [int(number) for number in os.listdir("/proc/self/fd")]:
+        if descriptor > 2 and descriptor not in descriptors:
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.close(descriptor)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    os.chdir("/")
+    code = preload_client.code_state()
+    imported = preload()
+    if code != preload_client.code_state():
+        raise SystemExit("the code has changed while it was imported")
+    _Server(name, imported, *descriptors).loop()
+    main.leave(0)
+
+
+def preload() -> dict[str, str]:
+    """Import what a trial imports, for one thread; nothing is computed.
+
+    Returns:
+        The environment variables that the imported modules have set.
+    """
+    for variable in main.THREAD_VARIABLES:
+        os.environ[variable] = "1"
+    before = dict(os.environ)
+    for name in _IMPORTS:
+        importlib.import_module(name)
+    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+
+class _Server:
+    """The loop around `fork`."""
+
+    def __init__(self, name: str, imported: dict[str, str], lock: int, listener: int, directory: int) -> None:
+        self.name = name
+        self.imported = imported
+        self.lock = lock
+        self.directory = directory
+        self.listener = socket.socket(fileno=listener)
+        self.idle = float(os.environ.get("PPO_HPO_WARM_IDLE", IDLE))
+        self.trials: list[_Trial] = []
+        self.stopping = False
+
+    def loop(self) -> None:
+        """Accept, watch, report; until there is nothing to do any more."""
+        signal.signal(signal.SIGTERM, self._stop)
+        # What was imported will never be garbage, and pages that are not looked at stay shared.
+        gc.collect()
+        gc.freeze()
+        busy = time.monotonic()
+        while True:
+            if self.stopping or time.monotonic() - busy > self.idle:
+                self._close()
+                if not self.trials:
+                    return
+            ready = self._ready()
+            for trial in list(self.trials):
+                if trial.pidfd in ready:
+                    self._report(trial)
+                elif trial.connection and trial.connection.fileno() in ready:
+                    self._abandon(trial)
+            # Last: a new connection may have the number of one that was closed just now.
+            if self.listener.fileno() in ready:
+                self._accept()
+            for trial in self.trials:
+                busy = time.monotonic()
+                if busy > trial.deadline:
+                    os.kill(trial.pid, signal.SIGKILL)
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self.stopping = True
+
+    def _ready(self) -> set[int]:
+        poll = select.poll()
+        if not self.stopping:
+            poll.register(self.listener, select.POLLIN)
+        for trial in self.trials:
+            poll.register(trial.pidfd, select.POLLIN)
+            if trial.connection:
+                poll.register(trial.connection, select.POLLIN)
+        return {descriptor for descriptor, _ in poll.poll(_TICK)}
+
+    def _close(self) -> None:
+        """Take no more trials, and let the next client start another server."""
+        if self.listener.fileno() < 0:
+            return
+        self.stopping = True
+        for suffix in ("sock", "log", "lock"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.name}.{suffix}", dir_fd=self.directory)
+        self.listener.close()
+
+    def _accept(self) -> None:
+        connection = None
+        try:
+            connection, _ = self.listener.accept()
+            if len(os.listdir("/proc/self/task")) != 1:
+                raise RuntimeError("this process has several threads: a fork would not be safe")
+            if not preload_client.is_own(connection):
+                raise PermissionError("the client is another user's")
+            connection.settimeout(5)
+            self._begin(connection)
+        except Exception as error:
+            # Whatever a client sends, the others' trials go on.
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if connection:
+                connection.close()
+
+    def _begin(self, connection: socket.socket) -> None:
+        header, descriptors, _, _ = socket.recv_fds(
+            connection, preload_client.LENGTH.size, 4, socket.MSG_CMSG_CLOEXEC
+        )
+        try:
+            (length,) = preload_client.LENGTH.unpack(header)
+            data = b""
+            while len(data) < length:
+                chunk = connection.recv(length - len(data))
+                if not chunk:
+                    raise EOFError("the client went away")
+                data += chunk
+            job = json.loads(data)
+            declined = mmap.mmap(-1, 1)
+            server = os.getpid()
+            # A signal that comes while the new process still has this one's handlers would be lost in it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+            try:
+                pid = os.fork()
+                if not pid:
+                    for number in _STOPS:
+                        signal.signal(number, signal.SIG_DFL)
+                    connection.close()
+                    self._become(job, descriptors, declined, server, mask)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        try:
+            trial = _Trial(connection, pid, os.pidfd_open(pid), declined)
+        except OSError:
+            # The client is about to run the trial itself.
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        self.trials.append(trial)
+        try:
+            socket.send_fds(connection, [b"+"], [trial.pidfd])
+        except OSError:
+            self._abandon(trial)
+
+    def _report(self, trial: _Trial) -> None:
+        """The trial's process has ended: tell the client."""
+        _, raw = os.waitpid(trial.pid, 0)
+        status = preload_client.DECLINED if trial.declined[0] else os.waitstatus_to_exitcode(raw)
+        self.trials.remove(trial)
+        os.close(trial.pidfd)
+        trial.declined.close()
+        if trial.connection:
+            with contextlib.suppress(OSError):
+                trial.connection.sendall(preload_client.STATUS.pack(status))
+            trial.connection.close()
+
+    def _abandon(self, trial: _Trial) -> None:
+        """The client is gone, and nobody waits for the trial: it stops at its last epoch."""
+        if trial.connection:
+            trial.connection.close()
+            trial.connection = None
+        trial.deadline = time.monotonic() + _GRACE
+        os.kill(trial.pid, signal.SIGTERM)
+
+    # ------------------------------------------------------------- in the trial's process
+
+    def _become(
+        self,
+        job: dict[str, Any],
+        descriptors: list[int],
+        declined: mmap.mmap,
+        server: int,
+        mask: set[int],
+    ) -> NoReturn:
+        """Become what the client would have been."""
+        declined[0] = 1  # until it has become so
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            # Without the server nobody would see the client end; the client goes on in the ordinary way.
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != server:
+                os._exit(1)
+            self._leave()
+            for number, descriptor in enumerate(descriptors[:3]):
+                os.dup2(descriptor, number)
+            os.fchdir(descriptors[3])
+            for descriptor in descriptors:
+                os.close(descriptor)
+            os.environ.clear()
+            os.environ.update({**job["environ"], **self.imported})
+            sys.argv[:] = job["argv"]
+            sys.path[:] = job["path"]
+            sys.stdout.reconfigure(line_buffering=sys.stdout.line_buffering or os.isatty(1))  # type: ignore[union-attr]
+            # Where a module draws from numpy's global stream, every process has its own.
+            import numpy
+
+            numpy.random.seed()
+            declined[0] = 0
+            _execute(job["arguments"], declined)
+        finally:
+            os._exit(1)
+
+    def _leave(self) -> None:
+        """Close what is the server's."""
+        self.listener.close()
+        os.close(self.lock)
+        os.close(self.directory)
+        for trial in self.trials:
+            os.close(trial.pidfd)
+            trial.declined.close()
+            if trial.connection:
+                trial.connection.close()
+
+
+def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> NoReturn:
+    """The command, and what the interpreter does at its end."""
+    try:
+        code = main.execute(argparse.Namespace(**{**arguments, "command": main.run_trial, "served": True}))
+    except Declined:
+        declined[0] = 1
+        os._exit(0)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    main.leave(code)

@@ -1,0 +1,610 @@
+"""One writer for one trial: claims, who is taken for dead, the fence, and takeovers, with real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.errors import LostLock, UserError
+from ppo_hpo.state import lock
+from ppo_hpo.state.checkpoint import write_atomically
+from tests.state.lock_race import fork, without_flock
+
+REPOSITORY = Path(__file__).parents[2]
+ROUNDS = 50
+TINY = {
+    "env": {"id": "CartPole-v1", "n_envs": 2, "max_episode_steps": 25},
+    "task": {"epochs": 4, "steps_per_epoch": 256, "eval_episodes": 2},
+    "model": {"width": 8, "depth": 1},
+    "ppo": {"n_steps": 64, "batch_size": 32, "n_epochs": 2},
+}
+
+
+class Clock:
+    """The module's clock, which only runs while somebody sleeps; what is to happen then is called."""
+
+    def __init__(self, each: Callable[[float], None] = lambda now: None) -> None:
+        self.now = 1000.0
+        self.each = each
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.each(self.now - 1000.0)
+
+    @property
+    def waited(self) -> float:
+        return self.now - 1000.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    given = SimpleNamespace(
+        monotonic=clock.monotonic,
+        sleep=clock.sleep,
+        time=time.time,
+        localtime=time.localtime,
+        strftime=time.strftime,
+    )
+    monkeypatch.setattr(lock, "time", given)
+    return clock
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # put back afterwards
+    without_flock()
+
+
+@contextlib.contextmanager
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """Some process that has nothing to do with any trial."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def described(pid: int) -> lock.Process:
+    started = lock._started(pid)
+    assert started is not None
+    return replace(lock.Process.current(), pid=pid, started=started)
+
+
+def leave(directory: Path, process: lock.Process | None, number: int = 4, *, flock: bool = True) -> Path:
+    """What a writer has in a trial's directory while it writes; its stage."""
+    stage = directory / "writer" / f"{number:06d}" / "stage-0011223344556677"
+    stage.mkdir(parents=True)
+    record = {"number": number, "taken": 1.7e9, "flock": flock, **(asdict(process) if process else {})}
+    (stage.parent / "record.json").write_text(json.dumps(record))
+    return stage
+
+
+def dead() -> lock.Process:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        who = described(process.pid)
+        process.kill()
+    return who
+
+
+ELSEWHERE = lock.Process("elsewhere", "another-boot", "pid:[1]", 12, 34, 0)
+
+
+# ---------------------------------------------------------------- who is dead
+
+
+def test_numbers_grow(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        with lock.hold(tmp_path) as claim:
+            assert claim.number == number
+            holder = lock.newest(tmp_path)
+            assert holder is not None
+            assert (holder.number, holder.process) == (number, lock.Process.current())
+            assert holder.gone(have_flock=False) is False
+        holder = lock.newest(tmp_path)
+        assert holder is not None
+        assert holder.gone(have_flock=False) is True
+        # Nothing but the record of the last writer stays.
+        files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()]
+        assert sorted(files) == ["lock", f"writer/00000{number}/record.json"]
+
+
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
+@pytest.mark.parametrize("case", ["dead", "reused", "rebooted", "done"])
+def test_the_dead_are_not_waited_for(
+    case: str, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not flock:
+        request.getfixturevalue("no_flock")
+    with sleeper() as living:
+        who = described(living.pid)
+        if case == "dead":
+            who = dead()
+        elif case == "reused":
+            who = replace(who, started=who.started - 1)
+        elif case == "rebooted":
+            who = replace(who, boot="the-boot-before")
+        stage = leave(tmp_path, who, flock=flock)
+        if case == "done":
+            stage.rmdir()
+        with lock.hold(tmp_path, takeover=True) as claim:
+            assert claim.number == 5
+        assert clock.waited == 0.0
+        assert living.poll() is None
+        assert [path.name for path in (tmp_path / "writer").iterdir()] == ["000005"]
+
+
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
+@pytest.mark.parametrize("who", [ELSEWHERE, None], ids=["another-host", "no-record"])
+def test_who_cannot_be_seen_is_dead_after_a_minute_without_a_sign_of_life(
+    who: lock.Process | None, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not flock:
+        request.getfixturevalue("no_flock")
+    stage = leave(tmp_path, who)
+
+    def renew(now: float) -> None:
+        # A writer whose clock is wrong by years; what counts is that it moves.
+        if now < 100.0:
+            os.utime(stage, (now, now))
+
+    clock.each = renew
+    with lock.hold(tmp_path) as claim:
+        assert claim.number == 5
+    # Looks are half a second apart.
+    assert 159.0 <= clock.waited <= 161.0
+
+
+def test_who_holds_flock_lives_whatever_its_sign_of_life(clock: Clock, tmp_path: Path) -> None:
+    # Stopped, and on another machine that shares the lock: it may wake up and go on.
+    leave(tmp_path, ELSEWHERE)
+    other = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def let_go(now: float) -> None:
+        if now > 500.0:
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+    clock.each = let_go
+    with lock.hold(tmp_path):
+        assert 500.0 < clock.waited < 502.0
+    os.close(other)
+
+
+def test_takeover_does_not_wait_for_flock_of_who_gives_no_sign_of_life(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = leave(tmp_path, ELSEWHERE)
+    other = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    asked = []
+    clock.each = lambda now: asked.append((stage.parent / "asked").exists())
+    with lock.hold(tmp_path, takeover=True) as claim:
+        assert claim.number == 5
+        assert 60.0 <= clock.waited <= 61.0
+        # It is a writer although another has flock, and whoever gets that finds it alive.
+        holder = lock.newest(tmp_path)
+        assert holder is not None
+        assert not holder.flock
+        assert holder.gone(have_flock=True) is False
+    os.close(other)
+    assert all(asked)
+    assert "process 12 on elsewhere, since 2023-11-14" in caplog.text
+    assert "is asked to give way" in caplog.text
+    assert "cannot be ended from here" in caplog.text
+
+
+def test_flock_that_children_of_the_dead_hold(clock: Clock, tmp_path: Path) -> None:
+    leave(tmp_path, dead())
+    other = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with lock.hold(tmp_path):
+        assert 5.0 <= clock.waited <= 6.0
+    os.close(other)
+
+
+def test_claims_that_came_with_a_copied_directory(clock: Clock, tmp_path: Path) -> None:
+    # Orion copies a parent's directory for its child, and the parent may be going on.
+    with lock.hold(tmp_path / "parent") as parent:
+        shutil.copytree(tmp_path / "parent", tmp_path / "child")
+        with lock.hold(tmp_path / "child", takeover=True) as child:
+            assert child.number == parent.number + 1
+        parent.check()
+        parent.tick()
+    assert clock.waited == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 4000, "null", '{"pid": 1}', "pid", "x" * 100_000],
+    ids=["empty", "torn", "deep", "null", "incomplete", "text", "long"],
+)
+def test_records_that_are_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    assert lock._read_record(path) == (None, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": -1}, {"pid": 0}, {"pid": 1 << 40}, {"pid": "1"}, {"pid": True}, {"started": 1.5},
+        {"host": ""}, {"host": "a\x1b[2J"}, {"host": "a\nb"}, {"boot": None}, {"taken": 1e300},
+        {"taken": "soon"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_records(change: dict[str, Any], tmp_path: Path) -> None:
+    stage = leave(tmp_path, ELSEWHERE)
+    path = stage.parent / "record.json"
+    assert lock._read_record(path)[0] == ELSEWHERE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert lock._read_record(path) == (None, 0.0, False)
+    holder = lock.newest(tmp_path)
+    assert holder is not None
+    assert holder.gone(have_flock=True) is None
+
+
+def test_the_last_number(tmp_path: Path) -> None:
+    leave(tmp_path, dead(), number=999_999_999_999)
+    with pytest.raises(UserError, match="has no numbers left"), lock.hold(tmp_path):
+        pass
+
+
+def test_the_name_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = lock.Process.current()
+    assert own.runs() is True
+    monkeypatch.setenv(lock.HOST_VARIABLE, "node-7.local")
+    assert lock.Process.current() == replace(own, host="node-7.local")
+    assert own.runs() is None
+    monkeypatch.setenv(lock.HOST_VARIABLE, "two words")
+    with pytest.raises(UserError, match="`PPO_HPO_HOST` must be letters, digits"), lock.hold(tmp_path):
+        pass
+
+
+# ------------------------------------------------------------------ the fence
+
+
+@pytest.mark.parametrize("moment", ["before", "at the rename"])
+def test_who_lost_its_claim_cannot_write(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "curve.jsonl"
+
+    def lose() -> None:
+        newer = lock._claim(tmp_path, 2, flock=False)
+        assert newer is not None
+        newer.write(path, b"newer")
+
+    real = os.replace
+
+    def lose_at_the_rename(source: Path, target: Path) -> None:
+        assert source.read_bytes() == b"older"
+        monkeypatch.undo()
+        lose()
+        real(source, target)
+
+    with lock.hold(tmp_path) as claim:
+        claim.write(path, b"first")
+        if moment == "before":
+            lose()
+        else:
+            monkeypatch.setattr(os, "replace", lose_at_the_rename)
+        with pytest.raises(LostLock, match="writer 1 lost the trial: another process took it over"):
+            claim.write(path, b"older")
+        assert path.read_bytes() == b"newer"
+        with pytest.raises(LostLock):
+            claim.check()
+    # Nothing of it is left, and the newer one was not disturbed by its end.
+    holder = lock.newest(tmp_path)
+    assert holder is not None
+    assert (holder.number, holder.gone(have_flock=False)) == (2, False)
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+def test_without_the_fence_it_would_have_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "curve.jsonl", os.replace
+
+    def lose_at_the_rename(source: Path, target: Path) -> None:
+        monkeypatch.undo()
+        path.write_bytes(b"newer")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", lose_at_the_rename)
+    write_atomically(path, b"older")
+    assert path.read_bytes() == b"older"
+
+
+def test_numbers_that_begin_again_fence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_BEAT", 600.0)
+    with lock.hold(tmp_path) as claim:
+        shutil.rmtree(tmp_path)  # somebody cleaned up
+        newer = lock._claim(tmp_path, 1, flock=True)
+        assert newer is not None
+        with pytest.raises(LostLock):
+            claim.write(tmp_path / "curve.jsonl", b"older")
+        newer.write(tmp_path / "curve.jsonl", b"newer")
+
+
+def test_a_directory_that_cannot_be_written_is_no_lost_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with lock.hold(tmp_path) as claim:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            claim.write(tmp_path / "curve.jsonl", b"x")
+
+
+def test_one_number_for_one_of_many(tmp_path: Path) -> None:
+    # A waiter that judged writer 4 dead and was then stopped for long finds its number taken, or used up.
+    leave(tmp_path, dead())
+    first = lock._claim(tmp_path, 5, flock=False)
+    assert first is not None
+    assert lock._claim(tmp_path, 5, flock=False) is None
+    first.check()
+    first.release()
+    second = lock._claim(tmp_path, 6, flock=False)
+    assert second is not None
+    assert lock._claim(tmp_path, 5, flock=False) is None
+    second.check()
+    assert [path.name for path in (tmp_path / "writer").iterdir()] == ["000006"]
+
+
+def test_many_break_one_dead_lock(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    times = 10
+    for n in range(times):
+        directory = tmp_path / str(n)
+        leave(directory, dead())
+
+        def take(directory: Path = directory) -> None:
+            without_flock()
+            lock._POLL_LAST = 0.05
+            with lock.hold(directory) as claim:
+                begun = time.monotonic_ns()
+                claim.write(directory / "file", b"x")
+                claim.check()
+                line = f"{directory.name} {claim.number} {begun} {time.monotonic_ns()}\n"
+                with trace.open("a") as file:
+                    file.write(line)
+
+        pids = [fork(take) for _ in range(6)]
+        assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 6
+    lines = [tuple(map(int, line.split())) for line in trace.read_text().splitlines()]
+    for n in range(times):
+        held = sorted(line[1:] for line in lines if line[0] == n)
+        assert [number for number, _, _ in held] == [5, 6, 7, 8, 9, 10]
+        ends = [moment for _, begun, ended in held for moment in (begun, ended)]
+        assert ends == sorted(ends)
+
+
+# ------------------------------------------------------------------- takeover
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def holding(directory: Path) -> bool:
+    holder = lock.newest(directory)
+    return holder is not None and holder.stage is not None
+
+
+def deaf(directory: Path, *, ignores_sigterm: bool) -> int:
+    """A writer that never looks whether it was asked to give way."""
+
+    def run() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignores_sigterm else signal.SIG_DFL)
+        with lock.hold(directory):
+            time.sleep(600)
+
+    pid = fork(run)
+    until(lambda: holding(directory))
+    return pid
+
+
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "stopped"])
+def test_takeover_ends_who_does_not_give_way(
+    how: str, flock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if not flock:
+        request.getfixturevalue("no_flock")
+    monkeypatch.setattr(lock, "_GIVE_WAY", 0.1)
+    monkeypatch.setattr(lock, "_GRACE", 0.1)
+    pid = deaf(tmp_path, ignores_sigterm=how == "SIGKILL")
+    if how == "stopped":
+        os.kill(pid, signal.SIGSTOP)
+    with lock.hold(tmp_path, takeover=True) as claim:
+        assert claim.number == 2
+        _, status = os.waitpid(pid, 0)
+        assert os.WTERMSIG(status) == (signal.SIGKILL if how == "SIGKILL" else signal.SIGTERM)
+
+
+def test_two_takeovers_do_not_end_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_GIVE_WAY", 0.1)
+    monkeypatch.setattr(lock, "_GRACE", 0.1)
+    first = deaf(tmp_path, ignores_sigterm=False)
+
+    def take() -> None:
+        with lock.hold(tmp_path, takeover=True):
+            time.sleep(1.0)
+
+    others = [fork(take), fork(take)]
+    assert os.WTERMSIG(os.waitpid(first, 0)[1]) == signal.SIGTERM
+    assert [os.waitpid(pid, 0)[1] for pid in others] == [0, 0]
+    with lock.hold(tmp_path) as claim:
+        assert claim.number == 4
+
+
+def test_only_the_writer_is_signalled(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    kill = (signal.SIGKILL,)
+
+    def holder(who: lock.Process | None) -> lock.Holder:
+        return lock.Holder(1, who, 0.0, True, "stage-00", 0)
+
+    with sleeper() as innocent:
+        who = described(innocent.pid)
+        for claimed in (
+            None,
+            who,  # it has not this trial's lock open
+            replace(who, started=who.started - 1),
+            replace(who, host="elsewhere"),
+            replace(who, boot="another-boot"),
+            replace(who, namespace="pid:[1]"),
+            lock.Process.current(),
+        ):
+            assert not lock._signal(holder(claimed), tmp_path / "lock", kill)
+        assert innocent.poll() is None
+    with (
+        (tmp_path / "lock").open() as inherited,
+        subprocess.Popen(["sleep", "600"], stdin=inherited) as process,
+    ):
+        who = described(process.pid)
+        assert not lock._signal(holder(replace(who, started=who.started + 1)), tmp_path / "lock", kill)
+        assert lock._signal(holder(who), tmp_path / "lock", kill)
+        assert process.wait() == -signal.SIGKILL
+        assert not lock._signal(holder(who), tmp_path / "lock", kill)
+
+
+# -------------------------------------------------------------- whole trials
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yamlio.dump(TINY))
+    return path
+
+
+def test_fifty_times_two_processes_on_one_trial(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.state.lock_race", config, tmp_path / "rounds", str(ROUNDS), "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    # It was a race: they were ended, stopped, and gave way to each other.
+    assert counts["started"] >= 2 * ROUNDS
+    assert min(counts["ended"], counts["stopped"], counts["takeovers"]) >= ROUNDS // 4
+    assert counts["gave-way"] >= ROUNDS // 5
+
+
+@pytest.mark.parametrize("moment", ["step", "rename"])
+def test_who_wakes_up_too_late_changes_nothing_and_reports_what_the_other_left(
+    moment: str, config: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "trial"
+    command = [sys.executable, "-m", "tests.state.stopped_writer", config, directory, moment]
+    # Two machines that share a file system, as far as they can tell.
+    first = subprocess.Popen(
+        command, cwd=REPOSITORY, env={**os.environ, lock.HOST_VARIABLE: "one"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        until(lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        half_way = sorted(path.name for path in directory.glob("checkpoint-*"))
+        assert half_way == ["checkpoint-000001.safetensors", "checkpoint-000002.safetensors"]
+        second = subprocess.run(
+            [*command[:-1], "goes on"], cwd=REPOSITORY, env={**os.environ, lock.HOST_VARIABLE: "two"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert second.returncode == 0, second.stderr
+        assert f"process {first.pid} on one, since" in second.stderr
+        assert "is asked to give way" in second.stderr
+        with lock.hold(directory, takeover=True):
+            before = contents(directory)
+            assert "checkpoint-000004.safetensors" in before
+            first.send_signal(signal.SIGCONT)
+            assert first.stderr is not None
+            told = ""
+            while "writer 1 lost the trial" not in told:
+                told = first.stderr.readline()
+                assert told
+            assert contents(directory) == before
+        out, err = first.communicate(timeout=60)
+    finally:
+        first.kill()
+        first.communicate()
+    assert first.returncode == 0, err
+    assert json.loads(out) == json.loads(second.stdout)
+    after = contents(directory)
+    for name in (
+        "checkpoint-000004.safetensors",
+        "checkpoint-000004.safetensors",
+        "curve.jsonl",
+        "config.yaml",
+    ):
+        assert after[name] == before[name]
+    log = (directory / "log.txt").read_text()
+    assert re.search(
+        r"writer 1 lost the trial: .*; goes on from what is there\n.*has done epoch 4 already", log
+    )
+    # The two that trained, and no step of the one that woke up.
+    rows = [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert {row["pid"] == first.pid for row in rows[:2]} == {True}
+    assert {row["pid"] == first.pid for row in rows[2:]} == {False}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_waiting_says_for_whom_and_ends_at_once(signum: signal.Signals, config: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "trial"
+    with lock.hold(directory):
+        before = contents(directory)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ppo_hpo", "run", "--config", str(config), "--dir", str(directory)],
+            cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert f"{directory} is in use by writer 1, process {os.getpid()} on " in line
+        assert line.endswith(": waiting\n")
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 128 + signum
+        assert err.startswith(f"ppo-hpo: stopped by {signum.name}")
+        assert err.count("\n") == 1
+        assert contents(directory) == before
+
+
+def test_waiting_is_said_again_each_minute(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with sleeper() as other:
+        stage = leave(tmp_path, described(other.pid), flock=False)
+        clock.each = lambda now: shutil.rmtree(stage, ignore_errors=True) if now > 200.0 else None
+        with lock.hold(tmp_path):
+            pass
+    assert caplog.text.count(": waiting") == 4  # at 0, 60, 120 and 180 seconds
