@@ -5,8 +5,8 @@
 
 An experiment with nine dimensions (and epochs as fidelity for ASHA), filled with so many completed trials
 that its algorithm has suggested (TPE's are drawn at random) and observed; then a few more, one worker, each
-of which reports at once. Each row starts from the same file, for Orion as it is, for `ppo_hpo.orion.speedups` on the
-same PickledDB, and for `ppo_hpo.orion.speedups` on `ppo_hpo.orion.sqlitedb`. All figures are CPU seconds for each trial,
+of which reports at once. Each row starts from the same file, for Orion as it is, for `orion/speedups` on the
+same PickledDB, and for `orion/speedups` on `orion/sqlitedb`. All figures are CPU seconds for each trial,
 because what else the machine does changes them less than the clock; Orion computes all the time.
 
 - Python: `suggest` and `observe` of `ExperimentClient`. "Database" is the time inside the database's

@@ -3,7 +3,7 @@
     python benchmarks/stop_poor.py --dir DIR     # after `python benchmarks/winners_curse.py --dir DIR`
 
 Random search without fidelities, one worker, 32 configurations on each of ten seeds: the trials are gone
-through in their order, each is stopped where the rule of `ppo_hpo.trial.median_stop` says so, by the trials before it
+through in their order, each is stopped where the rule of `trial/median_stop` says so, by the trials before it
 as far as those were trained. A stopped trial's curve is the beginning of its whole one (trials continue to
 the bit), so nothing has to be trained again. Prints a table and writes `stop_poor.json` and `stop_poor.md`.
 """

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ppo_hpo import __version__
-from ppo_hpo.spec.errors import ComesAgain, Interrupted, UserError
+from ppo_hpo.spec.errors import DeterministicFailure, Interrupted, UserError
 
 # The signal that asked this process to stop, once one has.
 _PENDING: list[int] = []
@@ -82,7 +82,7 @@ def _stopped(signum: int) -> int:
 
 def _failed(error: UserError, arguments: argparse.Namespace) -> int:
     """Say what is wrong, and by the exit code what Orion is to do about it."""
-    if isinstance(error, ComesAgain) and error.__cause__ is not None:
+    if isinstance(error, DeterministicFailure) and error.__cause__ is not None:
         sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
     code, what = 2, ""
     if hasattr(arguments, "retries") and "ORION_TRIAL_ID" in os.environ and _stops_the_hunt(error, arguments):

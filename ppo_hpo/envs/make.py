@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppo_hpo.spec.config import EnvConfig, ModelConfig, TrialConfig
-from ppo_hpo.spec.errors import NotHere, UserError
+from ppo_hpo.spec.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     import gymnasium
@@ -124,19 +124,19 @@ def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]
         # The checker inspects every single step; `probe` checks what matters here, once.
         return gymnasium.make(config.id, disable_env_checker=True, **options)
     except error.DependencyNotInstalled as failure:
-        raise NotHere(
+        raise MachineError(
             f"`env.id: {config.id}` needs a package that is not installed ({_line(failure)}). "
             f"{_extra_for(config.id)}"
         ) from None
     except (error.UnregisteredEnv, error.Error) as failure:
-        raise NotHere(
+        raise MachineError(
             f"`env.id: {config.id}` cannot be made ({_line(failure)}). An environment of your own is "
             f"named module:EnvId, where importing the module registers it."
         ) from None
     except ModuleNotFoundError as failure:
         # For a `module:EnvId` gymnasium raises one without a name from the one that has it.
         name = getattr(failure.__cause__, "name", None) or failure.name
-        raise NotHere(
+        raise MachineError(
             f"`env.id: {config.id}` needs the module {name!r}, which is not installed or "
             f"not on the path. {_extra_for(config.id)}"
         ) from None

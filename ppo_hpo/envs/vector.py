@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo, make, malformed
 from ppo_hpo.spec.config import EnvConfig
-from ppo_hpo.spec.errors import NotHere, UserError
+from ppo_hpo.spec.errors import MachineError, UserError
 
 # One step of an environment in another process costs about so many seconds of waking and of pipes;
 # benchmarks/vectorization.py measures 120 to 240 microseconds.
@@ -424,7 +424,7 @@ class EnvPoolEnvs:
         try:
             import envpool
         except ImportError:
-            raise NotHere(
+            raise MachineError(
                 "`env.vectorization: envpool` needs EnvPool. Install it with: pip install 'ppo-hpo[envpool]'"
             ) from None
         config = self._config

@@ -5,8 +5,8 @@ waits for ever or sorts by NaN: a sweep that went well without it gets the very 
 plugin cannot mend is in docs/orion.md, with what to do.
 
 Like `lean`, all this is for the version of Orion that it was tested with, and ``PPO_HPO_FIXES=0`` in the
-environment turns it off. ``tests/orion/test_fixes.py`` shows each mistake in Orion as it is, and fails once it
-is gone.
+environment turns it off. ``tests/orion/test_fixes.py`` shows each mistake in Orion as it is, and fails once
+it is gone.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Before Orion runs a promoted or forked trial it copies the directory of its parent, and where that is on
 another machine the whole hunt fails (`prepare_trial_working_dir` in orion/client/runner.py, 0.2.7;
-tests/end_to_end/test_hosts.py shows it). From Python `client.prepare_trial` takes its place; a hunt can be told of none.
+tests/end_to_end/test_hosts.py shows it). From Python `client.prepare_trial` takes its place; a hunt can be
+told of none.
 
 `install` gives such a trial an empty directory instead, where the experiment's command is ours: `ppo-hpo run`
 finds its beginning in the store, and without one starts again. ``PPO_HPO_FIXES=0`` turns it off.

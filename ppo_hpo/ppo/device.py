@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ppo_hpo.spec.errors import NotHere, UserError
+from ppo_hpo.spec.errors import MachineError, UserError
 
 
 def count_gpus() -> int:
@@ -36,7 +36,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
     count = torch.cuda.device_count()
     if index >= count:
         have = f"{count} of them" if count else "none"
-        raise NotHere(f"Device {text!r} was asked for, but torch finds {have} here. Choose cpu, or auto.")
+        raise MachineError(f"Device {text!r} was asked for, but torch finds {have} here. Choose cpu or auto.")
     return torch.device("cuda", index)
 
 

@@ -29,7 +29,7 @@ from ppo_hpo.ppo.networks import after_convolutions
 from ppo_hpo.ppo.normalize import EPSILON, ObservationNormalizer
 from ppo_hpo.ppo.task import build_network
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.errors import CheckpointError, NotHere, UserError
+from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError
 from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, from_bytes, read_bytes, to_bytes
 from ppo_hpo.state.checkpoint import write_atomically as write
 
@@ -174,7 +174,7 @@ class Policy(nn.Module):
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401
         except ImportError as error:
-            raise NotHere(
+            raise MachineError(
                 f"ONNX needs a package that is not installed ({error}). Install it with: "
                 f"pip install 'ppo-hpo[onnx]'"
             ) from None

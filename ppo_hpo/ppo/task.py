@@ -111,7 +111,7 @@ class PPO:
             ppo: further fixed hyperparameters of the group `ppo`.
             normalize: those of the group `normalize`.
             task: those of the group `task`, such as ``seed`` and ``max_epochs``.
-            engine: ``auto`` takes hand-written gradients where they are known (see `ppo_hpo.ppo.numpy_engine`);
+            engine: ``auto`` takes hand-written gradients where they are known (`ppo.numpy_engine`);
                 ``autograd`` never does. Both go on from each other's checkpoints, though not to the bit.
 
         Raises:

@@ -20,11 +20,11 @@ class UserError(ValueError):
         super().__init__(message)
 
 
-class NotHere(UserError):
+class MachineError(UserError):
     """Something that this machine lacks: no trial would get any further here, whatever its values."""
 
 
-class ComesAgain(UserError):
+class DeterministicFailure(UserError):
     """An error that came twice at the very same step: a trial repeats itself, so it would come each time."""
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppo_hpo.spec.errors import CheckpointError, NotHere, UserError
+from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError
 from ppo_hpo.state.checkpoint import read_bytes, write_atomically
 
 #: The store's URL where no other is given.
@@ -38,7 +38,7 @@ _PAUSES = (0.5, 2.0)
 _Result = TypeVar("_Result")
 
 
-class StoreError(NotHere):
+class StoreError(MachineError):
     """A store that cannot be reached, or does not do what it is asked."""
 
 

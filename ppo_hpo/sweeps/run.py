@@ -161,7 +161,7 @@ def sweep(
         overrides: group to key to value: fixes what the space searches or fixes otherwise.
         directory: where everything goes; the sweep's name, in the current directory.
         store: URL of a second place for checkpoints, for workers that share no file system.
-        stop_poor: stop trials between two rungs, if they are poor among the others (`ppo_hpo.trial.median_stop`).
+        stop_poor: stop trials between two rungs, if they are poor among the others (`trial.median_stop`).
         progress: print to standard error how far it is.
 
     Raises:

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ppo_hpo.spec.errors import CheckpointError, ComesAgain, NotHere, OutOfMemory, UserError
+from ppo_hpo.spec.errors import CheckpointError, DeterministicFailure, MachineError, OutOfMemory, UserError
 
 Kind = Literal["transient", "here", "permanent", "unknown"]
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def kind(error: BaseException) -> Kind:
     chain = list(_chain(error))
     if any(_of_memory(e) for e in chain) or any(_is_hiccup(e) for e in chain):
         return "transient"
-    if isinstance(error, NotHere) or (isinstance(error, UserError) and _of_files(error)):
+    if isinstance(error, MachineError) or (isinstance(error, UserError) and _of_files(error)):
         return "here"
     return "permanent" if isinstance(error, UserError) else "unknown"
 
@@ -161,7 +161,7 @@ def persist(
         sleep: waits.
 
     Raises:
-        ComesAgain: an error that nobody knows came twice at the very same step.
+        DeterministicFailure: an error that nobody knows came twice at the very same step.
         OutOfMemory: in the place of any other error that says so.
     """
     log = log or logging.getLogger("ppo_hpo")
@@ -175,7 +175,7 @@ def persist(
             if work.epoch > reached:
                 left, reached = retries, work.epoch
             if found == "unknown" and retries and where == last:
-                raise ComesAgain(
+                raise DeterministicFailure(
                     f"{what}: came again at the very same step ({where}), and would come each time. "
                     f"Mend what raises it."
                 ) from error
@@ -322,7 +322,7 @@ def stops_the_hunt(error: Exception, directory: Path, siblings: Path | None) -> 
     before = read_record(directory)
     if not isinstance(error, UserError) or isinstance(error, CheckpointError | OutOfMemory):
         stop = False
-    elif isinstance(error, NotHere) or _of_files(error):
+    elif isinstance(error, MachineError) or _of_files(error):
         stop = True
     else:
         # Alone with it, a trial is broken; and so it is the second time, because it may be alone after all.

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ppo_hpo.spec.errors import NotHere, UserError
+from ppo_hpo.spec.errors import MachineError, UserError
 from ppo_hpo.spec.user_dir import open_rundir
 
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
@@ -294,7 +294,7 @@ def taken(
         where torch has to say whether it can use a GPU.
 
     Raises:
-        NotHere: a GPU was named that is not there.
+        MachineError: a GPU was named that is not there.
     """
     global _kept
     if device == "cpu":
@@ -314,7 +314,7 @@ def taken(
     for number in numbers or ():
         if number >= len(gpus):
             among = f", by {VISIBLE}={os.environ[VISIBLE]}" if VISIBLE in os.environ else ""
-            raise NotHere(
+            raise MachineError(
                 f"Device 'cuda:{number}' was asked for, but {len(gpus)} can be seen here{among}. Choose a "
                 f"number below {len(gpus)}."
             )
@@ -363,7 +363,7 @@ def _wait(
         gpus = _look(count)[0]
         chosen = [(number, gpus[number]) for number in numbers or range(len(gpus)) if number < len(gpus)]
         if not chosen:
-            raise NotHere("The GPUs that were here a moment ago cannot be seen any more.")
+            raise MachineError("The GPUs that were here a moment ago cannot be seen any more.")
         with _alone(directory):
             trials = _count(directory, [gpu.key for _, gpu in chosen])
             place = choose([gpu.free for _, gpu in chosen], trials, limit)

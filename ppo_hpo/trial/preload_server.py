@@ -1,7 +1,7 @@
 """Trials from a warm process: the server, which has imported everything and forks a process for each trial.
 
 It has one thread, and neither computes nor touches a GPU before it forks. It ends when nobody has asked
-for `IDLE` seconds, and on SIGTERM once the trials that run have ended. `ppo_hpo.trial.preload_client` starts it.
+for `IDLE` seconds, and on SIGTERM once the trials that run have ended. `preload_client` starts it.
 """
 
 from __future__ import annotations

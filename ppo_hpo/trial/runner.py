@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.spec import results, seeds, yamlio
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.errors import CheckpointError, LostLock, NotHere, UserError
+from ppo_hpo.spec.errors import CheckpointError, LostLock, MachineError, UserError
 from ppo_hpo.state import lock, worklog
 from ppo_hpo.state.checkpoint import Storage, remove_leftovers, writing
 from ppo_hpo.state.remote_store import Store
@@ -114,7 +114,7 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
     except OSError as error:
         raise UserError(f"The directory {directory} cannot be made: {error.strerror}.") from None
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise NotHere(f"The directory {directory} cannot be written. Choose another one.")
+        raise MachineError(f"The directory {directory} cannot be written. Choose another one.")
     for name in (*_WRITTEN_IN_PLACE, *filter(None, seeds.parts(config))):
         if (directory / name).is_symlink():
             raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
@@ -177,7 +177,7 @@ def run(
         store: a second place for checkpoints, which other machines reach.
         parent: Orion's id of the trial that this one comes from, to be looked for in the store.
         retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
-        stop_poor: stop in the middle of its epochs, if it is poor among its siblings (`ppo_hpo.trial.median_stop`).
+        stop_poor: stop in the middle of its epochs, if it is poor among its siblings (`trial.median_stop`).
 
     Raises:
         UserError: bad input, a file that cannot be written, or a store that cannot be reached.

@@ -503,7 +503,8 @@ def test_spaces_that_are_not_there_are_missed(tmp_path: Path) -> None:
     shutil.copytree(
         REPOSITORY / "ppo_hpo", tmp_path / "ppo_hpo", ignore=shutil.ignore_patterns("__pycache__")
     )
-    code = "import sys; sys.path.insert(0, '.'); from ppo_hpo.cli.main import main; sys.exit(main(['space', 'list']))"
+    code = "import sys; sys.path.insert(0, '.'); from ppo_hpo.cli.main import main; "
+    code += "sys.exit(main(['space', 'list']))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )

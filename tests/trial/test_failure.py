@@ -13,10 +13,10 @@ import torch
 
 from ppo_hpo.spec.errors import (
     CheckpointError,
-    ComesAgain,
+    DeterministicFailure,
     Interrupted,
     LostLock,
-    NotHere,
+    MachineError,
     OutOfMemory,
     UserError,
 )
@@ -52,7 +52,7 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
         (ConnectionResetError(), "transient"),
         (raised(UserError("cannot be written"), OSError(errno.ENOSPC, "full")), "transient"),
         (raised(UserError("cannot be written"), OSError(errno.EACCES, "denied")), "here"),
-        (NotHere("no such device"), "here"),
+        (MachineError("no such device"), "here"),
         (UserError("a rule"), "permanent"),
         (CheckpointError("torn"), "permanent"),
         (RuntimeError("anything else"), "unknown"),
@@ -100,7 +100,9 @@ def test_retries_are_counted_anew_after_each_epoch() -> None:
 
 def test_the_same_error_at_the_same_step_is_not_tried_twice() -> None:
     trial = Trial((1, 8, RuntimeError("boom")), (1, 8, RuntimeError("boom")))
-    with pytest.raises(ComesAgain, match=r"boom: came again at the very same step \(epoch 2, step 8"):
+    with pytest.raises(
+        DeterministicFailure, match=r"boom: came again at the very same step \(epoch 2, step 8"
+    ):
         trial.persist(9)
     assert trial.work.retries == 1
     # At another step it is another one; what memory does says nothing about the trial.
@@ -113,12 +115,12 @@ def test_an_earlier_process_failed_at_the_same_step() -> None:
     with pytest.raises(RuntimeError, match="boom") as caught:
         first.persist(0)
     again = Trial((1, 8, RuntimeError("boom")))
-    with pytest.raises(ComesAgain):
+    with pytest.raises(DeterministicFailure):
         again.persist(2, known=caught.value.place)  # type: ignore[attr-defined]
     assert not again.work.retries
 
 
-@pytest.mark.parametrize("error", [UserError("a rule"), NotHere("gone"), CheckpointError("torn")])
+@pytest.mark.parametrize("error", [UserError("a rule"), MachineError("gone"), CheckpointError("torn")])
 def test_sentences_are_not_tried_again(error: UserError) -> None:
     trial = Trial((0, 1, error))
     with pytest.raises(type(error)):
@@ -202,7 +204,7 @@ def test_what_stops_the_hunt(trials: Callable[[str], Path]) -> None:
     (trials("three") / "timing.jsonl").touch()
     assert not stops_the_hunt(UserError("a rule"), trials("four"), one.parent)
     for _ in range(2):
-        assert stops_the_hunt(NotHere("no package"), trials("four"), one.parent)
+        assert stops_the_hunt(MachineError("no package"), trials("four"), one.parent)
         full = raised(UserError("cannot be written"), OSError(errno.ENOSPC, "full"))
         assert stops_the_hunt(full, trials("four"), one.parent)  # type: ignore[arg-type]
 

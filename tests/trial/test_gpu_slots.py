@@ -23,7 +23,7 @@ from orion.client import get_experiment
 import ppo_hpo
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.errors import NotHere, UserError
+from ppo_hpo.spec.errors import MachineError, UserError
 from ppo_hpo.sweeps.executors import make
 from ppo_hpo.trial import gpu_slots, runner
 from ppo_hpo.trial.gpu_slots import Card, cards, choose, device_name, visible
@@ -313,12 +313,14 @@ def test_those_that_are_named(machine: Callable[..., Path], monkeypatch: pytest.
     machine(EQUAL)
     with taking("cuda:1,2") as one, taking("cuda:1,2") as two, taking("cuda:2") as three:
         assert (one, two, three) == ("cuda:1", "cuda:1", "cuda:2")  # 80, then 40 and not 30
-    with pytest.raises(NotHere, match=r"^Device 'cuda:3' was asked for, but 3 can be seen here\. Choose"):
+    with pytest.raises(
+        MachineError, match=r"^Device 'cuda:3' was asked for, but 3 can be seen here\. Choose"
+    ):
         taking("cuda:1,3").__enter__()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{C},{A}")
     with taking("cuda:1") as one:
         assert one == "cuda:1"
-    with pytest.raises(NotHere, match=r"but 2 can be seen here, by CUDA_VISIBLE_DEVICES=GPU-c"):
+    with pytest.raises(MachineError, match=r"but 2 can be seen here, by CUDA_VISIBLE_DEVICES=GPU-c"):
         taking("cuda:2").__enter__()
 
 
@@ -463,7 +465,7 @@ def test_auto_trains_vectors_on_the_cpu_without_asking_for_gpus(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_trial_that_asks_for_a_gpu_takes_one(machine: Callable[..., Path], tmp_path: Path) -> None:
     machine(EQUAL)
-    with pytest.raises(NotHere, match="Device 'cuda:0' was asked for, but torch finds none here"):
+    with pytest.raises(MachineError, match="Device 'cuda:0' was asked for, but torch finds none here"):
         runner.run(CONFIG, tmp_path / "trial", device="cuda", trials_per_device=2, console=False)
     assert f"takes GPU 0 of 3 ({A}, 100 MiB free)" in (tmp_path / "trial" / "log.txt").read_text()
 
