@@ -150,7 +150,7 @@ class Storage:
         if "://" in str(directory):
             raise UserError(
                 f"A storage must be a directory, but got {str(directory)!r}. For a remote store give "
-                f"MirroredStorage(directory, Store(url), key), of ppo_hpo.trial.restore and ppo_hpo.state.remote_store."
+                f"a MirroredStorage (ppo_hpo.trial.restore)."
             )
         self.directory = Path(directory)
         self._write = write or write_atomically

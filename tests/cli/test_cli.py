@@ -331,7 +331,7 @@ def test_the_same_command_goes_on(begun: tuple[Path, subprocess.CompletedProcess
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(config: Path, tmp_path: Path) -> None:
     done = run("run", "--config", config, "--device", "cuda", cwd=tmp_path)
-    assert_one_sentence(done, "Device 'cuda' was asked for, but torch finds none here. Choose cpu, or auto.")
+    assert_one_sentence(done, "Device 'cuda' was asked for, but torch finds none here. Choose cpu or auto.")
 
 
 def test_an_environment_that_is_broken_from_the_start(config: Path, tmp_path: Path) -> None:
