@@ -41,7 +41,7 @@ TARGETS: dict[str, float | None] = {
 }
 SEEDS = 5
 EPISODES = 100
-# Training's seeds lie below 2**30 and those of tuning's evaluations below 2**31 (ppo_hpo/spec/seeding.py).
+# Training's seeds lie below 2**30 and those of tuning's evaluations below 2**31 (ppo_hpo/spec/randomness.py).
 FIRST_EPISODE_SEED = 2**31
 RESAMPLES = 10_000
 PEER = "sb3"

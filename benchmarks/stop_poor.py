@@ -17,7 +17,7 @@ from pathlib import Path
 
 import machine
 
-from ppo_hpo.spec.results import read_curve
+from ppo_hpo.state.curve import read_curve
 from ppo_hpo.trial.median_stop import median_to_reach
 
 RESULTS = Path(__file__).resolve().parent / "results"

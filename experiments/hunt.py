@@ -20,7 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-from ppo_hpo.inspect.report import curve_text, read_curve
+from ppo_hpo.inspect.report import curve_text
+from ppo_hpo.state.curve import read_curve
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent

@@ -421,7 +421,7 @@ def write(out: Path, about: Mapping[str, Any], runs: Sequence[Run]) -> None:
 
 def keep_numbers(path: Path, about: Mapping[str, Any], runs: Sequence[Run]) -> None:
     """In one piece: a run that is half written would be lost with all others."""
-    from ppo_hpo.state.checkpoint import write_atomically
+    from ppo_hpo.state.files import write_atomically
 
     content = {"about": dict(about), "runs": list(runs)}
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

@@ -17,14 +17,20 @@ logs and results stay.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo.orion.experiment import open_experiment, params_of, statistics_of
+from ppo_hpo.orion.experiment import (
+    completed_trials,
+    configuration_of,
+    open_experiment,
+    params_of,
+    ranking_key,
+    statistics_of,
+)
 from ppo_hpo.spec.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -88,7 +94,9 @@ def clean(
     keys = [] if store is None else store.names(TRIALS)
     # Of one whose directory somebody removed there is nothing to keep.
     ranked = (
-        t for t in sorted(_completed(trials), key=_goodness) if _files(t.id, Path(t.working_dir), store, keys)
+        t
+        for t in sorted(completed_trials(trials), key=ranking_key)
+        if _files(t.id, Path(t.working_dir), store, keys)
     )
     best = [trial.id for trial in itertools.islice(ranked, keep)]
     found = [
@@ -109,10 +117,10 @@ def obsolete(trials: Sequence[Any], top: float | None, forks: bool, *, is_done: 
     """
     family: dict[str, list[Any]] = {}
     for trial in trials:
-        family.setdefault(_configuration(trial), []).append(trial)
+        family.setdefault(configuration_of(trial), []).append(trial)
     reasons: dict[str, str] = {}
-    for trial in _completed(trials):
-        relatives = family[_configuration(trial)]
+    for trial in completed_trials(trials):
+        relatives = family[configuration_of(trial)]
         further = [t for t in relatives if t.status == "completed" and _epochs(t) > _epochs(trial)]
         if top is None:
             reasons[trial.id] = "there are no promotions"
@@ -202,7 +210,7 @@ def _clean_trial(
             own = [file for file in files if file.part == part]
             stays.add((part, _newest_whole([f.path for f in own if f.path], [f.name for f in own])))
     gone = [file for file in files if (file.part, file.name) not in stays]
-    with lock.at_rest(directory) as free:
+    with lock.exclude_writers(directory) as free:
         if not free:
             return Cleaned(trial.id, reason, (0, 0), everything, "a process has it")
         for path in [file.path for file in gone if file.path and not dry_run]:
@@ -219,7 +227,7 @@ def _clean_trial(
 
 @dataclass(frozen=True)
 class _File:
-    """A checkpoint: of which seed (see `ppo_hpo.spec.seeds.parts`), and where; no path means in the store."""
+    """A checkpoint: of which seed (see `seeds.split_by_seed`), and where; no path means in the store."""
 
     part: str
     name: str
@@ -270,23 +278,10 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _completed(trials: Sequence[Any]) -> list[Any]:
-    return [trial for trial in trials if trial.status == "completed" and "epochs" in statistics_of(trial)]
-
-
-def _goodness(trial: Any) -> tuple[float, float]:
-    return (trial.objective.value, -statistics_of(trial)["epochs"])
-
-
 def _epochs(trial: Any) -> float:
     """What Orion asked for; a trial that diverged has fewer, and is at its fidelity all the same."""
     params: Mapping[str, Any] = params_of(trial)
     return float(params["task.epochs"]) if "task.epochs" in params else statistics_of(trial)["epochs"]
-
-
-def _configuration(trial: Any) -> str:
-    params = {name: value for name, value in params_of(trial).items() if name != "task.epochs"}
-    return json.dumps(params, sort_keys=True, default=str)
 
 
 def _amount(count_and_bytes: tuple[int, int]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppo_hpo.orion.experiment import params_of, statistics_of
+from ppo_hpo.orion.experiment import configuration_of, params_of, statistics_of
 from ppo_hpo.state import worklog
 
 
@@ -88,17 +87,17 @@ def costs_of(trials: Sequence[Any]) -> list[Cost]:
     asked: dict[str, float] = {}
     for trial in trials:
         if (epochs := _reported(trial).get("epochs")) is not None:
-            rungs.setdefault(_configuration(trial), []).append(epochs)
-            asked[_configuration(trial)] = max(_fidelity(trial), asked.get(_configuration(trial), 0.0))
+            rungs.setdefault(configuration_of(trial), []).append(epochs)
+            asked[configuration_of(trial)] = max(_fidelity(trial), asked.get(configuration_of(trial), 0.0))
     found = []
     for trial in trials:
         values = _reported(trial)
-        below = [e for e in rungs.get(_configuration(trial), []) if e < values.get("epochs", 0.0)]
+        below = [e for e in rungs.get(configuration_of(trial), []) if e < values.get("epochs", 0.0)]
         saved = 0.0
         if below and not values.get("forked"):
             again = min(values.get("continued_from_epoch", 0.0), max(below))
             saved = again * values["env_steps"] / values["epochs"]
-        highest = bool(values) and _fidelity(trial) == asked.get(_configuration(trial))
+        highest = bool(values) and _fidelity(trial) == asked.get(configuration_of(trial))
         lines = worklog.read(Path(trial.working_dir), trial.id)
         cost = Cost(
             env_steps=sum(line.steps + line.eval_steps for line in lines),
@@ -106,7 +105,7 @@ def costs_of(trials: Sequence[Any]) -> list[Cost]:
             wall_seconds=sum(line.wall_seconds for line in lines),
             cpu_seconds=sum(line.cpu_seconds for line in lines),
             saved_steps=round(saved),
-            unkept_steps=worklog.unkept(lines),
+            unkept_steps=worklog.wasted_steps(lines),
             unended=len({line.process for line in lines if line.state in ("began", "epoch")}),
             stopped_steps=int(values.get("env_steps_not_trained", 0.0)) if highest else 0,
         )
@@ -144,9 +143,3 @@ def _reported(trial: Any) -> Mapping[str, float]:
 def _fidelity(trial: Any) -> float:
     """The epochs that Orion asked for; 0 where all trials have the same."""
     return float(params_of(trial).get("task.epochs", 0.0))
-
-
-def _configuration(trial: Any) -> str:
-    """What trials of one configuration have in common."""
-    kept = {name: value for name, value in params_of(trial).items() if name != "task.epochs"}
-    return json.dumps(kept, sort_keys=True, default=str)

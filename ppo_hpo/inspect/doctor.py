@@ -414,7 +414,7 @@ def _experiment(report: Report, storage: Any, experiment: dict[str, Any], option
         for trial in trials
         if trial.status == "reserved"
         and age(trial.heartbeat) >= PATIENCE
-        and not (trial.exp_working_dir and lock.living(Path(trial.working_dir)))
+        and not (trial.exp_working_dir and lock.active_writer(Path(trial.working_dir)))
     ]
     if stuck:
         text = ", ".join(trial.id[:8] for trial in stuck)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ppo_hpo.inspect.cost import Cost, cost_of, costs_of
-from ppo_hpo.orion.experiment import open_experiment, params_of, statistics_of
+from ppo_hpo.orion.experiment import (
+    completed_trials,
+    configuration_of,
+    open_experiment,
+    params_of,
+    ranking_key,
+    statistics_of,
+)
 from ppo_hpo.spec.errors import UserError
-from ppo_hpo.spec.results import read_curve as read_curve
 from ppo_hpo.spec.results import seeds_text
+from ppo_hpo.state.curve import read_curve
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -88,14 +94,13 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
     by_status: dict[str, int] = {}
     for trial in trials:
         by_status[trial.status] = by_status.get(trial.status, 0) + 1
-    completed = [trial for trial in trials if trial.status == "completed" and statistics_of(trial)]
+    completed = completed_trials(trials)
     if not completed:
         counts = ", ".join(f"{n} {status}" for status, n in by_status.items()) or "no trial"
         raise UserError(f"Nothing is completed in {client.name!r} yet ({counts}).")
     rungs: dict[str, list[Any]] = {}
     for trial in completed:
-        key = json.dumps({k: v for k, v in params_of(trial).items() if k != "task.epochs"}, default=str)
-        rungs.setdefault(key, []).append(trial)
+        rungs.setdefault(configuration_of(trial), []).append(trial)
     forked = any(statistics_of(trial).get("forked") for trial in completed)
     steps_of = [[int(statistics_of(trial)["env_steps"]) for trial in group] for group in rungs.values()]
     if forked:  # a child's life contains its parent's: only what each process trained adds up
@@ -112,7 +117,7 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
         algorithm=", ".join(client.algorithm.configuration),
         working_dir=Path(client.working_dir),
         by_status=by_status,
-        best=min(completed, key=lambda trial: (trial.objective.value, -statistics_of(trial)["epochs"])),
+        best=min(completed, key=ranking_key),
         configurations=len(rungs),
         steps=steps,
         steps_in_full=int(len(rungs) * max_epochs * per_epoch),

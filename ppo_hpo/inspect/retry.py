@@ -4,7 +4,7 @@ A trial is put back by giving it the status `interrupted`: it keeps its id and i
 that its checkpoint. A broken trial waits for nothing else. A reserved one may have a worker that lives, so
 that two things are looked at:
 
-- the trial's own lock, which tells on any machine whether a process trains it (`lock.living`);
+- the trial's own lock, which tells on any machine whether a process trains it (`lock.active_writer`);
 - Orion's heartbeat, which a worker renews each minute: younger than two, its worker lives, and would fail
   when it finds its trial taken. Only who names the trial takes it all the same.
 
@@ -94,7 +94,7 @@ def _put_back(client: Any, trial: Any, *, named: bool) -> str:
 
     was, line = trial.status, f"{trial.id}  {trial.status:8}  "
     directory = Path(trial.working_dir)
-    if holder := lock.living(directory):
+    if holder := lock.active_writer(directory):
         text = f"is being trained by {holder}"
         if named:
             raise UserError(f"Trial {trial.id} {text}. End that first, or wait for it.")

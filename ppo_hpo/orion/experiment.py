@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.canonical import configuration_key
 from ppo_hpo.spec.errors import UserError
-from ppo_hpo.spec.space import leaves
+from ppo_hpo.spec.space import flatten_params
 
 #: Orion's databases, and ours, that are a file.
 _FILES = ("pickleddb", "sqlitedb")
@@ -84,6 +85,21 @@ def statistics_of(trial: Any) -> dict[str, float]:
     return {item.name: float(item.value) for item in trial.statistics}
 
 
+def completed_trials(trials: Iterable[Any]) -> list[Any]:
+    """The trials that are completed and have a result of ours."""
+    return [trial for trial in trials if trial.status == "completed" and "epochs" in statistics_of(trial)]
+
+
+def ranking_key(trial: Any) -> tuple[float, float]:
+    """Sort key of completed trials, best first: lowest objective, and the longest trained among equals."""
+    return (trial.objective.value, -statistics_of(trial)["epochs"])
+
+
+def configuration_of(trial: Any) -> str:
+    """A key that all trials of one configuration share, whatever their fidelity."""
+    return configuration_key(params_of(trial))
+
+
 def params_of(trial: Any) -> dict[str, Any]:
     """A trial's hyperparameters by dotted name; Orion's command line writes ``/task/epochs`` for them."""
-    return {f"{group}.{key}": value for group, key, value in leaves(trial.params)}
+    return {f"{group}.{key}": value for group, key, value in flatten_params(trial.params)}

@@ -30,8 +30,9 @@ from ppo_hpo.ppo.normalize import EPSILON, ObservationNormalizer
 from ppo_hpo.ppo.task import build_network
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError
-from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, from_bytes, read_bytes, to_bytes
-from ppo_hpo.state.checkpoint import write_atomically as write
+from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, from_bytes, to_bytes
+from ppo_hpo.state.files import read_bytes
+from ppo_hpo.state.files import write_atomically as write
 
 _KIND = "policy"
 _MODEL, _NORMALIZER = "model.", "observation_normalizer."
@@ -159,7 +160,7 @@ class Policy(nn.Module):
         arrays |= {f"{_NORMALIZER}{k}": np.asarray(v) for k, v in self._normalizer.moments.state().items()}
         meta = {
             "kind": _KIND,
-            "hyperparameters": self.config.own_mapping(),
+            "hyperparameters": self.config.identity_mapping(),
             "interface": _to_plain(self.info),
         }
         write(Path(path), to_bytes(Checkpoint(self.epoch, arrays, meta)))

@@ -36,7 +36,7 @@ from ppo_hpo.ppo.networks import MLPActorCritic, NatureCNN
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.ppo.rollout import Rollout, Samples
 from ppo_hpo.ppo.train import Agent, Diverged, scheduled, train_epoch
-from ppo_hpo.spec import results, seeding
+from ppo_hpo.spec import randomness, results
 from ppo_hpo.spec.config import OTHER_SPELLINGS, TrialConfig, check_value, field_names
 from ppo_hpo.spec.errors import BadResume, CheckpointError, UserError
 from ppo_hpo.state import ownership
@@ -433,7 +433,7 @@ class PPO:
         if self._envs is None:
             config = self.config
             self._envs = vectorize(config.env, self.info, config.task.threads)
-            seeds = seeding.evaluation_seeds(config.task.eval_episodes)
+            seeds = randomness.evaluation_seeds(config.task.eval_episodes)
             limit = self.info.time_limit or config.task.steps_per_epoch
             self._evaluator = Evaluator(config.env, self.info, seeds, limit)
 
@@ -443,7 +443,7 @@ class PPO:
     def _evaluate(self, epoch: int) -> Evaluation:
         assert self._evaluator is not None
         agent, task = self.agent, self.config.task
-        noise = None if task.eval_deterministic else seeding.stream(task.seed, "eval", epoch)
+        noise = None if task.eval_deterministic else randomness.make_rng(task.seed, "eval", epoch)
         return self._evaluator(agent.learner, agent.normalizer, noise)
 
     def _evaluate_untrained(self) -> None:
@@ -532,7 +532,7 @@ class PPO:
             optimizer, schedule = config.optimizer, config.lr_schedule
             lr = scheduled(schedule.name, optimizer.lr, optimizer.lr * schedule.final, progress)
             clip = scheduled(config.ppo.clip_range_schedule, config.ppo.clip_range, 0.0, progress)
-            stream = seeding.stream(config.task.seed, "shuffle", self.epoch)
+            stream = randomness.make_rng(config.task.seed, "shuffle", self.epoch)
             return vars(learner.update(samples, stream, lr, clip)).copy()
 
     def eval_loss(self, batch: Samples) -> float:
@@ -618,7 +618,9 @@ class PPO:
             raise CheckpointError(f"The state is not finite: {', '.join(bad)}.")
         left_out: list[str] = []
         if strict:
-            other = ownership.difference(progress["hyperparameters"], self.config.own_mapping())
+            other = ownership.describe_differences(
+                progress["hyperparameters"], self.config.identity_mapping()
+            )
             if other:
                 raise CheckpointError(f"The state belongs to other hyperparameters: {other}.")
             if unknown := set(tensors) - set(self.state_dict(keep_vars=True)):
@@ -647,7 +649,7 @@ class PPO:
         return {
             "epoch": self.epoch,
             "curve": [dict(row) for row in self.metrics.curve],
-            "hyperparameters": self.config.own_mapping(),
+            "hyperparameters": self.config.identity_mapping(),
             "identity": self.config.identity(),
             "lineage": [dict(item) for item in self.lineage],
             "seconds": self.seconds,
@@ -668,9 +670,9 @@ class PPO:
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
         progress = {"epoch": checkpoint.epoch, **checkpoint.meta}
-        own = self.config.own_mapping()
+        own = self.config.identity_mapping()
         born = None
-        if changed := ownership.difference(progress["hyperparameters"], own):
+        if changed := ownership.describe_differences(progress["hyperparameters"], own):
             # `belonging.check` let it pass: a fork. The agent was made with the child's hyperparameters.
             born = {
                 "uid": progress["uid"],
@@ -687,8 +689,8 @@ class PPO:
 
     def _check_ours(self, checkpoint: Checkpoint) -> None:
         where = "memory" if self._storage is None else str(self._storage.directory)
-        own = self.config.own_mapping()
-        ownership.check(checkpoint.meta, checkpoint.epoch, own, self._uid, where)
+        own = self.config.identity_mapping()
+        ownership.check_owner(checkpoint.meta, checkpoint.epoch, own, self._uid, where)
 
     def _fitting(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """This task's own entries, replaced by those given ones that fit; and what did not."""
@@ -764,7 +766,7 @@ def build_network(config: TrialConfig, info: EnvInfo) -> nn.Module:
         "continuous": info.continuous,
         "ortho_init": model.ortho_init,
         "log_std_init": model.log_std_init,
-        "seed": seeding.integer_seed(config.task.seed, "init"),
+        "seed": randomness.integer_seed(config.task.seed, "init"),
     }
     if info.images:
         return NatureCNN(

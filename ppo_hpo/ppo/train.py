@@ -15,7 +15,7 @@ from ppo_hpo.ppo.gae import explained_variance, gae
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.ppo.rollout import Episodes, Rollout, collect
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import TrialConfig
 
 
@@ -79,12 +79,12 @@ def train_epoch(
         Diverged: a loss or a parameter became NaN or infinite.
     """
     ppo, seed = config.ppo, config.task.seed
-    noise = seeding.stream(seed, "action", epoch)
-    shuffle = seeding.stream(seed, "shuffle", epoch)
+    noise = randomness.make_rng(seed, "action", epoch)
+    shuffle = randomness.make_rng(seed, "shuffle", epoch)
     episodes = Episodes()
     episodes.begin(config.env.n_envs)
     agent.scaler.reset()
-    raw_obs = envs.reset(seeding.training_seeds(seed, epoch, config.env.n_envs))
+    raw_obs = envs.reset(randomness.training_seeds(seed, epoch, config.env.n_envs))
     agent.normalizer.update(raw_obs)
     obs = agent.normalizer(raw_obs)
     rows: list[dict[str, float]] = []

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ppo_hpo.spec.canonical import canonical_json
 from ppo_hpo.spec.errors import UserError
 
 Rule = Callable[[str, Any], Any]
@@ -465,7 +466,7 @@ class TrialConfig:
             for group, record in GROUPS.items()
         }
 
-    def own_mapping(self) -> dict[str, dict[str, Any]]:
+    def identity_mapping(self) -> dict[str, dict[str, Any]]:
         """What makes a trial the trial it is: everything but how far it is to go.
 
         `task.epochs` is left out, because a promoted trial is the same trial, and `task.threads`,
@@ -485,9 +486,8 @@ class TrialConfig:
         return mapping
 
     def identity(self) -> str:
-        """A hash, 64 hexadecimal digits, of `own_mapping`."""
-        text = json.dumps(self.own_mapping(), sort_keys=True, separators=(",", ":"), default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """A hash, 64 hexadecimal digits, of `identity_mapping`."""
+        return hashlib.sha256(canonical_json(self.identity_mapping()).encode()).hexdigest()
 
     def replace(self, **groups: Mapping[str, Any]) -> TrialConfig:
         """A copy with some values changed, checked anew: ``config.replace(task={"epochs": 4})``."""

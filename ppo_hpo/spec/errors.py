@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _LONGEST = 2000
 
 
@@ -72,3 +74,8 @@ class LostLock(BaseException):
         super().__init__(f"writer {number} lost the trial: {reason}")
         self.number = number
         self.reason = reason
+
+
+def hide_passwords(text: str) -> str:
+    """Replace the user name and password of every URL in ``text`` by ``***``, for messages."""
+    return re.sub(r"(?<=://)[^/\s']+@", "***@", text)

@@ -10,17 +10,12 @@ import json
 import math
 import statistics as stats
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from ppo_hpo.spec.errors import CheckpointError
 
 Row = Mapping[str, Any]
 
 # What a float holds, and so little less that no sum of a few overflows.
 _LARGEST = 1e300
-# Ten thousand epochs, twice; and a line of one of them.
-_MAX_CURVE, _MAX_LINE = 16 << 20, 16 << 10
 # Statistics of one evaluation, in the names of the curve's columns.
 _EVALUATION = ("return_mean", "return_std", "return_median", "episode_length")
 # Of several seeds: what is added up, and what holds for a trial where it holds for one of them.
@@ -56,26 +51,6 @@ def is_row(row: Any) -> bool:
         or (isinstance(value, int | float) and type(value) is not bool and abs(value) < _LARGEST)
         for key, value in row.items()
     )
-
-
-def read_curve(directory: Path) -> list[dict[str, Any]]:
-    """A trial's learning curve; empty where there is none, or up to the first line that is torn."""
-    from ppo_hpo.state.checkpoint import read_bytes
-
-    rows: list[dict[str, Any]] = []
-    try:
-        content = read_bytes(directory / "curve.jsonl", _MAX_CURVE)
-    except CheckpointError:
-        return rows
-    for line in content.decode(errors="replace").splitlines():
-        try:
-            row = json.loads(line[:_MAX_LINE])
-        except (ValueError, RecursionError):
-            break
-        if not is_row(row):
-            break
-        rows.append(row)
-    return rows
 
 
 def objective(curve: Sequence[Row], epochs: int, *, diverged: bool) -> float:
@@ -200,10 +175,3 @@ def entries(objective_value: float, extra: Mapping[str, float]) -> list[dict[str
 def to_bytes(results: Sequence[Mapping[str, Any]]) -> bytes:
     """The result file."""
     return (json.dumps(list(results), indent=1) + "\n").encode()
-
-
-def write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write the result file in one piece."""
-    from ppo_hpo.state.checkpoint import write_atomically
-
-    write_atomically(path, to_bytes(results))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import TrialConfig
 
 # Where they begin; each kind has as many numbers as lie between the two.
@@ -24,16 +24,12 @@ def tuning_seeds(config: TrialConfig) -> list[int]:
     return [seed, *_draw(seed, "tune", _TUNING_FROM, config.task.seeds - 1)]
 
 
-def test_seeds(config: TrialConfig, n: int) -> list[int]:
+def fresh_seeds(config: TrialConfig, n: int) -> list[int]:
     """``n`` seeds that no trial of this configuration trains, however many `task.seeds` are."""
     return _draw(config.task.seed, "test", _TEST_FROM, n)
 
 
-# Not a test, though pytest would take it for one where a test module imports it.
-test_seeds.__test__ = False  # type: ignore[attr-defined]
-
-
-def parts(config: TrialConfig) -> dict[str, TrialConfig]:
+def split_by_seed(config: TrialConfig) -> dict[str, TrialConfig]:
     """The trials of one seed that a trial consists of, by the folder in its directory that is theirs.
 
     Returns:
@@ -53,7 +49,7 @@ def _draw(seed: int, purpose: Literal["tune", "test"], low: int, n: int) -> list
     found: dict[int, None] = {}
     index = 0
     while len(found) < n:
-        number = low + seeding.integer_seed(seed, purpose, index) % 2**31
+        number = low + randomness.integer_seed(seed, purpose, index) % 2**31
         if number != seed:
             found[number] = None
         index += 1

@@ -200,7 +200,7 @@ def fill(
         UserError: Orion's parameters leave a hole of the space open.
     """
     config: dict[str, dict[str, Any]] = {group: dict(v) for group, v in space.fixed.items()}
-    for group, key, value in leaves(params):
+    for group, key, value in flatten_params(params):
         config.setdefault(group, {})[key] = value
     for group, values in (overrides or {}).items():
         for key, value in values.items():
@@ -253,7 +253,7 @@ def parse_prior(name: str, text: str) -> Prior:
     return Prior(call.func.id, arguments, options)
 
 
-def leaves(params: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+def flatten_params(params: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     """Group, key and value of a trial's parameters, nested or with the names of Orion's command line."""
     found: list[tuple[str, str, Any]] = []
     for name, value in params.items():

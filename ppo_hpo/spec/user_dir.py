@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 
-def open_rundir(variables: Sequence[str]) -> int:
+def open_user_dir(variables: Sequence[str]) -> int:
     """Open ``ppo-hpo-UID``, made where it is missing; return its descriptor.
 
     Args:

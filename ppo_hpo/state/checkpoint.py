@@ -10,16 +10,12 @@ before memory is taken for it: the file's, the header's, and how many values the
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import secrets
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppo_hpo.spec.errors import CheckpointError, TornCheckpoint, UserError
+from ppo_hpo.state.files import explain_write_errors, read_bytes, write_atomically
 
 VERSION = 1
 _ZERO_DIGEST = b"0" * 64
-# Begins the names of temporary files, so that tidying up after a kill takes nobody else's.
-_TEMPORARY = ".ppo-hpo-"
 _NAME = re.compile(r"checkpoint-(\d{6})\.safetensors", re.ASCII)
 # Far above any network that this package builds, far below what would hurt a machine.
 MAX_BYTES = 4 << 30
@@ -191,7 +186,7 @@ class Storage:
     def put(self, epoch: int, content: bytes) -> Path:
         """The same as `save`, of a checkpoint that is serialised already."""
         path = self.path_of(epoch)
-        with writing(path):
+        with explain_write_errors(path):
             self.directory.mkdir(parents=True, exist_ok=True)
         self._write(path, content)
         older = [other for other in self.paths() if other.name < path.name]
@@ -203,14 +198,14 @@ class Storage:
         self,
         check: Callable[[Checkpoint], None] = lambda checkpoint: None,
         on_refused: Callable[[CheckpointError], None] = lambda error: None,
-        most: int = MAX_BYTES,
+        max_bytes: int = MAX_BYTES,
     ) -> Checkpoint | None:
         """The newest checkpoint that is whole.
 
         Args:
             check: raises `CheckpointError` for one that does not belong here.
             on_refused: told of each that is passed over for an older one, and why.
-            most: bytes that one can have; what is larger is refused unread.
+            max_bytes: bytes that one can have; what is larger is refused unread.
 
         Returns:
             The checkpoint, or None where there is none at all.
@@ -221,7 +216,7 @@ class Storage:
         refused: list[CheckpointError] = []
         for path in self.paths():
             try:
-                checkpoint = read(path, most)
+                checkpoint = read(path, max_bytes)
                 check(checkpoint)
             except CheckpointError as error:
                 refused.append(error)
@@ -234,91 +229,17 @@ class Storage:
         return None
 
 
-def read(path: Path, most: int = MAX_BYTES) -> Checkpoint:
+def read(path: Path, max_bytes: int = MAX_BYTES) -> Checkpoint:
     """Read one checkpoint file.
 
     Args:
         path: of the file; it must be a file, and no link to one.
-        most: bytes that it can have.
+        max_bytes: bytes that it can have.
 
     Raises:
         CheckpointError: it cannot be read or used.
     """
-    return from_bytes(read_bytes(path, most), str(path), epoch_of(path.name))
-
-
-def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The bytes of one checkpoint file; see `read`.
-
-    Raises:
-        CheckpointError: it cannot be read, is larger, or is no regular file.
-    """
-    try:
-        # A link leads out of the trial's directory, and opening a pipe would wait for somebody to write.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
-            if status.st_size > most:
-                raise CheckpointError(f"{path} is larger than {most} bytes: it is not read.")
-            return file.read(status.st_size)
-    except OSError as error:
-        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        raise CheckpointError(f"{path} cannot be read: {reason}.") from None
-
-
-def write_atomically(path: Path, content: bytes, stage: Path | None = None) -> None:
-    """Write a file so that at any instant the old content or the new one is there, whole.
-
-    A temporary file beside it is flushed to disk and renamed, and the directory is flushed, so that
-    the rename too survives a loss of power.
-
-    Args:
-        path: of the file.
-        content: all of it.
-        stage: directory of the temporary file, on the same file system; None is the file's own.
-
-    Raises:
-        UserError: the file cannot be written; what was there before still is.
-    """
-    with writing(path):
-        temporary = (stage or path.parent) / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}.tmp"
-        # Made inside the `try`: a signal that comes in between raises as soon as the file is there.
-        try:
-            # Not mkstemp, whose files only their owner reads: these are as open as the umask has others.
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove temporary files of writers that were killed. Call it while holding the lock."""
-    for path in directory.glob(f"{_TEMPORARY}*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write ``path``, as on a full disk, into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}. What was saved before is whole; make room "
-            f"or change the permissions, and run the trial again: it goes on from there."
-        ) from error
+    return from_bytes(read_bytes(path, max_bytes), str(path), epoch_of(path.name))
 
 
 def _header(content: bytes, name: str) -> dict[str, Any]:

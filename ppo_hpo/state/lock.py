@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_hpo.spec.errors import LostLock, UserError
-from ppo_hpo.state.checkpoint import write_atomically
+from ppo_hpo.state.files import write_atomically
 
 #: Names this machine where host names do not tell machines apart, as in containers with equal ones.
 HOST_VARIABLE = "PPO_HPO_HOST"
@@ -152,7 +152,7 @@ def _started(pid: int) -> int | None:
 
 
 @dataclass(frozen=True)
-class Holder:
+class Writer:
     """The newest claim, as another process sees it.
 
     Attributes:
@@ -171,7 +171,7 @@ class Holder:
     stage: str | None
     sign: int
 
-    def gone(self, have_flock: bool) -> bool | None:
+    def has_ended(self, have_flock: bool) -> bool | None:
         """Whether it will not write again; None where only time can tell."""
         if self.stage is None:
             return True
@@ -191,7 +191,7 @@ class Holder:
         return f"writer {self.number}, {self.process or 'an unknown process'}, since {since}"
 
 
-def newest(directory: Path) -> Holder | None:
+def latest_writer(directory: Path) -> Writer | None:
     """The newest claim on a trial, or None where nobody ever wrote here."""
     while True:
         numbers = _numbers(directory)
@@ -204,10 +204,10 @@ def newest(directory: Path) -> Holder | None:
             sign = (place / stage if stage else place).stat().st_mtime_ns
         except (FileNotFoundError, NotADirectoryError):
             continue  # it ended, or a newer one removed it: look again
-        return Holder(number, *_read_record(place / "record.json"), stage, sign)
+        return Writer(number, *_read_record(place / "record.json"), stage, sign)
 
 
-def living(directory: Path) -> Holder | None:
+def active_writer(directory: Path) -> Writer | None:
     """Who trains in a directory; None where nobody does.
 
     Whoever cannot be seen from here is watched until it gives a sign of life, or has given none for long.
@@ -221,10 +221,10 @@ def living(directory: Path) -> Holder | None:
             flock = _Flock(path)
             have = flock.attempt()
             flock.release()
-        holder = newest(directory)
+        holder = latest_writer(directory)
         if holder is None:
             return None
-        gone = holder.gone(bool(have))
+        gone = holder.has_ended(bool(have))
         if gone is not None:
             return None if gone else holder
         if watch is None:
@@ -303,7 +303,7 @@ class Claim:
             if asked:
                 self._lost = LostLock(self.number, "another process was started with --takeover")
 
-    def tick(self) -> None:
+    def raise_if_lost(self) -> None:
         """Stop the training of who lost its claim, or was asked to give it up; costs next to nothing.
 
         Raises:
@@ -312,7 +312,7 @@ class Claim:
         if self._lost is not None:
             raise self._lost
 
-    def check(self) -> None:
+    def check_still_held(self) -> None:
         """Look at the claim now.
 
         Raises:
@@ -331,7 +331,7 @@ class Claim:
         try:
             write_atomically(path, content, self.stage)
         except UserError:
-            self.check()
+            self.check_still_held()
             raise
 
     def release(self) -> None:
@@ -426,16 +426,16 @@ def hold(directory: Path, *, takeover: bool = False, lost: LostLock | None = Non
 
 
 @contextlib.contextmanager
-def at_rest(directory: Path) -> Iterator[bool]:
+def exclude_writers(directory: Path) -> Iterator[bool]:
     """Keep writers out of a trial for a moment, where none is at it; yields whether that is so."""
     if not (directory / "lock").is_file() or (directory / "lock").is_symlink():
-        yield newest(directory) is None
+        yield latest_writer(directory) is None
         return
     flock = _Flock(directory / "lock")
     try:
         have = flock.attempt()
-        holder = newest(directory)
-        yield have is not False and (holder is None or holder.gone(bool(have)) is True)
+        holder = latest_writer(directory)
+        yield have is not False and (holder is None or holder.has_ended(bool(have)) is True)
     finally:
         flock.release()
 
@@ -449,9 +449,9 @@ def _wait(
     while True:
         # In this order: what is read after flock is had is at least as new as what its holder left.
         have = flock.attempt()
-        holder = newest(directory)
+        holder = latest_writer(directory)
         quiet, waited = watch(holder), time.monotonic() - began
-        gone = holder is None or holder.gone(bool(have))
+        gone = holder is None or holder.has_ended(bool(have))
         number = holder.number if holder else 0
         if lost is not None and lost.number == number and waited < _MANNERS:
             free = False
@@ -479,7 +479,7 @@ class _Watch:
         self._seen: tuple[Any, ...] = ()
         self._since = 0.0
 
-    def __call__(self, holder: Holder | None) -> float:
+    def __call__(self, holder: Writer | None) -> float:
         now = time.monotonic()
         seen = (holder and (holder.number, holder.stage, holder.sign),)
         if seen != self._seen:
@@ -541,7 +541,7 @@ class _Takeover:
         self._began = 0.0
         self._steps: list[tuple[float, str, tuple[signal.Signals, ...]]] = []
 
-    def press(self, holder: Holder) -> None:
+    def press(self, holder: Writer) -> None:
         """Do what is due."""
         if self._target is None:
             self._target, self._began = holder.number, time.monotonic()
@@ -571,7 +571,7 @@ class _Takeover:
             )  # fmt: skip
 
 
-def _signal(holder: Holder, lock: Path, signals: tuple[signal.Signals, ...]) -> bool:
+def _signal(holder: Writer, lock: Path, signals: tuple[signal.Signals, ...]) -> bool:
     """Signal a writer, and never a process that merely has its number now; whether that was possible."""
     process = holder.process
     if process is None or process.pid == os.getpid():

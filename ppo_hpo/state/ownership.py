@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from ppo_hpo.spec.canonical import as_read_from_json
 from ppo_hpo.spec.config import CHANGEABLE_IN_MID_LIFE
 from ppo_hpo.spec.errors import CheckpointError
 
 Nested = Mapping[str, Mapping[str, Any]]
 
 
-def difference(there: Nested, here: Nested) -> str:
+def describe_differences(there: Nested, here: Nested) -> str:
     """In words, which hyperparameters differ between a checkpoint and a trial; empty where none does."""
     return ", ".join(
         f"{name} is {_at(there, name)!r} there and {_at(here, name)!r} here"
-        for name in differing(there, here)
+        for name in differing_names(there, here)
     )
 
 
-def differing(there: Nested, here: Nested) -> list[str]:
+def differing_names(there: Nested, here: Nested) -> list[str]:
     """Dotted names of the hyperparameters that differ."""
     # Through JSON, because one side comes from a file.
-    there, here = (json.loads(json.dumps(side, default=str)) for side in (there, here))
+    there, here = (as_read_from_json(side) for side in (there, here))
     names = {f"{group}.{key}" for side in (there, here) for group, values in side.items() for key in values}
     return [name for name in sorted(names) if _at(there, name) != _at(here, name)]
 
 
-def check(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | None, where: str) -> None:
+def check_owner(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | None, where: str) -> None:
     """Refuse another trial's checkpoint, unless Orion put it here for a fork.
 
     Population-based training proposes a child with other hyperparameters and copies its parent's
@@ -51,7 +51,7 @@ def check(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | None, wh
             raise TypeError
         if not (isinstance(lineage, list) and all(isinstance(item, dict) for item in lineage)):
             raise TypeError
-        text = difference(there, here)
+        text = describe_differences(there, here)
     except (KeyError, AttributeError, TypeError):
         raise CheckpointError(
             f"The checkpoint of epoch {epoch} in {where} does not say whose it is."
@@ -60,7 +60,7 @@ def check(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | None, wh
         return
     advice = "Use another directory, or the hyperparameters it was trained with."
     if uid is not None and owner is not None and uid != owner:
-        rigid = [name for name in differing(there, here) if not _changeable(name)]
+        rigid = [name for name in differing_names(there, here) if not _changeable(name)]
         if not rigid:
             return
         advice = f"A fork cannot change {', '.join(rigid)} in mid-life."

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError
-from ppo_hpo.state.checkpoint import read_bytes, write_atomically
+from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError, hide_passwords
+from ppo_hpo.state.files import read_bytes, write_atomically
 
 #: The store's URL where no other is given.
 VARIABLE = "PPO_HPO_STORE"
@@ -55,7 +55,7 @@ class Store:
         Raises:
             StoreError: nothing that `fsspec` knows, or a package that it needs is missing.
         """
-        self.name = re.sub(r"//[^/@]*@", "//", url)
+        self.name = hide_passwords(url)
         scheme = _SCHEME.match(url)
         self._directory: Path | None = None
         if "::" in url:
@@ -98,23 +98,23 @@ class Store:
 
         return sorted(name for name in self._try(look, "be read") if _NAME.fullmatch(name))
 
-    def get(self, *place: str, most: int) -> bytes:
+    def get(self, *place: str, max_bytes: int) -> bytes:
         """The content of an object.
 
         Raises:
-            CheckpointError: it is gone, or larger than ``most`` bytes: it is not read then.
+            CheckpointError: it is gone, or larger than ``max_bytes`` bytes: it is not read then.
             StoreError: it cannot be read.
         """
         name = self.path(*place)
         if self._directory is not None:
-            return read_bytes(self._directory.joinpath(*_checked(place)), most)
+            return read_bytes(self._directory.joinpath(*_checked(place)), max_bytes)
         path = "/".join((self._root.rstrip("/"), *_checked(place)))
 
         def fetch() -> bytes | None:
             try:
                 size = int(self._fs.info(path)["size"])
-                if size > most:
-                    raise CheckpointError(f"{name} is larger than {most} bytes: it is not read.")
+                if size > max_bytes:
+                    raise CheckpointError(f"{name} is larger than {max_bytes} bytes: it is not read.")
                 return bytes(self._fs.cat_file(path, start=0, end=size)) if size else b""
             except FileNotFoundError:
                 return None

@@ -60,17 +60,17 @@ def append(directory: Path, line: Line) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from ppo_hpo.state.checkpoint import writing
+    from ppo_hpo.state.files import explain_write_errors
 
     path = directory / FILE
-    with writing(path), path.open("a", encoding="utf-8") as file:
+    with explain_write_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(line)) + "\n")
 
 
 def read(directory: Path, trial: str) -> list[Line]:
     """The last line of each process and seed, of this trial alone; torn and foreign lines are left out."""
     # A report imports no numpy until it has something to count.
-    from ppo_hpo.state.checkpoint import read_bytes
+    from ppo_hpo.state.files import read_bytes
 
     try:
         content = read_bytes(directory / FILE, _MAX_BYTES)
@@ -87,7 +87,7 @@ def read(directory: Path, trial: str) -> list[Line]:
     return list(last.values())
 
 
-def unkept(lines: Sequence[Line]) -> int:
+def wasted_steps(lines: Sequence[Line]) -> int:
     """Training steps of a trial that are in none of its epochs: done twice, or in epochs that did not end."""
     total = 0
     for part in {line.part for line in lines}:

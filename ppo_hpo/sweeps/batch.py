@@ -158,7 +158,7 @@ def _train(mapping: Mapping[str, Any], directory: str, device: str) -> dict[str,
 
 def result_of(job: Job) -> Result | None:
     """The result of a trial that is done; None where it is not, or has another trial's directory."""
-    from ppo_hpo.state.checkpoint import read_bytes
+    from ppo_hpo.state.files import read_bytes
 
     try:
         config = TrialConfig.from_mapping(yamlio.load(job.directory / "config.yaml"))
@@ -174,7 +174,7 @@ def result_of(job: Job) -> Result | None:
 
 def epochs_of(job: Job) -> int:
     """Epochs that a trial under way has behind it."""
-    from ppo_hpo.state.checkpoint import read_bytes
+    from ppo_hpo.state.files import read_bytes
 
     try:
         curve = read_bytes(job.directory / "curve.jsonl", _MOST_CURVE)

@@ -13,7 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ppo_hpo.orion.experiment import open_experiment, params_of, statistics_of
+from ppo_hpo.orion.experiment import (
+    completed_trials,
+    configuration_of,
+    open_experiment,
+    ranking_key,
+    statistics_of,
+)
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
@@ -155,14 +161,12 @@ def candidates(trials: Sequence[Any], top: int, name: str) -> list[Candidate]:
     Raises:
         UserError: none is completed, or a trial's configuration cannot be read.
     """
-    completed = [trial for trial in trials if trial.status == "completed" and statistics_of(trial)]
+    completed = sorted(completed_trials(trials), key=ranking_key)
     if not completed:
         raise UserError(f"Nothing is completed in {name!r} yet.")
-    completed.sort(key=lambda trial: (trial.objective.value, -statistics_of(trial)["epochs"]))
     found: dict[str, Any] = {}
     for trial in completed:
-        key = json.dumps({k: v for k, v in params_of(trial).items() if k != "task.epochs"}, default=str)
-        found.setdefault(key, trial)
+        found.setdefault(configuration_of(trial), trial)
     return [_candidate(trial, number) for number, trial in enumerate(list(found.values())[:top], 1)]
 
 
@@ -256,7 +260,7 @@ def preset_of(config: TrialConfig) -> str | None:
 
 def jobs_of(candidate: Candidate, seeds: int, place: Path) -> list[Job]:
     """The test trials of one configuration, each of one seed, in a directory named after its identity."""
-    from ppo_hpo.spec.seeds import test_seeds as fresh_seeds  # which imports numpy
+    from ppo_hpo.spec.seeds import fresh_seeds  # which imports numpy
     from ppo_hpo.sweeps.batch import Job
 
     found = []
@@ -515,6 +519,6 @@ def as_preset(candidate: Candidate, title: str) -> str:
 
 
 def _write(path: Path, content: str) -> None:
-    from ppo_hpo.state.checkpoint import write_atomically
+    from ppo_hpo.state.files import write_atomically
 
     write_atomically(path, content.encode())

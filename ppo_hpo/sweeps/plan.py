@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import GROUPS, check_key
-from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.errors import UserError, hide_passwords
 from ppo_hpo.spec.space import MARK, Space, read_space, with_fidelities
 
 if TYPE_CHECKING:
@@ -117,11 +117,7 @@ def _kind(file: Path) -> str:
 def _address(storage: Mapping[str, Any]) -> str:
     """A database's type and where it is, for messages."""
     database = storage.get("database") or {}
-    return _without_password(f"{database.get('host') or storage} ({database.get('type')})")
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"(?<=://)[^/\s']+@", "***@", text)
+    return hide_passwords(f"{database.get('host') or storage} ({database.get('type')})")
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ class Plan:
         except NotImplementedError as error:
             raise UserError(f"Orion has no such storage: {str(error).splitlines()[0]}.") from None
         except (OSError, DatabaseError, *_NO_PICKLE) as error:
-            why = _without_password(" ".join(str(error).split()).rstrip("."))
+            why = hide_passwords(" ".join(str(error).split()).rstrip("."))
             raise UserError(f"The database {_address(configuration)} cannot be used: {why}.") from None
         plan = cls(name, place, configuration, stored)
         if stored is not None and algorithm is not None:
@@ -341,7 +337,7 @@ def _difference(own: Document, other: Document) -> str | None:
 
 def _keep(path: Path, text: str) -> None:
     """Write a file in one piece, unless that is what it holds."""
-    from ppo_hpo.state.checkpoint import write_atomically
+    from ppo_hpo.state.files import write_atomically
 
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomically(path, text.encode())

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.inspect.cost import Cost, cost_of, costs_of
-from ppo_hpo.orion.experiment import params_of, statistics_of
+from ppo_hpo.orion.experiment import completed_trials, params_of, ranking_key, statistics_of
 from ppo_hpo.orion.objective import Objective, prepare_trial
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.space import read_space
@@ -355,10 +355,7 @@ def _result(client: ExperimentClient, place: Path) -> SweepResult:
     import pandas
 
     trials = client.fetch_trials()
-    completed = [trial for trial in trials if trial.status == "completed" and statistics_of(trial)]
-    best = min(
-        completed, key=lambda trial: (trial.objective.value, -statistics_of(trial)["epochs"]), default=None
-    )
+    best = min(completed_trials(trials), key=ranking_key, default=None)
     rows = [
         {
             "id": trial.id, "status": trial.status, "parent": trial.parent,

@@ -283,7 +283,7 @@ class Record:
 def read_record(directory: Path) -> Record | None:
     """Why a trial failed last; None where it did not, or nobody knows."""
     try:
-        from ppo_hpo.state.checkpoint import read_bytes
+        from ppo_hpo.state.files import read_bytes
 
         content: Any = json.loads(read_bytes(directory / RECORD, _MAX_RECORD))
         texts = [content["error"], content["at"], content["host"], content["place"] or ""]
@@ -347,7 +347,7 @@ def _somebody_finished_an_epoch(siblings: Path | None) -> bool:
 
 
 def _write_record(directory: Path, record: Record) -> None:
-    from ppo_hpo.state.checkpoint import write_atomically
+    from ppo_hpo.state.files import write_atomically
 
     content = {
         "error": record.error[:4096],

@@ -34,7 +34,7 @@ from fractions import Fraction
 from typing import Any
 
 from ppo_hpo.spec.errors import MachineError, UserError
-from ppo_hpo.spec.user_dir import open_rundir
+from ppo_hpo.spec.user_dir import open_user_dir
 
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}(?:,\d{1,4})*))?", re.ASCII)
@@ -338,7 +338,7 @@ def _take(
 ) -> tuple[int, str, _Hold]:
     """The number of a GPU, its token, and the place on it."""
     try:
-        directory = open_rundir(["TMPDIR"])
+        directory = open_user_dir(["TMPDIR"])
     except OSError as error:
         log.warning("other trials on the GPUs here are not seen, but for their memory: %s", error)
         directory = None

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ppo_hpo.spec import results, yamlio
+from ppo_hpo.spec.canonical import as_read_from_json
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, UserError
-from ppo_hpo.state.checkpoint import read_bytes
+from ppo_hpo.state.curve import read_curve
+from ppo_hpo.state.files import read_bytes
 from ppo_hpo.trial.restore import listed_trials
 
 RECORD = "stopped.json"
@@ -149,7 +151,7 @@ class Siblings:
             return []
         seen = (status.st_ino, status.st_size, status.st_mtime_ns)
         if place not in self._curves or self._curves[place][0] != seen:
-            rows = results.read_curve(place)
+            rows = read_curve(place)
             whole = [row["epoch"] for row in rows] == list(range(len(rows)))
             self._curves[place] = seen, [float(row["return_mean"]) for row in rows[1:]] if whole else []
         return self._curves[place][1]
@@ -206,4 +208,4 @@ def _common(config: TrialConfig) -> Mapping[str, Any]:
     groups = {**config.to_mapping(), "task": {**config.to_mapping()["task"], "max_epochs": config.max_epochs}}
     # Through JSON: one side comes from a file.
     wanted = {group: {key: groups[group][key] for key in keys} for group, keys in _EQUAL.items()}
-    return dict(json.loads(json.dumps(wanted, default=str)))
+    return dict(as_read_from_json(wanted))

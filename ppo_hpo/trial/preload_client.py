@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ppo_hpo.spec.errors import Interrupted
-from ppo_hpo.spec.user_dir import open_rundir
+from ppo_hpo.spec.user_dir import open_user_dir
 
 # What the server answers where a trial does not suit it; a status of a process is never as large.
 DECLINED = 1 << 16
@@ -143,7 +143,7 @@ def is_own(connection: socket.socket) -> bool:
 
 def servers() -> Iterator[int]:
     """Process ids of the user's servers."""
-    where = open_rundir(_PLACES)
+    where = open_user_dir(_PLACES)
     try:
         for name in sorted(os.listdir(where)):
             if name.endswith(".lock"):
@@ -162,7 +162,7 @@ def servers() -> Iterator[int]:
 @contextlib.contextmanager
 def _connected() -> Iterator[socket.socket]:
     """A connection to the server that suits this process."""
-    where = open_rundir(_PLACES)
+    where = open_user_dir(_PLACES)
     try:
         name = _name()
         lock = _lock(where, name)

@@ -30,16 +30,8 @@ from pathlib import Path
 
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, TornCheckpoint, UserError
-from ppo_hpo.state.checkpoint import (
-    MAX_BYTES,
-    Checkpoint,
-    Storage,
-    epoch_of,
-    from_bytes,
-    read,
-    read_bytes,
-    writing,
-)
+from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes, read
+from ppo_hpo.state.files import explain_write_errors, read_bytes
 from ppo_hpo.state.remote_store import Store, StoreError
 
 INDEX = ".ppo_hpo"
@@ -47,12 +39,12 @@ TRIALS, IDENTITIES = "trials", "identities"
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
 
 
-def listed_trials(siblings: Path, most: int) -> dict[str, list[Path]]:
+def listed_trials(siblings: Path, max_bytes: int) -> dict[str, list[Path]]:
     """Directories of the trials of an experiment that are no forks, by the first digits of their identity.
 
     Args:
         siblings: the directory in which they lie.
-        most: so many identities, in the order of their names; links, which would lead elsewhere, are not
+        max_bytes: so many identities, in the order of their names; links, which would lead elsewhere, are not
             followed.
     """
     index = siblings / INDEX
@@ -120,7 +112,7 @@ class MirroredStorage(Storage):
         self,
         check: Callable[[Checkpoint], None] = lambda checkpoint: None,
         on_refused: Callable[[CheckpointError], None] = lambda error: None,
-        most: int = MAX_BYTES,
+        max_bytes: int = MAX_BYTES,
     ) -> Checkpoint | None:
         """The newest checkpoint that is whole, of the directory's and the store's.
 
@@ -134,7 +126,7 @@ class MirroredStorage(Storage):
         found: Checkpoint | None = None
         failure: CheckpointError | None = None
         try:
-            found = super().load(check, on_refused, most)
+            found = super().load(check, on_refused, max_bytes)
         except CheckpointError as error:
             failure = error
         if self.store is None:
@@ -142,7 +134,7 @@ class MirroredStorage(Storage):
                 raise failure
             return found
         try:
-            newer = self._newest_of(self.key, check, on_refused, most, above=found.epoch if found else -1)
+            newer = self._newest_of(self.key, check, on_refused, max_bytes, above=found.epoch if found else -1)
         except CheckpointError as error:
             newer = None
             if found is not None:
@@ -158,7 +150,7 @@ class MirroredStorage(Storage):
                 raise failure
             return None
         if self.path_of(found.epoch).name not in self.store.names(TRIALS, self.key):
-            self.put(found.epoch, read_bytes(self.path_of(found.epoch), most))
+            self.put(found.epoch, read_bytes(self.path_of(found.epoch), max_bytes))
         return found
 
     def finish(self) -> None:
@@ -169,7 +161,7 @@ class MirroredStorage(Storage):
         """
         if self._behind and (paths := self.paths()):
             try:
-                self._upload(paths[0], read_bytes(paths[0]))
+                self._upload(paths[0], read_bytes(paths[0], MAX_BYTES))
             except StoreError as error:
                 raise StoreError(
                     f"{error} What was trained is whole in {self.directory}; run the trial again there, and "
@@ -195,7 +187,7 @@ class MirroredStorage(Storage):
         key: str,
         check: Callable[[Checkpoint], None],
         on_refused: Callable[[CheckpointError], None],
-        most: int,
+        max_bytes: int,
         above: int = -1,
         up_to: int | None = None,
     ) -> tuple[Checkpoint, bytes] | None:
@@ -211,7 +203,7 @@ class MirroredStorage(Storage):
             if epoch is None or epoch <= above or (up_to is not None and epoch > up_to):
                 continue
             try:
-                content = self.store.get(TRIALS, key, name, most=most)
+                content = self.store.get(TRIALS, key, name, max_bytes=max_bytes)
                 checkpoint = from_bytes(content, self.store.path(TRIALS, key, name), epoch)
                 check(checkpoint)
             except CheckpointError as error:
@@ -266,7 +258,7 @@ class TrialStorage(MirroredStorage):
         self,
         check: Callable[[Checkpoint], None] = lambda checkpoint: None,
         on_refused: Callable[[CheckpointError], None] = lambda error: None,
-        most: int = MAX_BYTES,
+        max_bytes: int = MAX_BYTES,
     ) -> Checkpoint | None:
         """The checkpoint to go on from; for the arguments see `Storage.load`."""
         whole = False
@@ -278,16 +270,16 @@ class TrialStorage(MirroredStorage):
 
         failure: CheckpointError | None = None
         try:
-            if (own := super().load(look, on_refused, most)) is not None:
+            if (own := super().load(look, on_refused, max_bytes)) is not None:
                 if self._uid is None or own.meta.get("uid") == self._uid:
                     return own
-                return self._newer_than(own, check, on_refused, most) or own
+                return self._newer_than(own, check, on_refused, max_bytes) or own
         except CheckpointError as error:
             # One that is whole, but of other hyperparameters, is a mistake that somebody should hear of.
             if whole:
                 raise
             failure = error
-        found = self._from_parent(check, on_refused, most) or self._from_siblings(on_refused, most)
+        found = self._from_parent(check, on_refused, max_bytes) or self._from_siblings(on_refused, max_bytes)
         if found is None and failure is not None and not self._set_torn_aside(on_refused):
             if isinstance(failure, TornCheckpoint):
                 raise TornCheckpoint(f"{failure} None before it is whole: remove them to begin again.")
@@ -303,19 +295,19 @@ class TrialStorage(MirroredStorage):
         copy: Checkpoint,
         check: Callable[[Checkpoint], None],
         on_refused: Callable[[CheckpointError], None],
-        most: int,
+        max_bytes: int,
     ) -> Checkpoint | None:
         """What the store has of a parent that went on elsewhere after it left here what was copied."""
         if self.store is None:
             return None
         try:
-            if found := self._from_parent(check, on_refused, most, above=copy.epoch):
+            if found := self._from_parent(check, on_refused, max_bytes, above=copy.epoch):
                 return found
         except CheckpointError as error:
             on_refused(error)
         if copy.meta.get("identity") != self._config.identity() or copy.meta.get("lineage"):
             return None  # of a fork: those of its hyperparameters have another history
-        return self._from_siblings(on_refused, most, above=copy.epoch)
+        return self._from_siblings(on_refused, max_bytes, above=copy.epoch)
 
     def register(self) -> None:
         """Let trials of the same identity find this one.
@@ -338,13 +330,13 @@ class TrialStorage(MirroredStorage):
         self,
         check: Callable[[Checkpoint], None],
         on_refused: Callable[[CheckpointError], None],
-        most: int,
+        max_bytes: int,
         above: int = -1,
     ) -> Checkpoint | None:
         if self.store is None or self._parent is None:
             return None
         found = self._newest_of(
-            self._parent, check, on_refused, most, above=above, up_to=self._config.task.epochs
+            self._parent, check, on_refused, max_bytes, above=above, up_to=self._config.task.epochs
         )
         if found is None and above >= 0:
             return None
@@ -381,13 +373,13 @@ class TrialStorage(MirroredStorage):
                 return False
         for path, reason in torn:
             on_refused(reason)
-            with writing(path):
+            with explain_write_errors(path):
                 path.replace(path.with_name(f"{path.name}.torn"))
         self._log.warning("no checkpoint is whole: starts again; torn ones that lie here are kept as *.torn")
         return True
 
     def _from_siblings(
-        self, on_refused: Callable[[CheckpointError], None], most: int, above: int = -1
+        self, on_refused: Callable[[CheckpointError], None], max_bytes: int, above: int = -1
     ) -> Checkpoint | None:
         """The most advanced checkpoint of the same identity between two epochs, copied to here."""
         identity, places = self._config.identity(), list[tuple[int, int, str, str]]()
@@ -404,10 +396,10 @@ class TrialStorage(MirroredStorage):
             try:
                 if remote:
                     assert self.store is not None
-                    content = self.store.get(TRIALS, place, name, most=most)
+                    content = self.store.get(TRIALS, place, name, max_bytes=max_bytes)
                     checkpoint = from_bytes(content, self.store.path(TRIALS, place, name), epoch)
                 else:
-                    checkpoint = read(Path(place) / name, most)
+                    checkpoint = read(Path(place) / name, max_bytes)
             except CheckpointError as error:
                 on_refused(error)
                 continue

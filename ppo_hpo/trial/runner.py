@@ -24,7 +24,8 @@ from ppo_hpo.spec import results, seeds, yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, LostLock, MachineError, UserError
 from ppo_hpo.state import lock, worklog
-from ppo_hpo.state.checkpoint import Storage, remove_leftovers, writing
+from ppo_hpo.state.checkpoint import Storage
+from ppo_hpo.state.files import explain_write_errors, remove_temporary_files, write_atomically
 from ppo_hpo.state.remote_store import Store
 from ppo_hpo.trial import failure, gpu_slots, median_stop
 from ppo_hpo.trial.restore import TrialStorage
@@ -115,7 +116,7 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
         raise UserError(f"The directory {directory} cannot be made: {error.strerror}.") from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise MachineError(f"The directory {directory} cannot be written. Choose another one.")
-    for name in (*_WRITTEN_IN_PLACE, *filter(None, seeds.parts(config))):
+    for name in (*_WRITTEN_IN_PLACE, *filter(None, seeds.split_by_seed(config))):
         if (directory / name).is_symlink():
             raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
     for name, is_one in {**dict.fromkeys(_FILES, Path.is_file), "writer": Path.is_dir}.items():
@@ -247,11 +248,11 @@ class _Trial:
         with _logging_to(directory, self.uid, self.console) as log:
             if lost is not None:
                 log.warning("%s; goes on from what is there", lost)
-            remove_leftovers(directory)
+            remove_temporary_files(directory)
             _warn_of_short_epochs(config, self.info, log)
             before = failure.read_record(directory)
             known = None if before is None else before.place
-            parts = seeds.parts(config)
+            parts = seeds.split_by_seed(config)
             write = failure.patiently(claim.write, self.retries, log)
             try:
                 with self._device(claim, log) as device:
@@ -277,7 +278,7 @@ class _Trial:
             failure.forget(directory)
             claim.write(directory / "results.json", results.to_bytes(outcome.entries))
             if self.results_path is not None:
-                results.write(self.results_path, outcome.entries)
+                write_atomically(self.results_path, results.to_bytes(outcome.entries))
             log.info(
                 "done: return %.1f +- %.1f after epoch %d; %s",
                 -outcome.objective,
@@ -296,7 +297,7 @@ class _Trial:
             return count_gpus()
 
         def tick() -> None:
-            claim.tick()
+            claim.raise_if_lost()
             self.tick()
 
         return gpu_slots.taken(self.device, self.trials_per_device, count=count, log=log, tick=tick)
@@ -314,7 +315,7 @@ class _Trial:
         """Train one seed to the trial's epochs.
 
         Args:
-            part: see `seeds.parts`.
+            part: see `seeds.split_by_seed`.
             config: of the seed.
             device: where.
             claim: of the trial.
@@ -344,7 +345,7 @@ class _Trial:
                 worklog.append(self.directory, line)
 
         def tick() -> None:
-            claim.tick()
+            claim.raise_if_lost()
             self.tick()
             work.count(config.env.n_envs)
 
@@ -422,7 +423,7 @@ class _Trial:
         elif self.stop_poor and not task.lineage:
             task.judge = self._judge(directory, config, write)
         _announce(task, aim, start, self.experiment, log)
-        with writing(directory):
+        with explain_write_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
         # Of the trial, and where that has several seeds, of this one.
         for place, whole in {self.directory: self.config, directory: config}.items():
@@ -487,7 +488,7 @@ class _Trial:
         }
         # One for the trial, whatever seeds it has: it shows how far the trial is.
         path = self.directory / "timing.jsonl"
-        with writing(path), path.open("a", encoding="utf-8") as file:
+        with explain_write_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from ppo_hpo import TrialConfig
 from ppo_hpo.inspect.cost import Cost, cost_of, costs_of
-from ppo_hpo.inspect.report import read_curve, report, summarise
+from ppo_hpo.inspect.report import report, summarise
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state import worklog
 from ppo_hpo.state.checkpoint import Storage, arrays_digest, read
+from ppo_hpo.state.curve import read_curve
 from ppo_hpo.trial import runner
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,7 +76,11 @@ def fails_at(tick: int, directory: Path, uid: str | None = None) -> None:
 def spent(directory: Path, uid: str = "") -> tuple[int, int, int]:
     """Steps trained, steps of evaluations, and steps that are kept nowhere."""
     lines = worklog.read(directory, uid)
-    return sum(line.steps for line in lines), sum(line.eval_steps for line in lines), worklog.unkept(lines)
+    return (
+        sum(line.steps for line in lines),
+        sum(line.eval_steps for line in lines),
+        worklog.wasted_steps(lines),
+    )
 
 
 def test_every_process_is_counted(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from ppo_hpo.cli.main import main
-from ppo_hpo.inspect.report import read_curve, report, sparkline, summarise, to_text
+from ppo_hpo.inspect.report import report, sparkline, summarise, to_text
 from ppo_hpo.orion.experiment import statistics_of
 from ppo_hpo.orion.objective import objective
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.results import entries, evaluation_columns
 from ppo_hpo.spec.space import get_space
+from ppo_hpo.state.curve import read_curve
 
 REPOSITORY = Path(__file__).parents[2]
 SPACE = {

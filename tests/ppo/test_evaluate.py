@@ -13,7 +13,7 @@ from ppo_hpo.envs.make import probe
 from ppo_hpo.ppo.evaluate import Evaluation, Evaluator
 from ppo_hpo.ppo.normalize import ObservationNormalizer
 from ppo_hpo.ppo.rollout import sampling_noise
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import EnvConfig
 
 
@@ -39,7 +39,7 @@ def run(evaluate: Evaluator, stream: np.random.Generator | None = None) -> Evalu
 
 def test_returns_and_lengths_equal_those_of_the_loop_by_hand() -> None:
     """In the order of the seeds, though the episodes end at different times."""
-    seeds = seeding.evaluation_seeds(12)
+    seeds = randomness.evaluation_seeds(12)
     result = run(evaluator("RandomWalk", seeds))
     env = gymnasium.make("tests.envs:RandomWalk-v0")
     returns, lengths = [], []
@@ -58,7 +58,7 @@ def test_returns_and_lengths_equal_those_of_the_loop_by_hand() -> None:
 
 
 def test_evaluating_again_gives_the_same_episodes() -> None:
-    evaluate = evaluator("RandomWalk", seeding.evaluation_seeds(6))
+    evaluate = evaluator("RandomWalk", randomness.evaluation_seeds(6))
     assert run(evaluate) == run(evaluate)
     one, other = (run(evaluate, np.random.default_rng(seed)) for seed in (0, 1))
     assert run(evaluate, np.random.default_rng(0)) == one

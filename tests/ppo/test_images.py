@@ -21,7 +21,7 @@ from ppo_hpo.ppo.networks import MLPActorCritic, NatureCNN
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.ppo.rollout import Episodes, Samples, collect, sampling_noise
 from ppo_hpo.ppo.task import PPO
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import EnvConfig, OptimizerConfig, PPOConfig
 
 CPU = torch.device("cpu")
@@ -229,7 +229,7 @@ def test_a_network_that_does_not_say_what_it_shares_learns_the_same() -> None:
     batch = samples(48)
     agents = [learner(network()), learner(Twice(network()))]
     assert [agent.keeps for agent in agents] == [True, False]
-    stats = [agent.update(batch, seeding.stream(0, "shuffle", 0), 1e-3, 0.2) for agent in agents]
+    stats = [agent.update(batch, randomness.make_rng(0, "shuffle", 0), 1e-3, 0.2) for agent in agents]
     assert stats[0].n_updates == 6
     assert stats[0].grad_norm == pytest.approx(stats[1].grad_norm, rel=1e-3)
     for one, other in zip(agents[0].module.parameters(), agents[1].module.parameters(), strict=True):
@@ -244,13 +244,13 @@ def test_an_update_moves_every_layer_and_shuffles_images_with_their_samples() ->
     # The action tells the image that it belongs to.
     batch = batch._replace(action=batch.obs.reshape(48, -1).sum(1, dtype=np.int64))
     seen = []
-    for minibatch in agent.minibatches(batch, seeding.stream(0, "shuffle", 0)):
+    for minibatch in agent.minibatches(batch, randomness.make_rng(0, "shuffle", 0)):
         assert minibatch.obs.dtype == torch.uint8
         assert minibatch.obs.flatten(1).sum(1).tolist() == minibatch.action.tolist()
         seen += minibatch.action.tolist()
     assert sorted(seen[:48]) == sorted(seen[48:]) == sorted(batch.action.tolist())
     assert seen[:48] != seen[48:]
-    agent.update(samples(48), seeding.stream(0, "shuffle", 0), 1e-3, 0.2)
+    agent.update(samples(48), randomness.make_rng(0, "shuffle", 0), 1e-3, 0.2)
     for parameter, old in zip(module.parameters(), before, strict=True):
         assert torch.isfinite(parameter).all()
         assert not torch.equal(parameter, old)
@@ -286,7 +286,7 @@ def test_rollouts_hold_the_bytes_that_the_environment_showed(first: bool) -> Non
     envs, again = SyncEnvs(config, info), SyncEnvs(config, info)
     obs = envs.reset([1, 2])
     rollout, last = collect(
-        agent, envs, info, obs, 30, normalizer, scaler, seeding.stream(0, "action", 0), episodes
+        agent, envs, info, obs, 30, normalizer, scaler, randomness.make_rng(0, "action", 0), episodes
     )
     assert rollout.obs.shape == (30, 2, *shape)
     assert rollout.obs.dtype == last.dtype == np.uint8
@@ -329,8 +329,10 @@ def test_it_learns_where_to_look() -> None:
     assert shares[0] < 0.6  # one corner of four, or a lucky mixture
     assert shares[-1] > 0.95
     # One draw among actions that see nothing finds a quarter.
-    blind = Evaluator(trial().env, task.info, seeding.evaluation_seeds(40), 12)
-    found = blind(Blind(), ObservationNormalizer(0, enabled=False, clip=10.0), seeding.stream(0, "eval", 0))
+    blind = Evaluator(trial().env, task.info, randomness.evaluation_seeds(40), 12)
+    found = blind(
+        Blind(), ObservationNormalizer(0, enabled=False, clip=10.0), randomness.make_rng(0, "eval", 0)
+    )
     blind.close()
     assert sum(found.returns) / sum(found.lengths) < 0.4
 

@@ -21,7 +21,7 @@ from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.ppo.rollout import Episodes, Rollout, Samples, collect
 from ppo_hpo.ppo.train import Agent, Diverged, scheduled, train_epoch
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import OptimizerConfig, PPOConfig
 from tests.envs import Target
 
@@ -442,6 +442,6 @@ def test_seeds_of_a_trial_reach_its_network_and_its_actions() -> None:
         assert not np.isin(ours[0], other[0]).any()
     # The environments were reset with this epoch's seeds.
     expected = SyncEnvs(trial("Target").env, probe(trial("Target").env)).reset(
-        seeding.training_seeds(0, 0, 2)
+        randomness.training_seeds(0, 0, 2)
     )
     np.testing.assert_allclose(obs[0], expected)

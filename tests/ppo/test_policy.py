@@ -15,7 +15,7 @@ import ppo_hpo
 from ppo_hpo import PPO, CheckpointError, TrialConfig, UserError, export_policy, load_policy
 from ppo_hpo.envs.make import make
 from ppo_hpo.ppo.evaluate import Evaluation, Evaluator
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 from ppo_hpo.spec.results import evaluation_columns
 from ppo_hpo.state.checkpoint import Checkpoint, arrays_digest, from_bytes, to_bytes
 from ppo_hpo.trial import runner
@@ -113,7 +113,7 @@ def test_loaded_policy_acts_as_the_task(case: str, trained: Callable[[str], Trai
     assert tensors.dtype == expected.dtype
     np.testing.assert_allclose(tensors, expected, atol=1e-5)
     assert policy.epoch == 2
-    assert policy.config.own_mapping() == one.config.own_mapping()
+    assert policy.config.identity_mapping() == one.config.identity_mapping()
 
 
 class Player:
@@ -134,7 +134,7 @@ def test_loaded_policy_earns_what_the_trial_did(
     export_policy(one.directory, path)
     policy: Any = Player(load_policy(path))
     evaluator = Evaluator(
-        one.config.env, one.task.info, seeding.evaluation_seeds(4), one.task.info.time_limit or 256
+        one.config.env, one.task.info, randomness.evaluation_seeds(4), one.task.info.time_limit or 256
     )
     as_it_is: Any = lambda obs: obs  # noqa: E731 - the normaliser is inside the policy
     evaluation: Evaluation = evaluator(policy, as_it_is, None)

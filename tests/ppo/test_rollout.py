@@ -12,7 +12,7 @@ from ppo_hpo.envs.vector import SyncEnvs
 from ppo_hpo.ppo.gae import gae
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler, RunningMoments
 from ppo_hpo.ppo.rollout import Episodes, Rollout, collect
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import EnvConfig
 
 
@@ -57,12 +57,12 @@ class Run:
     ) -> None:
         self.config = EnvConfig(id=f"tests.envs:{name}-v0", n_envs=n_envs, **env)
         self.info = probe(self.config)
-        self.seeds = seeding.training_seeds(0, 0, n_envs)
+        self.seeds = randomness.training_seeds(0, 0, n_envs)
         self.normalizer = ObservationNormalizer(self.info.obs_dim, enabled=normalize, clip=10.0)
         self.scaler = RewardScaler(n_envs, gamma, enabled=normalize, clip=10.0)
         self.episodes = Episodes()
         self.episodes.begin(n_envs)
-        self.stream = seeding.stream(0, "action", 0)
+        self.stream = randomness.make_rng(0, "action", 0)
         self.policy = Known(self.info, action)
         self.ticks = 0
         self._envs = SyncEnvs(self.config, self.info)
@@ -201,7 +201,7 @@ def test_values_and_log_probs_belong_to_their_rows() -> None:
 
 def test_noise_is_the_streams_and_new_in_every_step_and_environment() -> None:
     run = Run("Target", 20, 3)
-    expected = seeding.stream(0, "action", 0).standard_normal((20, 3, 2), np.float32)
+    expected = randomness.make_rng(0, "action", 0).standard_normal((20, 3, 2), np.float32)
     np.testing.assert_array_equal(run.rollout.action, expected)
     assert not np.isin(run.more(20).action, expected).any()
 

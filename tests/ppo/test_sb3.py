@@ -31,7 +31,7 @@ from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.ppo.rollout import Episodes, Rollout, Samples, collect
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import EnvConfig, OptimizerConfig, PPOConfig
 
 CPU = torch.device("cpu")
@@ -155,10 +155,10 @@ class Collector:
         self._envs = SyncEnvs(config, self._info)
         self._normalizer = ObservationNormalizer(self._info.obs_dim, enabled=False, clip=10.0)
         self._scaler = RewardScaler(n_envs, 0.9, enabled=False, clip=10.0)
-        self._noise = seeding.stream(0, "action", 0)
+        self._noise = randomness.make_rng(0, "action", 0)
         self._episodes = Episodes()
         self._episodes.begin(n_envs)
-        self.obs = self._normalizer(self._envs.reset(seeding.training_seeds(0, 0, n_envs)))
+        self.obs = self._normalizer(self._envs.reset(randomness.training_seeds(0, 0, n_envs)))
 
     def __call__(self) -> Rollout:
         rollout, self.obs = collect(

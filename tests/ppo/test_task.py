@@ -313,15 +313,15 @@ def rollout_of(task: PPO) -> tuple[Rollout, np.ndarray]:
     """The first rollout of an epoch, and the observations after it."""
     from ppo_hpo.envs.vector import SyncEnvs
     from ppo_hpo.ppo.rollout import Episodes, collect
-    from ppo_hpo.spec import seeding
+    from ppo_hpo.spec import randomness
 
     envs = SyncEnvs(task.config.env, task.info)
     agent, episodes = task.agent, Episodes()
     episodes.begin(2)
     agent.scaler.reset()
-    raw = envs.reset(seeding.training_seeds(0, 0, 2))
+    raw = envs.reset(randomness.training_seeds(0, 0, 2))
     agent.normalizer.update(raw)
-    stream = seeding.stream(0, "action", 0)
+    stream = randomness.make_rng(0, "action", 0)
     try:
         return collect(
             agent.learner, envs, task.info, agent.normalizer(raw), 64,

@@ -270,7 +270,7 @@ def test_identity_is_everything_but_how_far_and_how_fast(group: str, item: datac
     # The other vectorization is sync, which changes no result.
     same = f"{group}.{item.name}" in ("task.epochs", "task.threads", "task.aggregate", "env.vectorization")
     assert (other.identity() == BASE.identity()) is same
-    assert (other.own_mapping() == BASE.own_mapping()) is same
+    assert (other.identity_mapping() == BASE.identity_mapping()) is same
 
 
 @pytest.mark.parametrize(("group", "item"), FIELDS, ids=[f"{g}.{item.name}" for g, item in FIELDS])

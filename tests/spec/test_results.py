@@ -11,6 +11,7 @@ import pytest
 
 from ppo_hpo.spec import results
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.state.files import write_atomically
 
 
 def row(epoch: int, mean: float) -> dict[str, Any]:
@@ -118,11 +119,11 @@ def test_file_is_written_in_one_piece(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     for value in (1.0, 0.1 + 0.2):
         entries = results.entries(value, {"epochs": 2.0})
-        results.write(path, entries)
+        write_atomically(path, results.to_bytes(entries))
         assert json.loads(path.read_text()) == entries
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"results.json cannot be written: No such file or directory"):
-        results.write(tmp_path / "nowhere" / "results.json", [])
+        write_atomically(tmp_path / "nowhere" / "results.json", results.to_bytes([]))

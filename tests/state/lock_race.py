@@ -77,7 +77,7 @@ def traced(config: TrialConfig, directory: Path, *, takeover: bool, flock: bool)
 
     def tick() -> None:
         cli._stop_if_asked()
-        holder = lock.newest(directory)
+        holder = lock.latest_writer(directory)
         mine = holder is not None and holder.process is not None and holder.process.pid == os.getpid()
         note(holder.number if holder else 0, "step" if mine else f"step-of-{os.getpid()}")
 

@@ -21,16 +21,8 @@ import pytest
 import safetensors.numpy
 
 from ppo_hpo.spec.errors import CheckpointError, UserError
-from ppo_hpo.state.checkpoint import (
-    VERSION,
-    Checkpoint,
-    Storage,
-    from_bytes,
-    read,
-    remove_leftovers,
-    to_bytes,
-    write_atomically,
-)
+from ppo_hpo.state.checkpoint import VERSION, Checkpoint, Storage, from_bytes, read, to_bytes
+from ppo_hpo.state.files import remove_temporary_files, write_atomically
 
 ARRAYS: dict[str, Any] = {
     "model.weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
@@ -356,7 +348,7 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_text("half")
     for name in ("mine.tmp", ".mine.tmp"):
         (tmp_path / name).write_text("mine")
-    remove_leftovers(tmp_path)
+    remove_temporary_files(tmp_path)
     assert names(tmp_path) == [".mine.tmp", "checkpoint-000001.safetensors", "mine.tmp"]
 
 
@@ -458,7 +450,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file_or_the_new_one(tmp_path: Pa
     code = """
         import sys
         from pathlib import Path
-        from ppo_hpo.state.checkpoint import write_atomically
+        from ppo_hpo.state.files import write_atomically
 
         print("ready", flush=True)
         count = 0
@@ -483,7 +475,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file_or_the_new_one(tmp_path: Pa
         assert len(set(content)) == 1
         seen.add(content[0])
     assert len(seen) > 1
-    remove_leftovers(tmp_path)
+    remove_temporary_files(tmp_path)
     assert names(tmp_path) == ["file"]
 
 

@@ -23,7 +23,7 @@ import pytest
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.errors import LostLock, UserError
 from ppo_hpo.state import lock
-from ppo_hpo.state.checkpoint import write_atomically
+from ppo_hpo.state.files import write_atomically
 from tests.state.lock_race import fork, without_flock
 
 REPOSITORY = Path(__file__).parents[2]
@@ -117,13 +117,13 @@ def test_numbers_grow(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         with lock.hold(tmp_path) as claim:
             assert claim.number == number
-            holder = lock.newest(tmp_path)
+            holder = lock.latest_writer(tmp_path)
             assert holder is not None
             assert (holder.number, holder.process) == (number, lock.Process.current())
-            assert holder.gone(have_flock=False) is False
-        holder = lock.newest(tmp_path)
+            assert holder.has_ended(have_flock=False) is False
+        holder = lock.latest_writer(tmp_path)
         assert holder is not None
-        assert holder.gone(have_flock=False) is True
+        assert holder.has_ended(have_flock=False) is True
         # Nothing but the record of the last writer stays.
         files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()]
         assert sorted(files) == ["lock", f"writer/00000{number}/record.json"]
@@ -203,10 +203,10 @@ def test_takeover_does_not_wait_for_flock_of_who_gives_no_sign_of_life(
         assert claim.number == 5
         assert 60.0 <= clock.waited <= 61.0
         # It is a writer although another has flock, and whoever gets that finds it alive.
-        holder = lock.newest(tmp_path)
+        holder = lock.latest_writer(tmp_path)
         assert holder is not None
         assert not holder.flock
-        assert holder.gone(have_flock=True) is False
+        assert holder.has_ended(have_flock=True) is False
     os.close(other)
     assert all(asked)
     assert "process 12 on elsewhere, since 2023-11-14" in caplog.text
@@ -229,8 +229,8 @@ def test_claims_that_came_with_a_copied_directory(clock: Clock, tmp_path: Path) 
         shutil.copytree(tmp_path / "parent", tmp_path / "child")
         with lock.hold(tmp_path / "child", takeover=True) as child:
             assert child.number == parent.number + 1
-        parent.check()
-        parent.tick()
+        parent.check_still_held()
+        parent.raise_if_lost()
     assert clock.waited == 0.0
 
 
@@ -260,9 +260,9 @@ def test_hostile_records(change: dict[str, Any], tmp_path: Path) -> None:
     assert lock._read_record(path)[0] == ELSEWHERE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert lock._read_record(path) == (None, 0.0, False)
-    holder = lock.newest(tmp_path)
+    holder = lock.latest_writer(tmp_path)
     assert holder is not None
-    assert holder.gone(have_flock=True) is None
+    assert holder.has_ended(have_flock=True) is None
 
 
 def test_the_last_number(tmp_path: Path) -> None:
@@ -314,11 +314,11 @@ def test_who_lost_its_claim_cannot_write(
             claim.write(path, b"older")
         assert path.read_bytes() == b"newer"
         with pytest.raises(LostLock):
-            claim.check()
+            claim.check_still_held()
     # Nothing of it is left, and the newer one was not disturbed by its end.
-    holder = lock.newest(tmp_path)
+    holder = lock.latest_writer(tmp_path)
     assert holder is not None
-    assert (holder.number, holder.gone(have_flock=False)) == (2, False)
+    assert (holder.number, holder.has_ended(have_flock=False)) == (2, False)
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
@@ -364,12 +364,12 @@ def test_one_number_for_one_of_many(tmp_path: Path) -> None:
     first = lock._claim(tmp_path, 5, flock=False)
     assert first is not None
     assert lock._claim(tmp_path, 5, flock=False) is None
-    first.check()
+    first.check_still_held()
     first.release()
     second = lock._claim(tmp_path, 6, flock=False)
     assert second is not None
     assert lock._claim(tmp_path, 5, flock=False) is None
-    second.check()
+    second.check_still_held()
     assert [path.name for path in (tmp_path / "writer").iterdir()] == ["000006"]
 
 
@@ -386,7 +386,7 @@ def test_many_break_one_dead_lock(tmp_path: Path) -> None:
             with lock.hold(directory) as claim:
                 begun = time.monotonic_ns()
                 claim.write(directory / "file", b"x")
-                claim.check()
+                claim.check_still_held()
                 line = f"{directory.name} {claim.number} {begun} {time.monotonic_ns()}\n"
                 with trace.open("a") as file:
                     file.write(line)
@@ -412,7 +412,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def holding(directory: Path) -> bool:
-    holder = lock.newest(directory)
+    holder = lock.latest_writer(directory)
     return holder is not None and holder.stage is not None
 
 
@@ -467,8 +467,8 @@ def test_only_the_writer_is_signalled(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     kill = (signal.SIGKILL,)
 
-    def holder(who: lock.Process | None) -> lock.Holder:
-        return lock.Holder(1, who, 0.0, True, "stage-00", 0)
+    def holder(who: lock.Process | None) -> lock.Writer:
+        return lock.Writer(1, who, 0.0, True, "stage-00", 0)
 
     with sleeper() as innocent:
         who = described(innocent.pid)

@@ -93,16 +93,16 @@ def test_objects_are_put_read_listed_and_removed(url: str) -> None:
     store.put("trials", "a", "one", content=b"one")
     assert store.names("trials", "a") == ["one", "two"]
     assert store.names("trials") == ["a", "b"]
-    assert store.get("trials", "a", "one", most=3) == b"one"
-    assert store.get("trials", "b", "three", most=3) == b""
+    assert store.get("trials", "a", "one", max_bytes=3) == b"one"
+    assert store.get("trials", "b", "three", max_bytes=3) == b""
     assert [store.size("trials", "a", name) for name in ("one", "nothing")] == [3, 0]
     with pytest.raises(CheckpointError, match=r"one is larger than 2 bytes: it is not read"):
-        store.get("trials", "a", "one", most=2)
+        store.get("trials", "a", "one", max_bytes=2)
     store.remove("trials", "a", "one")
     store.remove("trials", "a", "one")
     assert store.names("trials", "a") == ["two"]
     with pytest.raises(CheckpointError, match="one cannot be read"):
-        store.get("trials", "a", "one", most=9)
+        store.get("trials", "a", "one", max_bytes=9)
     # Another worker's store is another object, with no memory of its own.
     assert Store(url).names("trials", "a") == ["two"]
 
@@ -112,7 +112,7 @@ def test_names_never_lead_out_of_the_store(url: str, tmp_path: Path, name: str) 
     store = Store(url)
     for use in (
         lambda: store.put("trials", name, "x", content=b""),
-        lambda: store.get(name, most=1),
+        lambda: store.get(name, max_bytes=1),
         lambda: store.remove("trials", name),
         lambda: store.names(name),
         lambda: store.size(name, "x"),
@@ -142,7 +142,7 @@ def test_urls_that_are_none(url: str, part: str) -> None:
 
 
 def test_passwords_are_not_told() -> None:
-    assert Store("memory://me:secret@host/a").name == "memory://host/a"
+    assert Store("memory://me:secret@host/a").name == "memory://***@host/a"
 
 
 def test_where_the_store_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_the_newest_two_are_kept_in_both_places(url: str, tmp_path: Path) -> Non
     names = ["checkpoint-000003.safetensors", "checkpoint-000004.safetensors"]
     assert store.names("trials", "key") == names
     for name in names:
-        there = store.get("trials", "key", name, most=1 << 20)
+        there = store.get("trials", "key", name, max_bytes=1 << 20)
         assert there == (tmp_path / "here" / name).read_bytes()
     found = MirroredStorage(tmp_path / "there", store, "key").load()
     assert found is not None
@@ -323,7 +323,7 @@ def test_another_trials_checkpoint_in_the_store_is_refused(tmp_path: Path) -> No
     key = CONFIG.identity()[:32]
     (name,) = [n for n in store.names("trials", key) if "2" in n]
     other = CONFIG.replace(task={"seed": 3}).identity()[:32]
-    store.put("trials", other, name, content=store.get("trials", key, name, most=1 << 20))
+    store.put("trials", other, name, content=store.get("trials", key, name, max_bytes=1 << 20))
     with pytest.raises(
         CheckpointError, match=r"belongs to other hyperparameters: task\.seed is 0 there and 3"
     ):

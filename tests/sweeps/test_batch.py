@@ -123,7 +123,7 @@ def test_a_trial_that_fails_stops_the_others(tmp_path: Path) -> None:
     bad = fails(tmp_path, "short", tmp_path / "notes")
     with pytest.raises(UserError, match=r"gave the observation shape \(1,\) where .* same command goes on\."):
         run_all([slow, bad], workers=2, device="cpu")
-    assert lock.living(slow.directory) is None
+    assert lock.active_writer(slow.directory) is None
 
 
 def test_too_few_workers(tmp_path: Path) -> None:
@@ -143,11 +143,11 @@ run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], workers=2, de
     # No guard against being imported again is needed: workers are no copies of this script.
     leader = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "batch")], cwd=REPOSITORY)
     wait_until(lambda: all(epochs_of(one) >= 1 for one in jobs))
-    holders = [lock.living(one.directory) for one in jobs]
+    holders = [lock.active_writer(one.directory) for one in jobs]
     leader.kill()
     leader.wait()
     # Nobody is left behind: each worker ends by itself at its next step.
-    wait_until(lambda: all(lock.living(one.directory) is None for one in jobs))
+    wait_until(lambda: all(lock.active_writer(one.directory) is None for one in jobs))
     assert None not in holders
     assert all(result_of(one) is None for one in jobs)
     before = [epochs_of(one) for one in jobs]

@@ -21,8 +21,7 @@ from ppo_hpo.orion.experiment import open_experiment, params_of
 from ppo_hpo.orion.objective import objective
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.results import entries
-from ppo_hpo.spec.seeds import test_seeds as fresh_seeds
-from ppo_hpo.spec.seeds import tuning_seeds
+from ppo_hpo.spec.seeds import fresh_seeds, tuning_seeds
 from ppo_hpo.spec.space import fill, get_space, read_space
 from ppo_hpo.spec.stats import advantage_interval, iqm_interval
 from ppo_hpo.sweeps.batch import Result
@@ -244,7 +243,7 @@ def test_the_policy_of_the_best(hunted: Path, tmp_path: Path, capsys: pytest.Cap
     policy = load_policy(path)
     first = trials_of(hunted)[0]
     own = TrialConfig.from_mapping(yamlio.load(Path(first.working_dir) / "config.yaml"))
-    assert policy.config.own_mapping() == own.own_mapping()
+    assert policy.config.identity_mapping() == own.identity_mapping()
     assert (policy.epoch, policy.info.id) == (2, "CartPole-v1")
     assert policy.act(np.zeros(4)) in (0, 1)
 

@@ -22,9 +22,9 @@ import pytest
 
 import ppo_hpo
 from ppo_hpo import UserError
-from ppo_hpo.inspect.report import read_curve
 from ppo_hpo.orion.experiment import params_of, statistics_of
 from ppo_hpo.spec import yamlio
+from ppo_hpo.state.curve import read_curve
 from ppo_hpo.sweeps.progress import Progress, duration
 
 REPOSITORY = Path(__file__).parents[2]

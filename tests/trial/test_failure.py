@@ -20,7 +20,7 @@ from ppo_hpo.spec.errors import (
     OutOfMemory,
     UserError,
 )
-from ppo_hpo.state.checkpoint import write_atomically
+from ppo_hpo.state.files import write_atomically
 from ppo_hpo.trial import failure
 from ppo_hpo.trial.failure import Work, kind, persist, read_record, stops_the_hunt
 

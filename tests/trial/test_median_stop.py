@@ -20,8 +20,8 @@ from ppo_hpo import UserError
 from ppo_hpo.cli.main import main
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.results import read_curve
 from ppo_hpo.state import checkpoint
+from ppo_hpo.state.curve import read_curve
 from ppo_hpo.trial import median_stop, runner
 from ppo_hpo.trial.median_stop import median_to_reach
 from ppo_hpo.trial.restore import INDEX

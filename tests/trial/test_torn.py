@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from ppo_hpo.inspect.report import read_curve
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import TornCheckpoint
 from ppo_hpo.state.checkpoint import Checkpoint, Storage, arrays_digest, read
+from ppo_hpo.state.curve import read_curve
 from ppo_hpo.state.remote_store import Store
 from ppo_hpo.trial import runner
 

@@ -8,9 +8,9 @@ from typing import get_args
 import numpy as np
 
 from ppo_hpo import PPO, TrialConfig
-from ppo_hpo.spec import seeding
+from ppo_hpo.spec import randomness
 
-PURPOSES = get_args(seeding.Purpose)
+PURPOSES = get_args(randomness.Purpose)
 GOLDEN_TRAINING = [732106493, 539331303, 122122342]
 GOLDEN_EVALUATION = [1905993885, 1135776812, 1659394325]
 GOLDEN_INIT = 1317536309490288386
@@ -18,16 +18,16 @@ GOLDEN_INIT = 1317536309490288386
 
 def test_the_same_place_gives_the_same_numbers() -> None:
     for purpose in PURPOSES:
-        one, other = seeding.stream(3, purpose, 5), seeding.stream(3, purpose, 5)
+        one, other = randomness.make_rng(3, purpose, 5), randomness.make_rng(3, purpose, 5)
         np.testing.assert_array_equal(one.random(100), other.random(100))
-        assert seeding.integer_seed(3, purpose, 5) == seeding.integer_seed(3, purpose, 5)
-    assert seeding.training_seeds(3, 5, 8) == seeding.training_seeds(3, 5, 8)
+        assert randomness.integer_seed(3, purpose, 5) == randomness.integer_seed(3, purpose, 5)
+    assert randomness.training_seeds(3, 5, 8) == randomness.training_seeds(3, 5, 8)
 
 
 def test_every_place_has_its_own_stream() -> None:
     """Also those that sums of seed and epoch would confuse, as (0, 1) and (1, 0)."""
     places = list(itertools.product(range(4), PURPOSES, range(4)))
-    rows = np.array([seeding.stream(*place).random(2000) for place in places])
+    rows = np.array([randomness.make_rng(*place).random(2000) for place in places])
     assert len({row[0] for row in rows}) == len(places)
     # No pair is correlated: 80 streams have 3160 pairs; the largest of so many standard normals is below 5.
     correlation = np.corrcoef(rows) - np.eye(len(rows))
@@ -36,18 +36,18 @@ def test_every_place_has_its_own_stream() -> None:
 
 def test_environments_of_one_epoch_have_different_seeds() -> None:
     for seed, epoch in itertools.product(range(3), range(3)):
-        assert len(set(seeding.training_seeds(seed, epoch, 64))) == 64
+        assert len(set(randomness.training_seeds(seed, epoch, 64))) == 64
     # More environments leave the first ones as they are.
-    assert seeding.training_seeds(1, 2, 8)[:4] == seeding.training_seeds(1, 2, 4)
+    assert randomness.training_seeds(1, 2, 8)[:4] == randomness.training_seeds(1, 2, 4)
 
 
 def test_evaluation_seeds_are_disjoint_from_all_training_seeds() -> None:
     training = [
         seed
         for trial, epoch in itertools.product((0, 1, 2**31, 2**63), (0, 1, 1000))
-        for seed in seeding.training_seeds(trial, epoch, 256)
+        for seed in randomness.training_seeds(trial, epoch, 256)
     ]
-    evaluation = seeding.evaluation_seeds(1000)
+    evaluation = randomness.evaluation_seeds(1000)
     assert min(training) >= 0
     assert max(training) < 2**30 <= min(evaluation)
     assert max(evaluation) < 2**31  # environments that want 32 bits with a sign take them
@@ -58,9 +58,9 @@ def test_evaluation_seeds_are_disjoint_from_all_training_seeds() -> None:
 
 def test_the_numbers_are_part_of_every_result() -> None:
     """A change here changes every trial: it must be a decision. numpy promises SeedSequence's numbers."""
-    assert seeding.training_seeds(0, 0, 3) == GOLDEN_TRAINING
-    assert seeding.evaluation_seeds(3) == GOLDEN_EVALUATION
-    assert seeding.integer_seed(0, "init") == GOLDEN_INIT
+    assert randomness.training_seeds(0, 0, 3) == GOLDEN_TRAINING
+    assert randomness.evaluation_seeds(3) == GOLDEN_EVALUATION
+    assert randomness.integer_seed(0, "init") == GOLDEN_INIT
 
 
 def test_all_trials_are_judged_on_the_same_episodes() -> None:

@@ -27,7 +27,7 @@ def _sequence(seed: int, purpose: Purpose, epoch: int) -> np.random.SeedSequence
     return np.random.SeedSequence(entropy=seed, spawn_key=(_PURPOSES[purpose], epoch))
 
 
-def stream(seed: int, purpose: Purpose, epoch: int = 0) -> np.random.Generator:
+def make_rng(seed: int, purpose: Purpose, epoch: int = 0) -> np.random.Generator:
     """The generator for one purpose in one epoch."""
     return np.random.Generator(np.random.PCG64(_sequence(seed, purpose, epoch)))
 

@@ -1,0 +1,26 @@
+"""One text for equal configurations, so that they can be hashed, grouped and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that ignores the order of keys. A trial's identity is its hash, so it must never change."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def configuration_key(params: Mapping[str, Any]) -> str:
+    """The same text for all trials that differ only in their number of epochs, which is the fidelity.
+
+    Args:
+        params: hyperparameters by dotted name, such as ``ppo.gamma``.
+    """
+    return canonical_json({name: value for name, value in params.items() if name != "task.epochs"})
+
+
+def as_read_from_json(value: Any) -> Any:
+    """Plain data as it is after being written to JSON and read again, to compare it with a file's."""
+    return json.loads(json.dumps(value, default=str))
