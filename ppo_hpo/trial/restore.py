@@ -39,12 +39,12 @@ TRIALS, IDENTITIES = "trials", "identities"
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
 
 
-def listed_trials(siblings: Path, max_bytes: int) -> dict[str, list[Path]]:
+def listed_trials(siblings: Path, n_max: int) -> dict[str, list[Path]]:
     """Directories of the trials of an experiment that are no forks, by the first digits of their identity.
 
     Args:
         siblings: the directory in which they lie.
-        max_bytes: so many identities, in the order of their names; links, which would lead elsewhere, are not
+        n_max: so many identities, in the order of their names; links, which would lead elsewhere, are not
             followed.
     """
     index = siblings / INDEX
@@ -58,7 +58,7 @@ def listed_trials(siblings: Path, max_bytes: int) -> dict[str, list[Path]]:
                 for entry in (index / name).iterdir()
                 if not (siblings / entry.name).is_symlink()
             ]
-            for name in sorted(names)[:most]
+            for name in sorted(names)[:n_max]
         }
     except OSError:
         return {}
@@ -134,7 +134,9 @@ class MirroredStorage(Storage):
                 raise failure
             return found
         try:
-            newer = self._newest_of(self.key, check, on_refused, max_bytes, above=found.epoch if found else -1)
+            newer = self._newest_of(
+                self.key, check, on_refused, max_bytes, above=found.epoch if found else -1
+            )
         except CheckpointError as error:
             newer = None
             if found is not None:
