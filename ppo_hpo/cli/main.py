@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import contextlib
-import gc
-import io
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
-from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from ppo_hpo import __version__
-from ppo_hpo.spec.errors import DeterministicFailure, Interrupted, UserError
+from ppo_hpo.spec.errors import UserError
+from ppo_hpo.trial import process
 
-# The signal that asked this process to stop, once one has.
-_PENDING: list[int] = []
 _DEVICE = (
     "auto (default): a GPU for images, if there is one, else the CPU; cpu; cuda: the GPUs here are shared "
     "out; cuda:N or cuda:N,M: these (docs/devices.md)"
 )
 _CONFIG = "Orion's configuration file of the hunt (of a sweep here: NAME/orion.yaml, needs not be given)"
-# Numerical libraries read these when they are first imported.
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,80 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(arguments, "command"):
         parser.print_help()
         return 2
-    code = execute(arguments)
+    code = process.exit_code(lambda: int(arguments.command(arguments)))
     if argv is None:
-        leave(code)
+        process.leave(code)
     return code
-
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Run the command of parsed arguments; return its exit code."""
-    try:
-        code = int(arguments.command(arguments))
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        return _stopped(_PENDING[0]) if _PENDING else _failed(error, arguments)
-    except BrokenPipeError:
-        # The reader of a pipe went away, as `head` does. Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except BaseException as error:
-        # Python turns what is raised while a class is being made, as during imports, into RuntimeError.
-        if not _PENDING:
-            if not type(error).__module__.startswith("orion."):
-                raise
-            # As of a database that is locked for longer than Orion waits.
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"ppo-hpo: error: Orion gives up: {text}", file=sys.stderr)
-            return 2
-        return _stopped(error.signum if isinstance(error, Interrupted) else _PENDING[0])
-
-
-def _stopped(signum: int) -> int:
-    code = _interrupt_code(signum)
-    print(f"ppo-hpo: stopped by {signal.Signals(signum).name}; what was saved is whole, and the "
-          f"same command goes on from there (exit code {code})", file=sys.stderr)  # fmt: skip
-    return code
-
-
-def _failed(error: UserError, arguments: argparse.Namespace) -> int:
-    """Say what is wrong, and by the exit code what Orion is to do about it."""
-    if isinstance(error, DeterministicFailure) and error.__cause__ is not None:
-        sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
-    code, what = 2, ""
-    if hasattr(arguments, "retries") and "ORION_TRIAL_ID" in os.environ and _stops_the_hunt(error, arguments):
-        code = _interrupt_code(signal.SIGINT)
-        what = (
-            f" The hunt stops here (exit code {code}), since other trials may well end so too. Once this "
-            f"is mended, the same command goes on, with this trial as well."
-        )
-    print(f"ppo-hpo: error: {error}{what}", file=sys.stderr)
-    return code
-
-
-def _stops_the_hunt(error: Exception, arguments: argparse.Namespace) -> bool:
-    from ppo_hpo.trial import failure
-
-    place = os.environ.get("ORION_WORKING_DIR")
-    if place is None:
-        return False
-    return failure.stops_the_hunt(error, Path(arguments.dir or place), Path(place).parent)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process as Python does, but for taking every module down.
-
-    That costs 0.4 s of CPU once torch is imported, and the kernel frees all of it anyway.
-    """
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    # What was written to a file that nobody closed still reaches it.
-    for thing in gc.get_objects():
-        if type(thing) in (io.BufferedWriter, io.BufferedRandom, io.TextIOWrapper):
-            with contextlib.suppress(OSError, ValueError):
-                thing.flush()
-    os._exit(code)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -152,7 +72,7 @@ def _build_parser() -> argparse.ArgumentParser:
                      help="after a fault that may pass, go on from the last checkpoint, up to N times for "
                      "each epoch (default: 2 under Orion, else 0)")  # fmt: skip
     _add_stop_poor(run)
-    run.set_defaults(command=_run, served=False)
+    run.set_defaults(command=_run)
 
     _add_sweep(commands)
 
@@ -318,166 +238,18 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.trial import run_command
+
+    fields = run_command.RunRequest.__dataclass_fields__
+    request = run_command.RunRequest(**{name: getattr(arguments, name) for name in fields})
     if arguments.warm or os.environ.get("PPO_HPO_WARM") == "1":
-        _raise_on_signals()
+        process.raise_on_signals()
         from ppo_hpo.trial import preload_client
 
-        code = preload_client.run(
-            {name: value for name, value in vars(arguments).items() if name != "command"}
-        )
+        code = preload_client.run(vars(request))
         if code is not None:
             return code
-    return run_trial(arguments)
-
-
-def run_trial(arguments: argparse.Namespace) -> int:
-    """Run a trial in this process."""
-    _raise_on_signals()
-    from ppo_hpo.spec.config import TrialConfig
-
-    mapping = _configuration(arguments, under_orion="ORION_TRIAL_ID" in os.environ)
-    config = TrialConfig.from_mapping(mapping)
-    if arguments.served and config.task.threads != 1:
-        from ppo_hpo.trial.preload_server import Declined
-
-        raise Declined("its libraries were loaded for one thread")
-    # Before the next line imports numpy: what is never started does not have to be limited.
-    for variable in THREAD_VARIABLES:
-        os.environ[variable] = str(config.task.threads)
-    from ppo_hpo.state.remote_store import open_store
-    from ppo_hpo.trial import failure, gpu_slots, runner
-
-    gpu_slots.own_process()
-    orion = runner.OrionContext.from_environ(os.environ)
-    # `python -m` would find modules beside the user; a console script has to be told.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    if arguments.dir is not None:
-        if not arguments.dir:
-            raise UserError("`--dir` must name a directory, but got ''. Write . for the current one.")
-        directory = Path(arguments.dir)
-    else:
-        directory = orion.working_dir if orion else runner.default_directory(config)
-    retries = arguments.retries
-    if retries is None:
-        retries = failure.RETRIES if orion else 0
-    try:
-        outcome = runner.run(
-            config,
-            directory,
-            device=arguments.device,
-            trials_per_device=arguments.trials_per_device,
-            uid=orion.trial_id if orion else None,
-            experiment=orion.experiment if orion else None,
-            siblings=orion.working_dir.parent if orion and arguments.dir is None else None,
-            results_path=orion.results_path if orion else None,
-            tick=_stop_if_asked,
-            takeover=arguments.takeover,
-            store=open_store(arguments.store),
-            # Orion fills in None where there is none.
-            parent=None if arguments.parent in (None, "", "None") else arguments.parent,
-            retries=retries,
-            stop_poor=arguments.stop_poor,
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        if orion:
-            _stops_the_hunt(error, arguments)  # it does not, but is written down
-        raise
-    if not orion:
-        print(_outcome_text(outcome))
-    return 0
-
-
-def _configuration(arguments: argparse.Namespace, *, under_orion: bool) -> dict[str, dict[str, Any]]:
-    """The file's groups with what the command line says of them."""
-    from ppo_hpo.spec import space, yamlio
-    from ppo_hpo.spec.config import GROUPS, TaskConfig
-
-    path = space.space_path(arguments.config)
-    content = yamlio.load(path)
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-        raise UserError(f"{path} must map groups ({', '.join(GROUPS)}) to hyperparameters.")
-    mapping: dict[str, dict[str, Any]] = content
-    for setting in arguments.settings:
-        group, key, text = _setting(setting)
-        # env.kwargs.NAME reaches into the environment's own arguments.
-        target = mapping.setdefault(group, {})
-        if group == "env" and key.startswith("kwargs."):
-            if target.get("kwargs") is None:
-                target["kwargs"] = {}
-            target, key = target["kwargs"], key.removeprefix("kwargs.")
-            if not isinstance(target, dict):
-                raise UserError(f"`env.kwargs` must map argument names to values, but got {target!r}.")
-        target[key] = yamlio.parse(text, f"--set {group}.{key}")
-    task = mapping.setdefault("task", {})
-    if task.get("max_epochs") in (None, "none"):
-        task.pop("max_epochs", None)
-    if under_orion and "max_epochs" not in task:
-        raise UserError(
-            f"{path} has no `task.max_epochs`. Under Orion it must say where schedules end: write the "
-            f"highest fidelity there, or the epochs of every trial where there is none."
-        )
-    if "max_epochs" not in task and not isinstance(task.get("epochs"), str):
-        task["max_epochs"] = task.get("epochs", TaskConfig().epochs)
-    if arguments.epochs is not None:
-        task["epochs"] = arguments.epochs
-    if arguments.seed is not None:
-        task["seed"] = arguments.seed
-    return mapping
-
-
-def _setting(setting: str) -> tuple[str, str, str]:
-    """Group, key and text of one --set."""
-    name, equals, text = setting.partition("=")
-    group, dot, key = name.partition(".")
-    if not (equals and dot and key):
-        raise UserError(f"--set takes GROUP.KEY=VALUE, as in --set optimizer.lr=3e-4, but got {setting!r}.")
-    return group, key, text
-
-
-def _outcome_text(outcome: Any) -> str:
-    from ppo_hpo.spec.results import seeds_text
-
-    stats = outcome.statistics
-    seeds = seeds_text(stats)
-    how = "  (diverged)" if stats["diverged"] else "  (stopped)" if stats["stopped"] else ""
-    lines = [
-        f"return      {stats['return_mean']:.2f} +- {stats['return_std']:.2f} "
-        f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps",
-        *([f"            {seeds}"] if seeds else []),
-        f"objective   {outcome.objective:.6g}{how}",
-        f"trained     {stats['env_steps']:,.0f} steps, {stats['env_steps_here']:,.0f} of them now, "
-        f"at {stats['steps_per_second']:,.0f} steps/s",
-        f"lies in     {outcome.directory}",
-    ]
-    return "\n".join(lines)
-
-
-def _raise_on_signals() -> None:
-    """SIGTERM and SIGINT end the trial at once; every file is written in one piece or not at all."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        # One stop is enough: a second signal must not disturb the tidying up of the first.
-        if not _PENDING:
-            _PENDING.append(signum)
-            raise Interrupted(signum)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-
-
-def _stop_if_asked() -> None:
-    """Stop again where somebody's `except:` took the first one for an error of its own."""
-    if _PENDING:
-        raise Interrupted(_PENDING[0])
-
-
-def _interrupt_code(signum: int) -> int:
-    """What Orion asked for, or what a shell reports of a process that died by the signal."""
-    code = os.environ.get("ORION_INTERRUPT_CODE", "")
-    return int(code) if code.isdigit() else 128 + signum
+    return run_command.run_and_exit_code(request)
 
 
 def _warm(arguments: argparse.Namespace) -> int:
@@ -499,6 +271,7 @@ def _warm(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from ppo_hpo.spec import yamlio
     from ppo_hpo.sweeps.run import SweepInterrupted, sweep
+    from ppo_hpo.trial.run_command import parse_setting
 
     env, space = arguments.what, arguments.space
     if env is not None and env.endswith((".yaml", ".yml")):
@@ -507,8 +280,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         env, space = None, env
     overrides: dict[str, dict[str, Any]] = {}
     for setting in arguments.settings:
-        group, key, text = _setting(setting)
-        overrides.setdefault(group, {})[key] = yamlio.parse(text, f"--set {group}.{key}")
+        group, key, value = parse_setting(setting)
+        overrides.setdefault(group, {})[key] = value
 
     def parsed(name: str) -> Any:
         text = getattr(arguments, name)
@@ -592,7 +365,7 @@ def _best(arguments: argparse.Namespace) -> int:
     if "" not in sys.path:
         sys.path.insert(0, "")
     if arguments.test_seeds:
-        _raise_on_signals()
+        process.raise_on_signals()
     from ppo_hpo.sweeps.best import best
 
     print(best(

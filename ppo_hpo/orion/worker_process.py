@@ -19,8 +19,8 @@ GRACE = 10.0
 
 def serve(connection_fd: int, lifeline: int) -> NoReturn:
     """What a worker does: answer one call after the other, until nobody is at the other end."""
-    from ppo_hpo.cli.main import leave
     from ppo_hpo.trial import gpu_slots
+    from ppo_hpo.trial.process import leave
 
     gpu_slots.own_process()
 

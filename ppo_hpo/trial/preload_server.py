@@ -6,7 +6,6 @@ for `IDLE` seconds, and on SIGTERM once the trials that run have ended. `preload
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -23,8 +22,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-from ppo_hpo.cli import main
-from ppo_hpo.trial import preload_client
+from ppo_hpo.trial import preload_client, process, run_command
 
 IDLE = 60.0  # seconds; PPO_HPO_WARM_IDLE replaces it
 _TICK = 500  # milliseconds between two looks at the clock
@@ -83,7 +81,7 @@ def serve(name: str, descriptors: list[int]) -> None:
     if code != preload_client.code_state():
         raise SystemExit("the code has changed while it was imported")
     _Server(name, imported, *descriptors).loop()
-    main.leave(0)
+    process.leave(0)
 
 
 def preload() -> dict[str, str]:
@@ -92,8 +90,7 @@ def preload() -> dict[str, str]:
     Returns:
         The environment variables that the imported modules have set.
     """
-    for variable in main.THREAD_VARIABLES:
-        os.environ[variable] = "1"
+    process.set_thread_variables(1)
     before = dict(os.environ)
     for name in _IMPORTS:
         importlib.import_module(name)
@@ -290,10 +287,17 @@ class _Server:
                 trial.connection.close()
 
 
+def _decline_other_thread_counts(threads: int) -> None:
+    if threads != 1:
+        raise Declined("its libraries were loaded for one thread")
+
+
 def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> NoReturn:
     """The command, and what the interpreter does at its end."""
     try:
-        code = main.execute(argparse.Namespace(**{**arguments, "command": main.run_trial, "served": True}))
+        code = run_command.run_and_exit_code(
+            run_command.RunRequest(**arguments), _decline_other_thread_counts
+        )
     except Declined:
         declined[0] = 1
         os._exit(0)
@@ -304,4 +308,4 @@ def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    main.leave(code)
+    process.leave(code)

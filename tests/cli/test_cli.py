@@ -299,7 +299,7 @@ def test_run_writes_what_the_documentation_lists(
     results = {item["name"]: item["value"] for item in json.loads((directory / "results.json").read_text())}
     assert results["objective"] == -rows[-1]["return_mean"] == -results["return_mean"]
     assert re.search(rf"^return +{results['return_mean']:.2f} ", done.stdout, re.MULTILINE)
-    assert f"lies in     {directory.relative_to(folder)}" in done.stdout
+    assert f"directory   {directory.relative_to(folder)}" in done.stdout
 
 
 def test_the_same_command_goes_on(begun: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -546,11 +546,11 @@ def test_a_signal_that_the_environment_swallows_stops_all_the_same(config: Path,
 def test_no_max_epochs_is_the_files_epochs_and_not_the_rungs(
     config: Path, tmp_path: Path, nothing: str
 ) -> None:
-    from ppo_hpo.cli.main import _build_parser, _configuration
+    from ppo_hpo.trial.run_command import RunRequest, configuration_of
 
     text = config.read_text().replace("max_epochs: 2", f"max_epochs: {nothing}")
     (tmp_path / "none.yaml").write_text(text)
-    arguments = _build_parser().parse_args(["run", "--config", str(tmp_path / "none.yaml"), "--epochs", "1"])
-    assert _configuration(arguments, under_orion=False)["task"]["max_epochs"] == 2
-    with pytest.raises(UserError, match="must say where schedules end"):
-        _configuration(arguments, under_orion=True)
+    request = RunRequest(config=str(tmp_path / "none.yaml"), epochs=1)
+    assert configuration_of(request, under_orion=False)["task"]["max_epochs"] == 2
+    with pytest.raises(UserError, match="this value says where schedules end"):
+        configuration_of(request, under_orion=True)

@@ -31,11 +31,10 @@ from typing import Any
 import torch
 
 from ppo_hpo import TrialConfig
-from ppo_hpo.cli import main as cli
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state import lock
 from ppo_hpo.state.checkpoint import read
-from ppo_hpo.trial import runner
+from ppo_hpo.trial import process, runner
 
 
 def fork(run: Callable[[], Any]) -> int:
@@ -44,11 +43,11 @@ def fork(run: Callable[[], Any]) -> int:
     if pid == 0:
         code = 1
         try:
-            cli._raise_on_signals()
+            process.raise_on_signals()
             run()
             code = 0
         except BaseException as error:
-            if not cli._PENDING:
+            if process.received_signal() is None:
                 print(repr(error), file=sys.stderr, flush=True)
         finally:
             os._exit(code)
@@ -76,7 +75,7 @@ def traced(config: TrialConfig, directory: Path, *, takeover: bool, flock: bool)
         os.write(trace, f"{time.monotonic_ns()} {number} {what}\n".encode())
 
     def tick() -> None:
-        cli._stop_if_asked()
+        process.raise_if_stopped()
         holder = lock.latest_writer(directory)
         mine = holder is not None and holder.process is not None and holder.process.pid == os.getpid()
         note(holder.number if holder else 0, "step" if mine else f"step-of-{os.getpid()}")

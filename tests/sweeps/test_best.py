@@ -193,7 +193,7 @@ def test_stopped_it_goes_on(hunted: Path, tmp_path: Path) -> None:
         running.send_signal(signal.SIGTERM)
         _, said = running.communicate(timeout=120)
         assert running.returncode == 143
-        assert "stopped by SIGTERM; what was saved is whole, and the same command goes on" in said
+        assert "stopped by SIGTERM. Everything saved is whole. Rerun the command to resume" in said
         assert "Traceback" not in said
         assert not list(place.glob("*/results.json"))
         done = subprocess.run(

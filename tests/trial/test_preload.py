@@ -182,7 +182,7 @@ def alone(tmp_path: Path) -> Iterator[Place]:
 
 
 def without_clock(text: str) -> str:
-    return re.sub(r"at [\d,]+ steps/s|[\d,]+ steps/s|in +\S+$|; \S+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"at [\d,]+ steps/s|[\d,]+ steps/s|^directory .*$|; \S+$", "", text, flags=re.MULTILINE)
 
 
 # ------------------------------------------------------------- it is a plain run
@@ -280,6 +280,8 @@ print("MODULES", *sorted(sys.modules))
         "ppo_hpo.spec.errors",
         "ppo_hpo.spec.user_dir",
         "ppo_hpo.trial.preload_client",
+        "ppo_hpo.trial.process",
+        "ppo_hpo.trial.run_command",
     }
     assert not {"numpy", "yaml", "torch", "gymnasium"} & modules
     assert "runs without a warm server" not in done.stderr

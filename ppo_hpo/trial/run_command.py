@@ -1,0 +1,197 @@
+"""The command ``ppo-hpo run``, behind its options: it runs one trial in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppo_hpo.spec.errors import UserError
+from ppo_hpo.trial import process
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the user asks of ``ppo-hpo run``. JSON knows the types of all fields.
+
+    Attributes:
+        config: path of a YAML file, or the name of a shipped preset.
+        settings: texts ``GROUP.KEY=VALUE``, each of which replaces one value of the file.
+        device: name of the torch device, such as ``auto``, ``cpu`` or ``cuda:1``.
+        trials_per_device: how many trials one GPU trains at a time. None means unlimited.
+        seed: replaces ``task.seed``.
+        epochs: replaces ``task.epochs``.
+        dir: directory of the trial's files. None means Orion's, or `runner.default_directory`.
+        takeover: whether to end a process that trains this trial, instead of waiting for it.
+        store: URL of a second place for checkpoints.
+        parent: Orion's id of the parent trial, whose checkpoint is looked up in the store.
+        retries: retries for each epoch after a fault that may pass. None means 2 under Orion, else 0.
+        stop_poor: whether the trial stops early if it is poor among its siblings.
+    """
+
+    config: str
+    settings: Sequence[str] = ()
+    device: str = "auto"
+    trials_per_device: int | None = None
+    seed: int | None = None
+    epochs: int | None = None
+    dir: str | None = None
+    takeover: bool = False
+    store: str | None = None
+    parent: str | None = None
+    retries: int | None = None
+    stop_poor: bool = False
+
+
+def run_and_exit_code(request: RunRequest, refuse: Callable[[int], None] = lambda threads: None) -> int:
+    """Run a trial and return the exit code of ``ppo-hpo run``.
+
+    Args:
+        request: what the user asks for.
+        refuse: called with the trial's number of threads before anything is imported for it.
+    """
+    return process.exit_code(
+        lambda: _run(request, refuse),
+        lambda error: "ORION_TRIAL_ID" in os.environ and _stops_the_hunt(error, request),
+    )
+
+
+def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
+    process.raise_on_signals()
+    from ppo_hpo.spec.config import TrialConfig
+
+    config = TrialConfig.from_mapping(configuration_of(request, under_orion="ORION_TRIAL_ID" in os.environ))
+    refuse(config.task.threads)
+    # This comes before the next line imports numpy: threads that never start need no limit.
+    process.set_thread_variables(config.task.threads)
+    from ppo_hpo.state.remote_store import open_store
+    from ppo_hpo.trial import failure, gpu_slots, runner
+
+    gpu_slots.own_process()
+    orion = runner.OrionContext.from_environ(os.environ)
+    # `python -m` finds modules in the current directory; a console script does not, unless it is told to.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    if request.dir is not None:
+        if not request.dir:
+            raise UserError("`--dir` must name a directory, but got ''. Write . for the current one.")
+        directory = Path(request.dir)
+    else:
+        directory = orion.working_dir if orion else runner.default_directory(config)
+    retries = request.retries
+    if retries is None:
+        retries = failure.RETRIES if orion else 0
+    try:
+        outcome = runner.run(
+            config,
+            directory,
+            device=request.device,
+            trials_per_device=request.trials_per_device,
+            uid=orion.trial_id if orion else None,
+            experiment=orion.experiment if orion else None,
+            siblings=orion.working_dir.parent if orion and request.dir is None else None,
+            results_path=orion.results_path if orion else None,
+            tick=process.raise_if_stopped,
+            takeover=request.takeover,
+            store=open_store(request.store),
+            # Orion writes the text None where a trial has no parent.
+            parent=None if request.parent in (None, "", "None") else request.parent,
+            retries=retries,
+            stop_poor=request.stop_poor,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        if orion:
+            _stops_the_hunt(error, request)  # This only records the failure: another exception stops no hunt.
+        raise
+    if not orion:
+        print(_outcome_text(outcome))
+    return 0
+
+
+def _stops_the_hunt(error: Exception, request: RunRequest) -> bool:
+    from ppo_hpo.trial import failure
+
+    place = os.environ.get("ORION_WORKING_DIR")
+    if place is None:
+        return False
+    return failure.stops_the_hunt(error, Path(request.dir or place), Path(place).parent)
+
+
+def configuration_of(request: RunRequest, *, under_orion: bool) -> dict[str, dict[str, Any]]:
+    """Read the file's groups, and apply the values of the command line to them."""
+    from ppo_hpo.spec import space, yamlio
+    from ppo_hpo.spec.config import GROUPS, TaskConfig
+
+    path = space.space_path(request.config)
+    content = yamlio.load(path)
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise UserError(f"{path} must map groups ({', '.join(GROUPS)}) to hyperparameters.")
+    mapping: dict[str, dict[str, Any]] = content
+    for setting in request.settings:
+        _apply(setting, mapping)
+    task = mapping.setdefault("task", {})
+    if task.get("max_epochs") in (None, "none"):
+        task.pop("max_epochs", None)
+    if under_orion and "max_epochs" not in task:
+        raise UserError(
+            f"{path} has no `task.max_epochs`. Under Orion this value says where schedules end. Set it to "
+            f"the highest fidelity, or to the epochs of every trial if the space has no fidelity."
+        )
+    if "max_epochs" not in task and not isinstance(task.get("epochs"), str):
+        task["max_epochs"] = task.get("epochs", TaskConfig().epochs)
+    if request.epochs is not None:
+        task["epochs"] = request.epochs
+    if request.seed is not None:
+        task["seed"] = request.seed
+    return mapping
+
+
+def _apply(setting: str, mapping: dict[str, dict[str, Any]]) -> None:
+    """Apply one ``--set`` to a configuration. ``env.kwargs.NAME`` sets an argument of the environment."""
+    group, key, value = parse_setting(setting)
+    target = mapping.setdefault(group, {})
+    if group == "env" and key.startswith("kwargs."):
+        if target.get("kwargs") is None:
+            target["kwargs"] = {}
+        target, key = target["kwargs"], key.removeprefix("kwargs.")
+        if not isinstance(target, dict):
+            raise UserError(f"`env.kwargs` must map argument names to values, but got {target!r}.")
+    target[key] = value
+
+
+def parse_setting(setting: str) -> tuple[str, str, Any]:
+    """Split one ``--set GROUP.KEY=VALUE`` into group, key and value.
+
+    Raises:
+        UserError: the text has another form, or the value is not YAML.
+    """
+    from ppo_hpo.spec import yamlio
+
+    name, equals, text = setting.partition("=")
+    group, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        raise UserError(f"--set takes GROUP.KEY=VALUE, as in --set optimizer.lr=3e-4, but got {setting!r}.")
+    return group, key, yamlio.parse(text, f"--set {group}.{key}")
+
+
+def _outcome_text(outcome: Any) -> str:
+    from ppo_hpo.spec.results import seeds_text
+
+    stats = outcome.statistics
+    seeds = seeds_text(stats)
+    how = "  (diverged)" if stats["diverged"] else "  (stopped)" if stats["stopped"] else ""
+    lines = [
+        f"return      {stats['return_mean']:.2f} +- {stats['return_std']:.2f} "
+        f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps",
+        *([f"            {seeds}"] if seeds else []),
+        f"objective   {outcome.objective:.6g}{how}",
+        f"trained     {stats['env_steps']:,.0f} steps, {stats['env_steps_here']:,.0f} of them now, "
+        f"at {stats['steps_per_second']:,.0f} steps/s",
+        f"directory   {outcome.directory}",
+    ]
+    return "\n".join(lines)
