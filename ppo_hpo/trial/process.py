@@ -122,8 +122,8 @@ def _report_error(error: UserError, stops_the_hunt: bool) -> int:
         return 2
     code = interrupt_code(signal.SIGINT)
     print(
-        f"ppo-hpo: error: {error} The hunt stops here (exit code {code}), because other trials would fail too. "
-        f"Fix the cause and rerun the command: it resumes the hunt, with this trial.",
+        f"ppo-hpo: error: {error} The hunt stops here (exit code {code}), because other trials would fail "
+        f"too. Fix the cause and rerun the command: it resumes the hunt, with this trial.",
         file=sys.stderr,
     )
     return code

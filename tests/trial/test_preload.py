@@ -515,7 +515,7 @@ def test_changed_code_is_never_run_stale(alone: Place, tmp_path: Path) -> None:
     alone.environment["PYTHONPATH"] = str(tree)
     assert alone.run("--warm").returncode == 0
     before = alone.servers()
-    with (tree / "ppo_hpo" / "trial.py").open("a") as file:
+    with (tree / "ppo_hpo" / "trial" / "runner.py").open("a") as file:
         file.write('\nprint("the new code")\n')
     done = alone.run("--warm", directory="next")
     assert done.returncode == 0, done.stderr
