@@ -492,7 +492,7 @@ def test_a_stopped_trial_is_interrupted_and_goes_on(lives: list[Life], name: str
     going = lives[0].ends[name]
     assert going.code == 130, going.output
     assert going.status == "interrupted"
-    assert "what was saved is whole" in going.output
+    assert "Everything saved is whole" in going.output
 
 
 def test_a_killed_hunt_leaves_an_orphan_that_its_successor_waits_for(lives: list[Life]) -> None:
