@@ -34,6 +34,7 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The peers' environments are made by the scripts themselves, in benchmarks/.peers.
 bench: setup-dev
