@@ -1,420 +1,67 @@
-"""One writer for one trial: a lock that dies with its process, and a number that fences out who lost it.
+"""The lock of a trial: one process writes it, the others wait.
 
-Two things lie in a trial's directory:
+Two mechanisms work together:
 
-- ``lock``, held by flock (`filelock`) while a process trains. The kernel drops it with its process.
-- ``writer/NNNNNN/``, the claim of the writer of that number. It holds ``record.json``, which says who that
-  is, and while it writes a directory ``stage-*``, in which every file of the trial is put together before it
-  gets its name. That directory's time is the writer's sign of life. Who is done removes it.
+- ``lock`` in the trial's directory is held by flock (through `filelock`) while a process trains. The kernel
+  releases it when the process ends. Some file systems do not have flock, or hold it per machine only.
+- A claim (`ppo_hpo.state.claim`) keeps a writer that lost the lock from writing. It works without flock.
 
-Claims are taken by renaming a whole directory to the next number. That succeeds for one of several
-processes, on any file system that renames atomically, so that nothing rests on flock alone: it may be
-missing on a shared file system, or hold on each machine for itself. The highest number is the writer.
-
-The fence: a new writer removes the claims below its own before it reads anything. Who lost its claim
-without knowing, because it was stopped or cut off, then finds nothing under the name that it wants to
-rename: it cannot replace a file of the trial, not even when it was stopped just before the rename.
+A process waits until it knows that the latest writer has ended, or until that writer gave no sign of life for
+a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
-import re
-import secrets
-import shutil
-import signal
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ppo_hpo.spec.errors import LostLock, UserError
-from ppo_hpo.state.files import write_atomically
+from ppo_hpo.state.claim import Claim, Writer, latest_writer, take_claim
+from ppo_hpo.state.takeover import Takeover
 
-#: Names this machine where host names do not tell machines apart, as in containers with equal ones.
-HOST_VARIABLE = "PPO_HPO_HOST"
-
-# Seconds. Between two looks of a writer at its claim, which are its signs of life:
-_BEAT = 1.0
-# without one, watched on our own clock, after which a writer that nobody can look at counts as dead:
-_QUIET = 60.0
-# for which flock may be held although its writer is gone, by children of it that live on:
-_SETTLE = 5.0
-# that a writer has to give way to `--takeover`, and then to end by SIGTERM before it is killed:
-_GIVE_WAY, _GRACE = 20.0, 10.0
-# that who gave way waits for the other to claim:
-_MANNERS = 5.0
-# between two looks at a lock, first and at last, and between two lines that say so.
+# All in seconds. A writer whose process cannot be seen from here counts as dead after this time without a
+# sign of life, measured by our own clock.
+_SILENCE_LIMIT = 60.0
+# Child processes of a dead writer may hold its flock. After this time without a sign of life it is ignored.
+_CHILDREN_LIMIT = 5.0
+# A process that gave way to `--takeover` waits this long for the other process to take the claim.
+_YIELD = 5.0
+# First and longest pause between two looks at the lock, and time between two reminders in the log.
 _POLL_FIRST, _POLL_LAST, _REMIND = 0.02, 0.5, 60.0
 
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
-_NUMBER = re.compile(r"\d{6,12}", re.ASCII)
-_HIGHEST = 999_999_999_999
-_HOST = re.compile(r"[\w.:-]{1,255}", re.ASCII)
-_MAX_RECORD = 4096
-
-
-# ----------------------------------------------------------------------- who it is
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process, so that no other can be taken for it: numbers of processes are used again.
-
-    Attributes:
-        host: name of its machine.
-        boot: the kernel's name of this start of the machine.
-        namespace: in which its number counts; containers have their own.
-        pid: its number.
-        started: when, in the kernel's ticks since the boot.
-        uid: of its user.
-    """
-
-    host: str
-    boot: str
-    namespace: str
-    pid: int
-    started: int
-    uid: int
-
-    @classmethod
-    def current(cls) -> Process:
-        """This process.
-
-        Raises:
-            UserError: `HOST_VARIABLE` is no name.
-        """
-        host = os.environ.get(HOST_VARIABLE) or socket.gethostname()
-        if not _HOST.fullmatch(host):
-            raise UserError(
-                f"`{HOST_VARIABLE}` must be letters, digits and any of . : _ -, at most 255 of them, but got "
-                f"{host!r}. Name this machine so."
-            )
-        return cls(host, _boot(), _namespace(), os.getpid(), _started(os.getpid()) or 0, os.getuid())
-
-    def runs(self) -> bool | None:
-        """Whether it still runs; None where that cannot be seen from here."""
-        here = Process.current()
-        if self.host != here.host:
-            return None
-        if self.boot != here.boot:
-            return False
-        if self.namespace != here.namespace or not here.started:
-            return None
-        started = _started(self.pid)
-        if started is None:
-            # Where others' processes are hidden, only this tells that there is one.
-            try:
-                os.kill(self.pid, 0)
-            except (ProcessLookupError, OverflowError):
-                return False
-            except PermissionError:
-                return None
-            return _started(self.pid) == self.started
-        return started == self.started
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> int | None:
-    """When a process started, or None where it is not seen, or is dead and only waits for its parent."""
-    try:
-        # The name in the second field may hold anything, parentheses too.
-        rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if rest[0] in "ZX" else int(rest[19])
-
-
-# ----------------------------------------------------------------- what is claimed
-
-
-@dataclass(frozen=True)
-class Writer:
-    """The newest claim, as another process sees it.
-
-    Attributes:
-        number: of the writer.
-        process: who it is; None where the record cannot be read.
-        taken: when it claimed, in seconds since 1970, by its own clock.
-        flock: whether it holds flock, so that whoever gets that knows it gone.
-        stage: where it puts its files together; None once it is done.
-        sign: its last sign of life, by the file system's clock; only good to compare with another of its own.
-    """
-
-    number: int
-    process: Process | None
-    taken: float
-    flock: bool
-    stage: str | None
-    sign: int
-
-    def has_ended(self, have_flock: bool) -> bool | None:
-        """Whether it will not write again; None where only time can tell."""
-        if self.stage is None:
-            return True
-        if self.process is None:
-            return None
-        runs = self.process.runs()
-        if runs is not False and have_flock and self.flock and self._same_kernel():
-            return True
-        return None if runs is None else not runs
-
-    def _same_kernel(self) -> bool:
-        here = Process.current()
-        return self.process is not None and (self.process.host, self.process.boot) == (here.host, here.boot)
-
-    def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.taken))
-        return f"writer {self.number}, {self.process or 'an unknown process'}, since {since}"
-
-
-def latest_writer(directory: Path) -> Writer | None:
-    """The newest claim on a trial, or None where nobody ever wrote here."""
-    while True:
-        numbers = _numbers(directory)
-        if not numbers:
-            return None
-        number = numbers[-1]
-        place = _place(directory, number)
-        try:
-            stage = next((name for name in sorted(os.listdir(place)) if name.startswith("stage-")), None)
-            sign = (place / stage if stage else place).stat().st_mtime_ns
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # it ended, or a newer one removed it: look again
-        return Writer(number, *_read_record(place / "record.json"), stage, sign)
-
-
-def active_writer(directory: Path) -> Writer | None:
-    """Who trains in a directory; None where nobody does.
-
-    Whoever cannot be seen from here is watched until it gives a sign of life, or has given none for long.
-    """
-    path = directory / "lock"
-    watch: _Watch | None = None
-    while True:
-        # In the order of `_wait`. Where there is no file nobody ever came, and none is made.
-        have = None
-        if path.exists():
-            flock = _Flock(path)
-            have = flock.attempt()
-            flock.release()
-        holder = latest_writer(directory)
-        if holder is None:
-            return None
-        gone = holder.has_ended(bool(have))
-        if gone is not None:
-            return None if gone else holder
-        if watch is None:
-            watch, first = _Watch(), holder
-        quiet = watch(holder)
-        if have is False or (holder.number, holder.sign) != (first.number, first.sign):
-            return holder
-        if quiet >= _QUIET:
-            return None
-        time.sleep(_POLL_LAST)
-
-
-def _place(directory: Path, number: int) -> Path:
-    return directory / "writer" / f"{number:06d}"
-
-
-def _numbers(directory: Path) -> list[int]:
-    try:
-        with os.scandir(directory / "writer") as entries:
-            return sorted(int(e.name) for e in entries if _NUMBER.fullmatch(e.name) and e.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _read_record(path: Path) -> tuple[Process | None, float, bool]:
-    try:
-        with path.open("rb") as file:
-            record = json.loads(file.read(_MAX_RECORD))
-        process = Process(**{field.name: record[field.name] for field in fields(Process)})
-        texts, numbers = (
-            (process.host, process.boot, process.namespace),
-            (process.pid, process.started, process.uid),
-        )
-        if not all(type(text) is str for text in texts) or not _HOST.fullmatch(process.host):
-            raise ValueError
-        # Zero and negative numbers mean groups of processes to the kernel.
-        if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or not 0 < process.pid < 1 << 31:
-            raise ValueError
-        taken, flock = float(record["taken"]), record["flock"] is True
-        time.localtime(taken)
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return None, 0.0, False
-    return process, taken, flock
-
-
-class Claim:
-    """The right to write a trial's files, as long as nobody took it away.
-
-    Attributes:
-        number: of this writer; higher than those of all before it.
-        stage: where files are put together.
-    """
-
-    def __init__(self, directory: Path, number: int, stage: str) -> None:
-        self.number = number
-        self.stage = _place(directory, number) / stage
-        self._asked = self.stage.parent / "asked"
-        self._lost: LostLock | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="ppo_hpo.state.lock", daemon=True)
-
-    def start(self) -> None:
-        """Begin to give signs of life, from a thread: an update may take longer than anybody's patience."""
-        self._thread.start()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(_BEAT):
-            try:
-                os.utime(self.stage)
-                asked = self._asked.exists()
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
-                    self._lost = LostLock(self.number, "another process took it over")
-                    return
-                continue  # a file system that stumbles takes nothing away
-            if asked:
-                self._lost = LostLock(self.number, "another process was started with --takeover")
-
-    def raise_if_lost(self) -> None:
-        """Stop the training of who lost its claim, or was asked to give it up; costs next to nothing.
-
-        Raises:
-            LostLock: that happened.
-        """
-        if self._lost is not None:
-            raise self._lost
-
-    def check_still_held(self) -> None:
-        """Look at the claim now.
-
-        Raises:
-            LostLock: another writer took it away.
-        """
-        if not self.stage.is_dir():
-            raise LostLock(self.number, "another process took it over")
-
-    def write(self, path: Path, content: bytes) -> None:
-        """`write_atomically`, by the writer alone.
-
-        Raises:
-            LostLock: another writer took the claim away; nothing was written.
-            UserError: the file cannot be written.
-        """
-        try:
-            write_atomically(path, content, self.stage)
-        except UserError:
-            self.check_still_held()
-            raise
-
-    def release(self) -> None:
-        """Say that nothing more will be written."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-        shutil.rmtree(self.stage, ignore_errors=True)
-
-
-def _claim(directory: Path, number: int, flock: bool) -> Claim | None:
-    """Take a number, and away what those below it hold; None where another process was faster."""
-    if number > _HIGHEST:
-        raise UserError(f"{directory / 'writer'} has no numbers left. Remove it while no process trains.")
-    token = secrets.token_hex(8)
-    stage, place = f"stage-{token}", _place(directory, number)
-    new = place.parent / f".new-{token}"
-    record = {"number": number, **asdict(Process.current()), "taken": time.time(), "flock": flock}
-    try:
-        (new / stage).mkdir(parents=True)
-        (new / "record.json").write_text(json.dumps(record) + "\n")
-        # Replaces nothing: claims are never empty.
-        os.rename(new, place)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        # Claimed by another, which also swept away what others prepared.
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-            return None
-        raise UserError(f"{place.parent} cannot be written: {error.strerror}.") from None
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if _numbers(directory)[-1:] != [number]:
-        # We were so slow that this number was claimed, given back and removed in the meantime.
-        _remove(place)
-        return None
-    for other in os.listdir(place.parent):
-        if not _NUMBER.fullmatch(other) or int(other) < number:
-            _remove(place.parent / other)
-    return Claim(directory, number, stage)
-
-
-def _remove(place: Path) -> None:
-    """Take a claim away at one instant, and then tidy up."""
-    aside = place.parent / f".old-{secrets.token_hex(8)}"
-    try:
-        os.rename(place, aside)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{place} cannot be removed: {error.strerror}.") from None
-    # What is left over because somebody still writes into it goes with the next writer's tidying up.
-    shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        aside.unlink()
-
-
-# ------------------------------------------------------------------ waiting for it
 
 
 @contextlib.contextmanager
 def hold(directory: Path, *, takeover: bool = False, lost: LostLock | None = None) -> Iterator[Claim]:
-    """Be the one writer of a trial; wait for the one that is.
+    """Become the only writer of a trial, after waiting for the current one.
 
     Args:
-        directory: of the trial; made where it is missing.
-        takeover: end the one that is, instead of waiting for it.
-        lost: how this process lost the trial before: whoever asked for it comes first.
+        directory: the trial's directory; it is created if it does not exist.
+        takeover: end the current writer instead of waiting for it.
+        lost: how this process lost the trial before. The process that asked for it then goes first.
 
     Raises:
-        UserError: the directory cannot be written.
+        UserError: if the directory cannot be written.
     """
     log = logging.getLogger("ppo_hpo")
     path = directory / "lock"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # Kept open whether flock works or not: it shows others that this process is of this trial.
+        # Stays open whether flock works or not: a takeover recognises the trial's writer by this open file.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"{path} cannot be locked: {error.strerror}.") from None
     flock = _Flock(path)
     try:
-        claim = _wait(directory, flock, _Takeover(directory, log) if takeover else None, lost, log)
+        ending = Takeover(directory, log, _SILENCE_LIMIT) if takeover else None
+        claim = _wait(directory, flock, ending, lost, log)
         try:
             claim.start()
             yield claim
@@ -427,178 +74,157 @@ def hold(directory: Path, *, takeover: bool = False, lost: LostLock | None = Non
 
 @contextlib.contextmanager
 def exclude_writers(directory: Path) -> Iterator[bool]:
-    """Keep writers out of a trial for a moment, where none is at it; yields whether that is so."""
+    """Keep writers out of a trial for a moment; yields False if there is one already."""
     if not (directory / "lock").is_file() or (directory / "lock").is_symlink():
         yield latest_writer(directory) is None
         return
     flock = _Flock(directory / "lock")
     try:
-        have = flock.attempt()
-        holder = latest_writer(directory)
-        yield have is not False and (holder is None or holder.has_ended(bool(have)) is True)
+        seen = _look(directory, flock)
+        yield seen.has_flock is not False and seen.ended is True
     finally:
         flock.release()
 
 
-def _wait(
-    directory: Path, flock: _Flock, takeover: _Takeover | None, lost: LostLock | None, log: logging.Logger
-) -> Claim:
-    began, watch, pause = time.monotonic(), _Watch(), _POLL_FIRST
-    # Who lost the trial has said so already.
-    said = -_REMIND if lost is None else 0.0
+def active_writer(directory: Path) -> Writer | None:
+    """The process that trains the trial in ``directory``; None if there is none.
+
+    A writer whose process cannot be seen from here is watched until it gives a sign of life, or until it has
+    given none for a minute.
+    """
+    path = directory / "lock"
+    silence = _Silence()
+    first: Writer | None = None
     while True:
-        # In this order: what is read after flock is had is at least as new as what its holder left.
-        have = flock.attempt()
-        holder = latest_writer(directory)
-        quiet, waited = watch(holder), time.monotonic() - began
-        gone = holder is None or holder.has_ended(bool(have))
-        number = holder.number if holder else 0
-        if lost is not None and lost.number == number and waited < _MANNERS:
-            free = False
-        elif gone is None:
-            free = quiet >= _QUIET and (have is not False or takeover is not None)
-        else:
-            free = gone and (have is not False or (holder is not None and quiet >= _SETTLE))
-        if free and (claim := _claim(directory, number + 1, bool(have))) is not None:
-            return claim
+        # Without a lock file nobody ever came here, and this look must not create one.
+        flock = _Flock(path) if path.exists() else None
+        seen = _look(directory, flock)
+        if flock is not None:
+            flock.release()
+        writer = seen.writer
+        if writer is None or seen.ended:
+            return None
+        first = first or writer
+        silent = silence.seconds(writer)
+        gave_sign = (writer.number, writer.last_sign) != (first.number, first.last_sign)
+        if seen.ended is False or seen.has_flock is False or gave_sign:
+            return writer
+        if silent >= _SILENCE_LIMIT:
+            return None
+        time.sleep(_POLL_LAST)
+
+
+def _wait(
+    directory: Path, flock: _Flock, takeover: Takeover | None, lost: LostLock | None, log: logging.Logger
+) -> Claim:
+    began, silence, pause = time.monotonic(), _Silence(), _POLL_FIRST
+    # A process that lost the trial has just logged that, and by whom.
+    next_reminder = 0.0 if lost is None else _REMIND
+    while True:
+        seen = _look(directory, flock)
+        silent, waited = silence.seconds(seen.writer), time.monotonic() - began
+        number = seen.writer.number if seen.writer else 0
+        yields = lost is not None and lost.number == number and waited < _YIELD
+        if not yields and _is_free(seen, silent, takeover is not None):
+            claim = take_claim(directory, number + 1, seen.has_flock is True)
+            if claim is not None:
+                return claim
         flock.release()
-        if holder is not None and not gone:
-            if waited >= said + _REMIND:
-                log.warning("%s is in use by %s: waiting", directory, holder)
-                said = waited
+        if seen.writer is not None and not seen.ended:
+            if waited >= next_reminder:
+                log.warning("%s is in use by %s: waiting", directory, seen.writer)
+                next_reminder = waited + _REMIND
             if takeover is not None:
-                takeover.press(holder)
+                takeover.push(seen.writer)
         time.sleep(pause)
         pause = min(1.5 * pause, _POLL_LAST)
 
 
-class _Watch:
-    """For how long a claim has shown no sign of life, on this process's own clock: no other is trusted."""
+class _Seen(NamedTuple):
+    """One look at a trial.
+
+    Attributes:
+        has_flock: whether we hold flock now; False if another process holds it, None if there is no flock.
+        writer: the latest writer; None if there never was one.
+        ended: whether that writer has ended; None if that cannot be seen. True without a writer.
+    """
+
+    has_flock: bool | None
+    writer: Writer | None
+    ended: bool | None
+
+
+def _look(directory: Path, flock: _Flock | None) -> _Seen:
+    # The order matters: once we hold flock, we read what its last holder left, or something newer.
+    has_flock = flock.attempt() if flock is not None else None
+    writer = latest_writer(directory)
+    return _Seen(has_flock, writer, writer is None or writer.has_ended(has_flock is True))
+
+
+def _is_free(seen: _Seen, silent: float, takeover: bool) -> bool:
+    """Whether the trial may be claimed, given for how many seconds its writer gave no sign of life."""
+    others_flock = seen.has_flock is False
+    if seen.ended is None:
+        return silent >= _SILENCE_LIMIT and (takeover or not others_flock)
+    if not seen.ended:
+        return False
+    return not others_flock or (seen.writer is not None and silent >= _CHILDREN_LIMIT)
+
+
+class _Silence:
+    """For how long a writer gave no sign of life, by our own clock. Clocks of other machines may be wrong."""
 
     def __init__(self) -> None:
-        self._seen: tuple[Any, ...] = ()
-        self._since = 0.0
+        self._sign: tuple[int, str | None, int] | None = None
+        self._since = time.monotonic()
 
-    def __call__(self, holder: Writer | None) -> float:
+    def seconds(self, writer: Writer | None) -> float:
+        """Seconds since what is seen of the writer last changed."""
         now = time.monotonic()
-        seen = (holder and (holder.number, holder.stage, holder.sign),)
-        if seen != self._seen:
-            self._seen, self._since = seen, now
+        sign = (writer.number, writer.stage, writer.last_sign) if writer else None
+        if sign != self._sign:
+            self._sign, self._since = sign, now
         return now - self._since
 
 
 class _Flock:
-    """flock on one file by `filelock`, where the file system has it."""
+    """flock on one file by `filelock`, if the file system supports it."""
 
     def __init__(self, path: Path) -> None:
         from filelock import FileLock
 
         self._path = path
-        self._there = True
+        self._supported = True
         try:
-            # Newer releases would put another kind of lock in its place.
+            # Newer releases would fall back to another kind of lock.
             self._lock = FileLock(path, fallback_to_soft=False)
         except TypeError:
             self._lock = FileLock(path)
 
     def attempt(self) -> bool | None:
-        """Take it if it is free; None where the file system has no flock."""
+        """Take the lock if it is free; whether we have it. None if the file system has no flock."""
         from filelock import FileLock, Timeout
 
-        if not self._there:
+        if not self._supported:
             return None
+        held = False
         try:
             self._lock.acquire(timeout=0)
             held = True
         except Timeout:
-            held = False
+            pass
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_FLOCK:
                 raise UserError(f"{self._path} cannot be locked: {error.strerror}.") from None
-            self._there = False
+            self._supported = False
         if type(self._lock) is not FileLock:
-            self._there = False
-        if self._there:
+            self._supported = False
+        if self._supported:
             return held
         self.release()
         return None
 
     def release(self) -> None:
-        """Give it back, if it was taken."""
+        """Release the lock if we have it."""
         if self._lock.is_locked:
             self._lock.release()
-
-
-# ----------------------------------------------------------------------- takeover
-
-
-class _Takeover:
-    """Ends the writer that was there first: asks it to give way, then by SIGTERM, then by SIGKILL."""
-
-    def __init__(self, directory: Path, log: logging.Logger) -> None:
-        self._directory, self._log = directory, log
-        self._target: int | None = None
-        self._began = 0.0
-        self._steps: list[tuple[float, str, tuple[signal.Signals, ...]]] = []
-
-    def press(self, holder: Writer) -> None:
-        """Do what is due."""
-        if self._target is None:
-            self._target, self._began = holder.number, time.monotonic()
-            # A stopped process cannot read; SIGCONT does nothing to others.
-            self._steps = [
-                (0.0, "asked to give way", (signal.SIGCONT,)),
-                (_GIVE_WAY, "sent SIGTERM", (signal.SIGTERM, signal.SIGCONT)),
-                (_GIVE_WAY + _GRACE, "killed", (signal.SIGKILL,)),
-            ]
-        # One that came later was let in before us: it is waited for.
-        if holder.number != self._target:
-            return
-        if not self._steps or time.monotonic() - self._began < self._steps[0][0]:
-            return
-        first = len(self._steps) == 3
-        _, what, signals = self._steps.pop(0)
-        if first:
-            with contextlib.suppress(OSError):
-                (_place(self._directory, holder.number) / "asked").touch()
-        if _signal(holder, self._directory / "lock", signals) or first:
-            self._log.warning("takeover: %s is %s", holder, what)
-        else:
-            self._steps = []
-            self._log.warning(
-                "takeover: %s cannot be ended from here: waiting until it is done, or gives no sign of life "
-                "for %g seconds", holder, _QUIET,
-            )  # fmt: skip
-
-
-def _signal(holder: Writer, lock: Path, signals: tuple[signal.Signals, ...]) -> bool:
-    """Signal a writer, and never a process that merely has its number now; whether that was possible."""
-    process = holder.process
-    if process is None or process.pid == os.getpid():
-        return False
-    try:
-        # Stands for this process, also when it ends now and its number is used again.
-        handle = os.pidfd_open(process.pid)
-    except (OSError, AttributeError):
-        return False
-    try:
-        if process.runs() is not True or not _has_open(process.pid, lock):
-            return False
-        for number in signals:
-            signal.pidfd_send_signal(handle, number)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return True
-
-
-def _has_open(pid: int, path: Path) -> bool:
-    """Whether a process has a file open."""
-    wanted = path.stat()
-    for descriptor in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            found = os.stat(f"/proc/{pid}/fd/{descriptor}")
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
-    return False

@@ -25,6 +25,7 @@ from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, LostLock, MachineError, UserError
 from ppo_hpo.state import lock, worklog
 from ppo_hpo.state.checkpoint import Storage
+from ppo_hpo.state.claim import Claim
 from ppo_hpo.state.files import explain_write_errors, remove_temporary_files, write_atomically
 from ppo_hpo.state.remote_store import Store
 from ppo_hpo.trial import failure, gpu_slots, median_stop
@@ -237,7 +238,7 @@ class _Trial:
     #: Which process it is, in the ledger; one that trains many trials is another one for each.
     process: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}")
 
-    def run(self, claim: lock.Claim, lost: LostLock | None) -> Outcome:
+    def run(self, claim: Claim, lost: LostLock | None) -> Outcome:
         """`run` by the one writer.
 
         Args:
@@ -288,7 +289,7 @@ class _Trial:
             )
             return outcome
 
-    def _device(self, claim: lock.Claim, log: logging.Logger) -> contextlib.AbstractContextManager[str]:
+    def _device(self, claim: Claim, log: logging.Logger) -> contextlib.AbstractContextManager[str]:
         """What torch is told, while the trial is trained."""
 
         def count() -> int:
@@ -307,7 +308,7 @@ class _Trial:
         part: str,
         config: TrialConfig,
         device: str,
-        claim: lock.Claim,
+        claim: Claim,
         write: _Write,
         known: str | None,
         log: logging.Logger,

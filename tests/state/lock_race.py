@@ -32,7 +32,7 @@ import torch
 
 from ppo_hpo import TrialConfig
 from ppo_hpo.spec import yamlio
-from ppo_hpo.state import lock
+from ppo_hpo.state import claim as claims
 from ppo_hpo.state.checkpoint import read
 from ppo_hpo.trial import process, runner
 
@@ -67,7 +67,7 @@ def traced(config: TrialConfig, directory: Path, *, takeover: bool, flock: bool)
     """Run a trial and write down when it trained as which writer."""
     trace = os.open(f"{directory}.trace", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     # Sooner than for people: rounds are short.
-    lock._BEAT = 0.02
+    claims._HEARTBEAT = 0.02
     if not flock:
         without_flock()
 
@@ -76,16 +76,16 @@ def traced(config: TrialConfig, directory: Path, *, takeover: bool, flock: bool)
 
     def tick() -> None:
         process.raise_if_stopped()
-        holder = lock.latest_writer(directory)
-        mine = holder is not None and holder.process is not None and holder.process.pid == os.getpid()
-        note(holder.number if holder else 0, "step" if mine else f"step-of-{os.getpid()}")
+        writer = claims.latest_writer(directory)
+        mine = writer is not None and writer.process is not None and writer.process.pid == os.getpid()
+        note(writer.number if writer else 0, "step" if mine else f"step-of-{os.getpid()}")
 
-    class Claim(lock.Claim):
+    class Claim(claims.Claim):
         def release(self) -> None:
             note(self.number, "gave-way" if self._lost else "end")
             super().release()
 
-    lock.Claim = Claim
+    claims.Claim = Claim
     runner.run(config, directory, device="cpu", console=False, tick=tick, takeover=takeover)
 
 

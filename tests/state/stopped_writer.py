@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ppo_hpo import TrialConfig
 from ppo_hpo.spec import yamlio
-from ppo_hpo.state import lock
+from ppo_hpo.state import claim, lock
 from ppo_hpo.trial import runner
 
 path, directory, moment = sys.argv[1:]
@@ -41,7 +41,7 @@ def stop_at_the_rename(source: Path, target: Path) -> None:
 replace = os.replace
 if moment == "rename":
     os.replace = stop_at_the_rename
-lock._QUIET, lock._BEAT = 1.0, 0.05
+lock._SILENCE_LIMIT, claim._HEARTBEAT = 1.0, 0.05
 outcome = runner.run(
     config,
     Path(directory),

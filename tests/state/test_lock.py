@@ -22,8 +22,11 @@ import pytest
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.errors import LostLock, UserError
-from ppo_hpo.state import lock
+from ppo_hpo.state import claim as claims
+from ppo_hpo.state import lock, takeover
+from ppo_hpo.state.claim import Writer, latest_writer, take_claim
 from ppo_hpo.state.files import write_atomically
+from ppo_hpo.state.process_identity import HOST_VARIABLE, Process, start_time
 from tests.state.lock_race import fork, without_flock
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,14 +61,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    given = SimpleNamespace(
-        monotonic=clock.monotonic,
-        sleep=clock.sleep,
-        time=time.time,
-        localtime=time.localtime,
-        strftime=time.strftime,
-    )
+    given = SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep)
     monkeypatch.setattr(lock, "time", given)
+    monkeypatch.setattr(takeover, "time", given)
     return clock
 
 
@@ -85,13 +83,13 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def described(pid: int) -> lock.Process:
-    started = lock._started(pid)
+def described(pid: int) -> Process:
+    started = start_time(pid)
     assert started is not None
-    return replace(lock.Process.current(), pid=pid, started=started)
+    return replace(Process.current(), pid=pid, started=started)
 
 
-def leave(directory: Path, process: lock.Process | None, number: int = 4, *, flock: bool = True) -> Path:
+def leave(directory: Path, process: Process | None, number: int = 4, *, flock: bool = True) -> Path:
     """What a writer has in a trial's directory while it writes; its stage."""
     stage = directory / "writer" / f"{number:06d}" / "stage-0011223344556677"
     stage.mkdir(parents=True)
@@ -100,14 +98,14 @@ def leave(directory: Path, process: lock.Process | None, number: int = 4, *, flo
     return stage
 
 
-def dead() -> lock.Process:
+def dead() -> Process:
     with subprocess.Popen(["sleep", "600"]) as process:
         who = described(process.pid)
         process.kill()
     return who
 
 
-ELSEWHERE = lock.Process("elsewhere", "another-boot", "pid:[1]", 12, 34, 0)
+ELSEWHERE = Process("elsewhere", "another-boot", "pid:[1]", 12, 34, 0)
 
 
 # ---------------------------------------------------------------- who is dead
@@ -117,13 +115,13 @@ def test_numbers_grow(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         with lock.hold(tmp_path) as claim:
             assert claim.number == number
-            holder = lock.latest_writer(tmp_path)
-            assert holder is not None
-            assert (holder.number, holder.process) == (number, lock.Process.current())
-            assert holder.has_ended(have_flock=False) is False
-        holder = lock.latest_writer(tmp_path)
-        assert holder is not None
-        assert holder.has_ended(have_flock=False) is True
+            writer = latest_writer(tmp_path)
+            assert writer is not None
+            assert (writer.number, writer.process) == (number, Process.current())
+            assert writer.has_ended(have_flock=False) is False
+        writer = latest_writer(tmp_path)
+        assert writer is not None
+        assert writer.has_ended(have_flock=False) is True
         # Nothing but the record of the last writer stays.
         files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()]
         assert sorted(files) == ["lock", f"writer/00000{number}/record.json"]
@@ -157,7 +155,7 @@ def test_the_dead_are_not_waited_for(
 @pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
 @pytest.mark.parametrize("who", [ELSEWHERE, None], ids=["another-host", "no-record"])
 def test_who_cannot_be_seen_is_dead_after_a_minute_without_a_sign_of_life(
-    who: lock.Process | None, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
+    who: Process | None, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if not flock:
         request.getfixturevalue("no_flock")
@@ -203,10 +201,10 @@ def test_takeover_does_not_wait_for_flock_of_who_gives_no_sign_of_life(
         assert claim.number == 5
         assert 60.0 <= clock.waited <= 61.0
         # It is a writer although another has flock, and whoever gets that finds it alive.
-        holder = lock.latest_writer(tmp_path)
-        assert holder is not None
-        assert not holder.flock
-        assert holder.has_ended(have_flock=True) is False
+        writer = latest_writer(tmp_path)
+        assert writer is not None
+        assert not writer.flock
+        assert writer.has_ended(have_flock=True) is False
     os.close(other)
     assert all(asked)
     assert "process 12 on elsewhere, since 2023-11-14" in caplog.text
@@ -242,7 +240,7 @@ def test_claims_that_came_with_a_copied_directory(clock: Clock, tmp_path: Path) 
 def test_records_that_are_none(text: str, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text(text)
-    assert lock._read_record(path) == (None, 0.0, False)
+    assert claims._read_record(path) == (None, 0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -257,12 +255,12 @@ def test_records_that_are_none(text: str, tmp_path: Path) -> None:
 def test_hostile_records(change: dict[str, Any], tmp_path: Path) -> None:
     stage = leave(tmp_path, ELSEWHERE)
     path = stage.parent / "record.json"
-    assert lock._read_record(path)[0] == ELSEWHERE
+    assert claims._read_record(path)[0] == ELSEWHERE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert lock._read_record(path) == (None, 0.0, False)
-    holder = lock.latest_writer(tmp_path)
-    assert holder is not None
-    assert holder.has_ended(have_flock=True) is None
+    assert claims._read_record(path) == (None, 0.0, False)
+    writer = latest_writer(tmp_path)
+    assert writer is not None
+    assert writer.has_ended(have_flock=True) is None
 
 
 def test_the_last_number(tmp_path: Path) -> None:
@@ -272,12 +270,12 @@ def test_the_last_number(tmp_path: Path) -> None:
 
 
 def test_the_name_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = lock.Process.current()
-    assert own.runs() is True
-    monkeypatch.setenv(lock.HOST_VARIABLE, "node-7.local")
-    assert lock.Process.current() == replace(own, host="node-7.local")
-    assert own.runs() is None
-    monkeypatch.setenv(lock.HOST_VARIABLE, "two words")
+    own = Process.current()
+    assert own.is_running() is True
+    monkeypatch.setenv(HOST_VARIABLE, "node-7.local")
+    assert Process.current() == replace(own, host="node-7.local")
+    assert own.is_running() is None
+    monkeypatch.setenv(HOST_VARIABLE, "two words")
     with pytest.raises(UserError, match="`PPO_HPO_HOST` must be letters, digits"), lock.hold(tmp_path):
         pass
 
@@ -292,7 +290,7 @@ def test_who_lost_its_claim_cannot_write(
     path = tmp_path / "curve.jsonl"
 
     def lose() -> None:
-        newer = lock._claim(tmp_path, 2, flock=False)
+        newer = take_claim(tmp_path, 2, flock=False)
         assert newer is not None
         newer.write(path, b"newer")
 
@@ -316,9 +314,9 @@ def test_who_lost_its_claim_cannot_write(
         with pytest.raises(LostLock):
             claim.check_still_held()
     # Nothing of it is left, and the newer one was not disturbed by its end.
-    holder = lock.latest_writer(tmp_path)
-    assert holder is not None
-    assert (holder.number, holder.has_ended(have_flock=False)) == (2, False)
+    writer = latest_writer(tmp_path)
+    assert writer is not None
+    assert (writer.number, writer.has_ended(have_flock=False)) == (2, False)
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
@@ -336,10 +334,10 @@ def test_without_the_fence_it_would_have_written(tmp_path: Path, monkeypatch: py
 
 
 def test_numbers_that_begin_again_fence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_BEAT", 600.0)
+    monkeypatch.setattr(claims, "_HEARTBEAT", 600.0)
     with lock.hold(tmp_path) as claim:
         shutil.rmtree(tmp_path)  # somebody cleaned up
-        newer = lock._claim(tmp_path, 1, flock=True)
+        newer = take_claim(tmp_path, 1, flock=True)
         assert newer is not None
         with pytest.raises(LostLock):
             claim.write(tmp_path / "curve.jsonl", b"older")
@@ -361,14 +359,14 @@ def test_a_directory_that_cannot_be_written_is_no_lost_lock(
 def test_one_number_for_one_of_many(tmp_path: Path) -> None:
     # A waiter that judged writer 4 dead and was then stopped for long finds its number taken, or used up.
     leave(tmp_path, dead())
-    first = lock._claim(tmp_path, 5, flock=False)
+    first = take_claim(tmp_path, 5, flock=False)
     assert first is not None
-    assert lock._claim(tmp_path, 5, flock=False) is None
+    assert take_claim(tmp_path, 5, flock=False) is None
     first.check_still_held()
     first.release()
-    second = lock._claim(tmp_path, 6, flock=False)
+    second = take_claim(tmp_path, 6, flock=False)
     assert second is not None
-    assert lock._claim(tmp_path, 5, flock=False) is None
+    assert take_claim(tmp_path, 5, flock=False) is None
     second.check_still_held()
     assert [path.name for path in (tmp_path / "writer").iterdir()] == ["000006"]
 
@@ -412,8 +410,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def holding(directory: Path) -> bool:
-    holder = lock.latest_writer(directory)
-    return holder is not None and holder.stage is not None
+    writer = latest_writer(directory)
+    return writer is not None and writer.stage is not None
 
 
 def deaf(directory: Path, *, ignores_sigterm: bool) -> int:
@@ -436,8 +434,8 @@ def test_takeover_ends_who_does_not_give_way(
 ) -> None:
     if not flock:
         request.getfixturevalue("no_flock")
-    monkeypatch.setattr(lock, "_GIVE_WAY", 0.1)
-    monkeypatch.setattr(lock, "_GRACE", 0.1)
+    monkeypatch.setattr(takeover, "_AFTER_ASKING", 0.1)
+    monkeypatch.setattr(takeover, "_AFTER_SIGTERM", 0.1)
     pid = deaf(tmp_path, ignores_sigterm=how == "SIGKILL")
     if how == "stopped":
         os.kill(pid, signal.SIGSTOP)
@@ -448,8 +446,8 @@ def test_takeover_ends_who_does_not_give_way(
 
 
 def test_two_takeovers_do_not_end_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_GIVE_WAY", 0.1)
-    monkeypatch.setattr(lock, "_GRACE", 0.1)
+    monkeypatch.setattr(takeover, "_AFTER_ASKING", 0.1)
+    monkeypatch.setattr(takeover, "_AFTER_SIGTERM", 0.1)
     first = deaf(tmp_path, ignores_sigterm=False)
 
     def take() -> None:
@@ -467,8 +465,8 @@ def test_only_the_writer_is_signalled(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     kill = (signal.SIGKILL,)
 
-    def holder(who: lock.Process | None) -> lock.Writer:
-        return lock.Writer(1, who, 0.0, True, "stage-00", 0)
+    def writer(who: Process | None) -> Writer:
+        return Writer(1, who, 0.0, True, "stage-00", 0)
 
     with sleeper() as innocent:
         who = described(innocent.pid)
@@ -479,19 +477,19 @@ def test_only_the_writer_is_signalled(tmp_path: Path) -> None:
             replace(who, host="elsewhere"),
             replace(who, boot="another-boot"),
             replace(who, namespace="pid:[1]"),
-            lock.Process.current(),
+            Process.current(),
         ):
-            assert not lock._signal(holder(claimed), tmp_path / "lock", kill)
+            assert not takeover._send(writer(claimed), tmp_path / "lock", kill)
         assert innocent.poll() is None
     with (
         (tmp_path / "lock").open() as inherited,
         subprocess.Popen(["sleep", "600"], stdin=inherited) as process,
     ):
         who = described(process.pid)
-        assert not lock._signal(holder(replace(who, started=who.started + 1)), tmp_path / "lock", kill)
-        assert lock._signal(holder(who), tmp_path / "lock", kill)
+        assert not takeover._send(writer(replace(who, started=who.started + 1)), tmp_path / "lock", kill)
+        assert takeover._send(writer(who), tmp_path / "lock", kill)
         assert process.wait() == -signal.SIGKILL
-        assert not lock._signal(holder(who), tmp_path / "lock", kill)
+        assert not takeover._send(writer(who), tmp_path / "lock", kill)
 
 
 # -------------------------------------------------------------- whole trials
@@ -523,7 +521,7 @@ def test_who_wakes_up_too_late_changes_nothing_and_reports_what_the_other_left(
     command = [sys.executable, "-m", "tests.state.stopped_writer", config, directory, moment]
     # Two machines that share a file system, as far as they can tell.
     first = subprocess.Popen(
-        command, cwd=REPOSITORY, env={**os.environ, lock.HOST_VARIABLE: "one"},
+        command, cwd=REPOSITORY, env={**os.environ, HOST_VARIABLE: "one"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -531,7 +529,7 @@ def test_who_wakes_up_too_late_changes_nothing_and_reports_what_the_other_left(
         half_way = sorted(path.name for path in directory.glob("checkpoint-*"))
         assert half_way == ["checkpoint-000001.safetensors", "checkpoint-000002.safetensors"]
         second = subprocess.run(
-            [*command[:-1], "goes on"], cwd=REPOSITORY, env={**os.environ, lock.HOST_VARIABLE: "two"},
+            [*command[:-1], "goes on"], cwd=REPOSITORY, env={**os.environ, HOST_VARIABLE: "two"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert second.returncode == 0, second.stderr

@@ -1,0 +1,124 @@
+"""Identifying a process, so that another process, also on another machine, can tell whether it still runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ppo_hpo.spec.errors import UserError
+
+#: Environment variable that names this machine where host names are not unique, as in some containers.
+HOST_VARIABLE = "PPO_HPO_HOST"
+
+_HOST = re.compile(r"[\w.:-]{1,255}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process with everything that tells it from others. A pid alone is not enough: pids are reused.
+
+    Attributes:
+        host: name of its machine.
+        boot: the kernel's id of the current boot of that machine.
+        namespace: the pid namespace. Containers have their own.
+        pid: its process id.
+        started: its start time, in kernel ticks since the boot.
+        uid: the id of its user.
+    """
+
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    started: int
+    uid: int
+
+    @classmethod
+    def current(cls) -> Process:
+        """The calling process.
+
+        Raises:
+            UserError: if the environment variable `HOST_VARIABLE` holds an invalid name.
+        """
+        host = os.environ.get(HOST_VARIABLE) or socket.gethostname()
+        if not _HOST.fullmatch(host):
+            raise UserError(
+                f"`{HOST_VARIABLE}` must be letters, digits and any of . : _ -, at most 255 of them, but got "
+                f"{host!r}. Set it to a valid name of this machine."
+            )
+        return cls(host, _boot(), _namespace(), os.getpid(), start_time(os.getpid()) or 0, os.getuid())
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Process:
+        """Read a process from a file that anybody may have written.
+
+        Raises:
+            ValueError, KeyError, TypeError: if a field is missing or invalid.
+        """
+        process = cls(**{field.name: record[field.name] for field in fields(cls)})
+        texts = (process.host, process.boot, process.namespace)
+        numbers = (process.pid, process.started, process.uid)
+        if not all(type(text) is str for text in texts) or not _HOST.fullmatch(process.host):
+            raise ValueError
+        # To the kernel, zero and negative pids mean groups of processes.
+        if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or not 0 < process.pid < 1 << 31:
+            raise ValueError
+        return process
+
+    def shares_kernel(self) -> bool:
+        """Whether it runs, or ran, under the same boot of the same machine as the calling process."""
+        here = Process.current()
+        return (self.host, self.boot) == (here.host, here.boot)
+
+    def is_running(self) -> bool | None:
+        """Whether it still runs; None if that cannot be seen from here."""
+        here = Process.current()
+        if self.host != here.host:
+            return None
+        if self.boot != here.boot:
+            return False
+        if self.namespace != here.namespace or not here.started:
+            return None
+        started = start_time(self.pid)
+        if started is None:
+            # /proc may hide the processes of other users. Then only a signal shows that the pid exists.
+            try:
+                os.kill(self.pid, 0)
+            except (ProcessLookupError, OverflowError):
+                return False
+            except PermissionError:
+                return None
+            started = start_time(self.pid)
+        return started == self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def start_time(pid: int) -> int | None:
+    """Start time of a process in kernel ticks since the boot; None if it is hidden, dead or a zombie."""
+    try:
+        # The process name in the second field may contain anything, parentheses too.
+        rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if rest[0] in "ZX" else int(rest[19])
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
