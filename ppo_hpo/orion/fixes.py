@@ -2,7 +2,7 @@
 
 Each of the functions below `_install` mends one, says where it is known, and acts only where Orion fails,
 waits for ever or sorts by NaN: a sweep that went well without it gets the very same suggestions. What a
-plugin cannot mend is in docs/orion.md, with what to do.
+plugin cannot mend is in docs/how-to/orion-hunt.md, with what to do.
 
 Like `lean`, all this is for the version of Orion that it was tested with, and ``PPO_HPO_FIXES=0`` in the
 environment turns it off. ``tests/orion/test_fixes.py`` shows each mistake in Orion as it is, and fails once

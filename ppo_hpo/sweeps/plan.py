@@ -25,7 +25,8 @@ Document = dict[str, dict[str, Any]]
 
 #: Trials of a new sweep for which nobody said how many.
 MAX_TRIALS = 40
-# What Orion's algorithms need to be told so that they work, and that a sweep can be repeated: docs/orion.md.
+# What Orion's algorithms need so that they work and a sweep can be repeated:
+# docs/reference/orion-algorithms.md.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "asha": {"seed": 1, "num_brackets": 1},
     "hyperband": {"seed": 1},

@@ -42,7 +42,8 @@ _FILES = (
 )  # fmt: skip
 _Write = Callable[[Path, bytes], None]
 _MAX_RETRIES = 1000
-# How many whole episodes of each environment an epoch should hold; docs/details.md has the figures.
+# How many whole episodes of each environment an epoch should hold. docs/explanation/exact-resuming.md has the
+# figures.
 _EPISODES_PER_EPOCH = 5
 
 
