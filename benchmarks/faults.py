@@ -527,10 +527,11 @@ def undisturbed(configuration: Path) -> End:
     from ppo_hpo.spec import yamlio
     from ppo_hpo.spec.config import TrialConfig
     from ppo_hpo.trial import runner
+    from ppo_hpo.trial.options import RunOptions
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrialConfig.from_mapping(yamlio.load(configuration))
-        outcome = runner.run(config, Path(folder), device="cpu", console=False)
+        outcome = runner.run(config, Path(folder), RunOptions("cpu"), console=False)
         return end_of(Path(folder), outcome.objective)
 
 

@@ -33,6 +33,7 @@ from ppo_hpo.spec import yamlio  # noqa: E402
 from ppo_hpo.spec.config import TrialConfig  # noqa: E402
 from ppo_hpo.spec.space import space_path  # noqa: E402
 from ppo_hpo.trial import runner  # noqa: E402
+from ppo_hpo.trial.options import RunOptions  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRESETS = ("cartpole", "acrobot", "pendulum", "mountain-car-continuous")
@@ -89,7 +90,7 @@ def measure(preset: str) -> dict[str, float]:
                 with timed(owner, function, add):
                     return run(part + 1)
             started = time.perf_counter()
-            runner.run(config, Path(folder) / "trial", device="cpu", console=False)
+            runner.run(config, Path(folder) / "trial", RunOptions("cpu"), console=False)
             return time.perf_counter() - started
 
         run(0)

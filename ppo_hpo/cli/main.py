@@ -64,8 +64,9 @@ def _build_parser() -> argparse.ArgumentParser:
                      "run it, started where there is none (docs/warm.md)")  # fmt: skip
     run.add_argument("--takeover", action="store_true",
                      help="end a process that trains this trial, instead of waiting for it")  # fmt: skip
-    run.add_argument("--store", metavar="URL", help="keep checkpoints there too, for workers that share no "
-                     "file system: s3://..., sftp://..., a directory (default: $PPO_HPO_STORE)")  # fmt: skip
+    run.add_argument("--checkpoint-store", "--store", metavar="URL", help="keep checkpoints there too, for "
+                     "workers that share no file system: s3://..., sftp://..., a directory (default: "
+                     "$PPO_HPO_STORE)")  # fmt: skip
     run.add_argument("--parent", metavar="ID", help="the trial that this one comes from, to be found in the "
                      "store; under orion hunt: --parent '{trial.parent}'")  # fmt: skip
     run.add_argument("--retries", type=int, metavar="N",

@@ -19,6 +19,7 @@ from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import Interrupted
 from ppo_hpo.spec.space import Space, fill, read_space, with_fidelities
 from ppo_hpo.trial import failure, gpu_slots
+from ppo_hpo.trial.options import RETRIES, OrionContext, RunOptions
 
 if TYPE_CHECKING:
     from orion.client import ExperimentClient
@@ -43,26 +44,17 @@ class Objective:
         space: the space, whose fixed values complete what Orion proposes.
         overrides: group to key to value, which win over both.
         directory: where trials go that come without a directory of their own.
-        device: see `trial.run`.
+        options: what is asked of each trial.
         console: whether trials log to standard error.
-        store: URL of a second place for checkpoints; None is that of the environment variable
-            ``PPO_HPO_STORE``, and '' is none.
-        retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
         log_stops: log why a hunt is stopped; whoever catches the ExecutionError has it as its ``reason``.
-        trials_per_device: see `trial.run`.
-        stop_poor: see `trial.run`.
     """
 
     space: Space
     overrides: Overrides = field(default_factory=dict)
     directory: Path | None = None
-    device: str = "auto"
+    options: RunOptions = field(default_factory=lambda: RunOptions(retries=RETRIES))
     console: bool = True
-    store: str | None = None
-    retries: int = failure.RETRIES
     log_stops: bool = True
-    trials_per_device: int | None = None
-    stop_poor: bool = False
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
         """The configuration of one trial, checked."""
@@ -100,32 +92,18 @@ class Objective:
 
     def run(self, trial: Trial | None, params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The same, but what goes wrong is raised as it is."""
-        from ppo_hpo.state.remote_store import open_store
         from ppo_hpo.trial import runner
 
         config = self.config(params)
-        uid = siblings = parent = None
+        orion = OrionContext()
         if trial is not None:
-            place, uid = Path(trial.working_dir), str(trial.id)
-            siblings, parent = place.parent, trial.parent
+            place = Path(trial.working_dir)
+            orion = OrionContext(str(trial.id), siblings=place.parent, parent=trial.parent)
         elif self.directory is not None:
             place = self.directory / config.identity()[:16]
         else:
             place = runner.default_directory(config)
-        outcome = runner.run(
-            config,
-            place,
-            device=self.device,
-            trials_per_device=self.trials_per_device,
-            uid=uid,
-            siblings=siblings,
-            console=self.console,
-            tick=_stop_if_asked,
-            store=open_store(self.store),
-            parent=parent,
-            retries=self.retries,
-            stop_poor=self.stop_poor,
-        )
+        outcome = runner.run(config, place, self.options, orion, console=self.console, tick=_stop_if_asked)
         return outcome.entries
 
 
@@ -144,8 +122,8 @@ def objective(
     device: str | Sequence[int | str] = "auto",
     trials_per_device: int | None = None,
     console: bool = True,
-    store: str | None = None,
-    retries: int = failure.RETRIES,
+    checkpoint_store: str | None = None,
+    retries: int = RETRIES,
     stop_poor: bool = False,
     **fidelities: Any,
 ) -> Objective:
@@ -165,7 +143,8 @@ def objective(
             list, these are; ``auto``, a GPU for images, where there is one, and else the CPU.
         trials_per_device: that a GPU trains at a time; None: as many as come.
         console: whether trials log to standard error; each also has its own ``log.txt``.
-        store: URL of a second place for checkpoints, for workers that share no file system.
+        checkpoint_store: URL of a second place for checkpoints, for workers that share no file system. None
+            means the environment variable ``PPO_HPO_STORE``, and '' means no store.
         retries: after a fault that may pass (memory, a file system's hiccup, an error that does not come
             again), go on from the last checkpoint so often for each epoch.
         stop_poor: stop a trial in the middle of its epochs, if it is poor among those of the experiment.
@@ -181,7 +160,10 @@ def objective(
         fixed = merge(space_or_config, {"task": {"max_epochs": horizon}})
         space = Space("configuration", Path(), fixed, {})
     space = with_fidelities(space, fidelities)
-    gpu_slots.check_limit(trials_per_device)
+    options = RunOptions(
+        gpu_slots.device_name(device), trials_per_device, checkpoint_store, retries=retries,
+        stop_poor=stop_poor,
+    )  # fmt: skip
     chosen = {group: dict(values) for group, values in (overrides or {}).items()}
     if env is not None:
         chosen.setdefault("env", {})["id"] = env
@@ -189,12 +171,8 @@ def objective(
         space,
         chosen,
         None if directory is None else Path(directory).absolute(),
-        gpu_slots.device_name(device),
+        options,
         console,
-        store,
-        retries,
-        trials_per_device=trials_per_device,
-        stop_poor=stop_poor,
     )
 
 

@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from ppo_hpo.trial.options import RunOptions
 
 # Far above what results and ten thousand epochs take.
 _MOST_RESULTS, _MOST_CURVE = 1 << 20, 16 << 20
@@ -108,8 +111,11 @@ def _trained(
 ) -> Iterator[tuple[Job, Result]]:
     """The trials with their results, as they end."""
     from ppo_hpo.orion.workers import WorkerDied, Workers
+    from ppo_hpo.trial.options import RETRIES, RunOptions
 
     kept = "What is finished is kept; the same command goes on."
+    # A store is for machines that share no file system, but these trials are all trained here.
+    options = RunOptions(device, checkpoint_store="", retries=RETRIES)
     waiting = list(reversed(jobs))
     under_way: dict[Any, Job] = {}
     with Workers(workers, retries=_DEATHS) as crew:
@@ -118,7 +124,7 @@ def _trained(
                 while waiting and len(under_way) < workers:
                     job = waiting.pop()
                     directory = str(job.directory.absolute())
-                    under_way[crew.submit(_train, job.config.to_mapping(), directory, device)] = job
+                    under_way[crew.submit(_train, job.config.to_mapping(), directory, options)] = job
                 ended = crew.async_get(list(under_way), timeout=1.0)
             except OSError as error:
                 raise UserError(f"A worker process cannot be started: {error.strerror}. {kept}") from None
@@ -135,7 +141,7 @@ def _trained(
             on_look(list(under_way.values()))
 
 
-def _train(mapping: Mapping[str, Any], directory: str, device: str) -> dict[str, Any]:
+def _train(mapping: Mapping[str, Any], directory: str, options: RunOptions) -> dict[str, Any]:
     """What a worker does with a trial; what went wrong with it, in words."""
     from ppo_hpo.trial import failure
     from ppo_hpo.trial.runner import run
@@ -147,7 +153,7 @@ def _train(mapping: Mapping[str, Any], directory: str, device: str) -> dict[str,
         del os.environ[name]
     config = TrialConfig.from_mapping(mapping)
     try:
-        outcome = run(config, Path(directory), device=device, console=False, retries=failure.RETRIES)
+        outcome = run(config, Path(directory), options, console=False)
     except UserError as error:
         return {"failed": str(error)}
     except Exception as error:

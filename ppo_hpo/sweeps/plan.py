@@ -21,6 +21,8 @@ from ppo_hpo.spec.space import MARK, Space, read_space, with_fidelities
 if TYPE_CHECKING:
     from orion.client import ExperimentClient
 
+    from ppo_hpo.trial.options import RunOptions
+
 Document = dict[str, dict[str, Any]]
 
 #: Trials of a new sweep for which nobody said how many.
@@ -56,13 +58,14 @@ def _with_settings(algorithm: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
     return {name: {**_SETTINGS.get(name.lower(), {}), **options} for name, options in algorithm.items()}
 
 
-def options_of(device: str, trials_per_device: int | None, store: str | None, stop_poor: bool) -> list[str]:
+def options_of(options: RunOptions) -> list[str]:
     """Of the command that each trial of an `orion hunt` runs."""
+    store, trials = options.checkpoint_store, options.trials_per_device
     return [
-        *([] if device == "auto" else ["--device", device]),
-        *([] if trials_per_device is None else ["--trials-per-device", str(trials_per_device)]),
+        *([] if options.device == "auto" else ["--device", options.device]),
+        *([] if trials is None else ["--trials-per-device", str(trials)]),
         *([] if store is None else ["--store", store, "--parent", "{trial.parent}"]),
-        *(["--stop-poor"] if stop_poor else []),
+        *(["--stop-poor"] if options.stop_poor else []),
     ]
 
 

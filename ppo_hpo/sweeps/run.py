@@ -33,7 +33,8 @@ from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.space import read_space
 from ppo_hpo.sweeps.initial_trials import configurations_of, insert
 from ppo_hpo.sweeps.plan import Plan, algorithm_of, name_of, options_of, write_files
-from ppo_hpo.trial import failure, gpu_slots
+from ppo_hpo.trial import gpu_slots
+from ppo_hpo.trial.options import RETRIES, RunOptions
 
 if TYPE_CHECKING:
     import pandas
@@ -172,8 +173,9 @@ def sweep(
     for what, number in (("max_trials", max_trials), ("n_workers", n_workers), ("seeds", seeds)):
         if number is not None and (type(number) is not int or number < 1):
             raise UserError(f"`{what}` must be a whole number of at least 1, but got {number!r}.")
-    device = gpu_slots.device_name(device)
-    gpu_slots.check_limit(trials_per_device)
+    options = RunOptions(
+        gpu_slots.device_name(device), trials_per_device, store, retries=RETRIES, stop_poor=stop_poor
+    )
     name = name_of(name, env, space, wanted)
     place = Path(directory or name).absolute()
     from ppo_hpo.sweeps.executors import Stop
@@ -187,16 +189,12 @@ def sweep(
 
                 seeds = document.get("task", {}).get("seeds", 1)
                 median_stop.refuse_what_does_not_fit(seeds=seeds, store=store)
-            options = options_of(device, trials_per_device, store, stop_poor)
-            client, where = plan.build(document, wanted, max_trials, options)
+            client, where = plan.build(document, wanted, max_trials, options_of(options))
             write_files(where, plan.storage, n_workers)
         run_space = read_space(str(where / "space.yaml"))
         if warm_start is not None and not client.fetch_trials():
             insert(client, run_space, configurations_of(warm_start))
-        function = Objective(
-            run_space, device=device, console=False, store=store, log_stops=False,
-            trials_per_device=trials_per_device, stop_poor=stop_poor,
-        )  # fmt: skip
+        function = Objective(run_space, options=options, console=False, log_stops=False)
         _run(client, function, executor, n_workers, progress, where, stop)
         return _result(client, where)
 
@@ -271,8 +269,8 @@ def _run(
     with contextlib.ExitStack() as stack:
         stack.callback(shown.close)
         made = make(
-            executor, n_workers, retries=failure.RETRIES, threads=threads, device=function.device,
-            trials_per_device=function.trials_per_device,
+            executor, n_workers, retries=RETRIES, threads=threads, device=function.options.device,
+            trials_per_device=function.options.trials_per_device,
         )  # fmt: skip
         watched = Watched(made, stop, shown)
         try:

@@ -41,8 +41,6 @@ from ppo_hpo.spec.errors import CheckpointError, DeterministicFailure, MachineEr
 Kind = Literal["transient", "here", "permanent", "unknown"]
 T = TypeVar("T")
 
-#: Where nobody looks on, as under Orion, where a broken trial counts against the whole hunt.
-RETRIES = 2
 RECORD = "failure.json"
 
 # Seconds before the first retry, twice as many before each further one, and at most:

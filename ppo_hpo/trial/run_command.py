@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class RunRequest:
         epochs: replaces ``task.epochs``.
         dir: directory of the trial's files. None means Orion's, or `runner.default_directory`.
         takeover: whether to end a process that trains this trial, instead of waiting for it.
-        store: URL of a second place for checkpoints.
+        checkpoint_store: URL of a second place for checkpoints.
         parent: Orion's id of the parent trial, whose checkpoint is looked up in the store.
         retries: retries for each epoch after a fault that may pass. None means 2 under Orion, else 0.
         stop_poor: whether the trial stops early if it is poor among its siblings.
@@ -40,7 +40,7 @@ class RunRequest:
     epochs: int | None = None
     dir: str | None = None
     takeover: bool = False
-    store: str | None = None
+    checkpoint_store: str | None = None
     parent: str | None = None
     retries: int | None = None
     stop_poor: bool = False
@@ -67,48 +67,37 @@ def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
     refuse(config.task.threads)
     # This comes before the next line imports numpy: threads that never start need no limit.
     process.set_thread_variables(config.task.threads)
-    from ppo_hpo.state.remote_store import open_store
-    from ppo_hpo.trial import failure, gpu_slots, runner
+    from ppo_hpo.trial import gpu_slots, runner
+    from ppo_hpo.trial.options import RETRIES, OrionContext, RunOptions
 
     gpu_slots.own_process()
-    orion = runner.OrionContext.from_environ(os.environ)
+    orion = OrionContext.from_environ(os.environ, request.parent)
+    under_orion = orion.trial_id is not None
+    retries = request.retries
+    if retries is None:
+        retries = RETRIES if under_orion else 0
+    options = RunOptions(
+        request.device, request.trials_per_device, request.checkpoint_store, request.takeover, retries,
+        request.stop_poor,
+    )  # fmt: skip
     # `python -m` finds modules in the current directory; a console script does not, unless it is told to.
     if "" not in sys.path:
         sys.path.insert(0, "")
     if request.dir is not None:
         if not request.dir:
             raise UserError("`--dir` must name a directory, but got ''. Write . for the current one.")
-        directory = Path(request.dir)
+        directory, orion = Path(request.dir), replace(orion, siblings=None)
     else:
-        directory = orion.working_dir if orion else runner.default_directory(config)
-    retries = request.retries
-    if retries is None:
-        retries = failure.RETRIES if orion else 0
+        directory = Path(os.environ["ORION_WORKING_DIR"]) if under_orion else runner.default_directory(config)
     try:
-        outcome = runner.run(
-            config,
-            directory,
-            device=request.device,
-            trials_per_device=request.trials_per_device,
-            uid=orion.trial_id if orion else None,
-            experiment=orion.experiment if orion else None,
-            siblings=orion.working_dir.parent if orion and request.dir is None else None,
-            results_path=orion.results_path if orion else None,
-            tick=process.raise_if_stopped,
-            takeover=request.takeover,
-            store=open_store(request.store),
-            # Orion writes the text None where a trial has no parent.
-            parent=None if request.parent in (None, "", "None") else request.parent,
-            retries=retries,
-            stop_poor=request.stop_poor,
-        )
+        outcome = runner.run(config, directory, options, orion, tick=process.raise_if_stopped)
     except UserError:
         raise
     except Exception as error:
-        if orion:
+        if under_orion:
             _stops_the_hunt(error, request)  # This only records the failure: another exception stops no hunt.
         raise
-    if not orion:
+    if not under_orion:
         print(_outcome_text(outcome))
     return 0
 

@@ -27,8 +27,9 @@ from ppo_hpo.state import lock, worklog
 from ppo_hpo.state.checkpoint import Storage
 from ppo_hpo.state.claim import Claim
 from ppo_hpo.state.files import explain_write_errors, remove_temporary_files, write_atomically
-from ppo_hpo.state.remote_store import Store
+from ppo_hpo.state.remote_store import Store, open_store
 from ppo_hpo.trial import failure, gpu_slots, median_stop
+from ppo_hpo.trial.options import OrionContext, RunOptions
 from ppo_hpo.trial.restore import TrialStorage
 
 if TYPE_CHECKING:
@@ -41,45 +42,10 @@ _FILES = (
     *_WRITTEN_IN_PLACE[:-1], "failure.json", "curve.jsonl", "results.json", "config.yaml", median_stop.RECORD,
 )  # fmt: skip
 _Write = Callable[[Path, bytes], None]
-_MAX_RETRIES = 1000
+_DEFAULTS, _BY_HAND = RunOptions(), OrionContext()
 # How many whole episodes of each environment an epoch should hold. docs/explanation/exact-resuming.md has the
 # figures.
 _EPISODES_PER_EPOCH = 5
-
-
-@dataclass(frozen=True)
-class OrionContext:
-    """What Orion tells a script through its environment.
-
-    Attributes:
-        experiment: name and version of the experiment.
-        trial_id: of the trial.
-        working_dir: of the trial.
-        results_path: where the result is to be written.
-        interrupt_code: exit code that marks the trial interrupted.
-    """
-
-    experiment: str
-    trial_id: str
-    working_dir: Path
-    results_path: Path
-    interrupt_code: int
-
-    @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> OrionContext | None:
-        """The context, or None where the process was not started by Orion."""
-        if "ORION_TRIAL_ID" not in environ:
-            return None
-        try:
-            return cls(
-                f"{environ['ORION_EXPERIMENT_NAME']}-v{environ['ORION_EXPERIMENT_VERSION']}",
-                environ["ORION_TRIAL_ID"],
-                Path(environ["ORION_WORKING_DIR"]),
-                Path(environ["ORION_RESULTS_PATH"]),
-                int(environ.get("ORION_INTERRUPT_CODE", "130")),
-            )
-        except (KeyError, ValueError) as error:
-            raise UserError(f"Orion's environment is incomplete: {error} is missing or bad.") from None
 
 
 @dataclass(frozen=True)
@@ -146,64 +112,40 @@ def default_directory(config: TrialConfig) -> Path:
 def run(
     config: TrialConfig,
     directory: Path,
+    options: RunOptions = _DEFAULTS,
+    orion: OrionContext = _BY_HAND,
     *,
-    device: str = "auto",
-    trials_per_device: int | None = None,
-    uid: str | None = None,
-    experiment: str | None = None,
-    siblings: Path | None = None,
     console: bool = True,
-    results_path: Path | None = None,
     tick: Callable[[], None] = lambda: None,
-    takeover: bool = False,
-    store: Store | None = None,
-    parent: str | None = None,
-    retries: int = 0,
-    stop_poor: bool = False,
 ) -> Outcome:
-    """Run one trial to its epochs, going on from whatever is there.
+    """Run one trial to its last epoch. It resumes from whatever is there.
 
     Args:
         config: the trial.
-        directory: of its state; made where it is missing.
-        device: ``cpu``; ``cuda``, any GPU that can be seen; ``cuda:N``; ``cuda:N,M``, one of these; ``auto``,
-            any GPU for images, where there is one, and else the CPU.
-        trials_per_device: that a GPU trains at a time: a trial waits where all have as many. None: as many
-            as come.
-        uid: Orion's id of the trial.
-        experiment: Orion's name of the experiment.
-        siblings: the directory in which the directories of the experiment's other trials lie.
+        directory: directory of the trial's files. It is made if it is missing.
+        options: what is asked of the trial.
+        orion: which trial of which experiment it is.
         console: whether to log to standard error, beside the trial's own ``log.txt``.
-        results_path: where Orion wants its result file.
-        tick: called before each environment step; what it raises stops the trial there.
-        takeover: end a process that has the trial, instead of waiting for it.
-        store: a second place for checkpoints, which other machines reach.
-        parent: Orion's id of the trial that this one comes from, to be looked for in the store.
-        retries: after a fault that may pass, go on from the last checkpoint so often for each epoch.
-        stop_poor: stop in the middle of its epochs, if it is poor among its siblings (`trial.median_stop`).
+        tick: called before each environment step. What it raises stops the trial there.
 
     Raises:
-        UserError: bad input, a file that cannot be written, or a store that cannot be reached.
+        UserError: the input is bad, a file cannot be written, or the store cannot be reached.
     """
-    if not 0 <= retries <= _MAX_RETRIES:
-        raise UserError(f"`0 <= retries <= {_MAX_RETRIES}` must hold, but got {retries}.")
-    if stop_poor:
+    store = open_store(options.checkpoint_store)
+    if options.stop_poor:
         median_stop.refuse_what_does_not_fit(seeds=config.task.seeds, store=store)
-        if siblings is None:
+        if orion.siblings is None:
             raise UserError(
                 "`--stop-poor` compares a trial with the others of its experiment, but this one has none: it "
                 "is run without Orion, or in a directory of its own. Leave it out."
             )
-    info = check(config, directory, device)
-    gpu_slots.check_limit(trials_per_device)
+    info = check(config, directory, options.device)
     # A small network on vectors is trained faster by the CPU (`ppo_hpo.ppo.numpy_engine`).
-    device = "cpu" if device == "auto" and not info.images else device
+    device = "cpu" if options.device == "auto" and not info.images else options.device
     if store is not None:
         store.names()  # before torch is imported, as everything that may be wrong
-    trial = _Trial(
-        config, directory, info, device, trials_per_device, uid, experiment, siblings, console, results_path,
-        tick, store, parent, retries, stop_poor,
-    )  # fmt: skip
+    trial = _Trial(config, directory, info, device, options, orion, store, console, tick)
+    takeover = options.takeover
     lost: LostLock | None = None
     while True:
         try:
@@ -222,18 +164,13 @@ class _Trial:
     config: TrialConfig
     directory: Path
     info: EnvInfo
+    #: What ``auto`` stands for is decided here.
     device: str
-    trials_per_device: int | None
-    uid: str | None
-    experiment: str | None
-    siblings: Path | None
-    console: bool
-    results_path: Path | None
-    tick: Callable[[], None]
+    options: RunOptions
+    orion: OrionContext
     store: Store | None
-    parent: str | None
-    retries: int
-    stop_poor: bool
+    console: bool
+    tick: Callable[[], None]
     #: What this process did for each seed, also before it lost its lock.
     works: dict[str, failure.Work] = field(default_factory=dict)
     #: Which process it is, in the ledger; one that trains many trials is another one for each.
@@ -247,7 +184,7 @@ class _Trial:
             lost: how this process ceased to be the writer before, if it did.
         """
         config, directory = self.config, self.directory
-        with _logging_to(directory, self.uid, self.console) as log:
+        with _logging_to(directory, self.orion.trial_id, self.console) as log:
             if lost is not None:
                 log.warning("%s; goes on from what is there", lost)
             remove_temporary_files(directory)
@@ -255,7 +192,7 @@ class _Trial:
             before = failure.read_record(directory)
             known = None if before is None else before.place
             parts = seeds.split_by_seed(config)
-            write = failure.patiently(claim.write, self.retries, log)
+            write = failure.patiently(claim.write, self.options.retries, log)
             try:
                 with self._device(claim, log) as device:
                     done = [
@@ -265,7 +202,7 @@ class _Trial:
             except Exception as error:
                 # Under Orion it is written down with what Orion is told; and what belongs to another trial
                 # stays as it is.
-                if self.uid is None and not isinstance(error, CheckpointError):
+                if self.orion.trial_id is None and not isinstance(error, CheckpointError):
                     failure.note(directory, error)
                 raise
             outcome = done[0][0]
@@ -279,8 +216,8 @@ class _Trial:
             # Under the lock still: a second worker that waits for it tidies the directory up when it has it.
             failure.forget(directory)
             claim.write(directory / "results.json", results.to_bytes(outcome.entries))
-            if self.results_path is not None:
-                write_atomically(self.results_path, results.to_bytes(outcome.entries))
+            if self.orion.results_path is not None:
+                write_atomically(self.orion.results_path, results.to_bytes(outcome.entries))
             log.info(
                 "done: return %.1f +- %.1f after epoch %d; %s",
                 -outcome.objective,
@@ -302,7 +239,7 @@ class _Trial:
             claim.raise_if_lost()
             self.tick()
 
-        return gpu_slots.taken(self.device, self.trials_per_device, count=count, log=log, tick=tick)
+        return gpu_slots.taken(self.device, self.options.trials_per_device, count=count, log=log, tick=tick)
 
     def _train(
         self,
@@ -339,7 +276,7 @@ class _Trial:
         def enter_into_ledger(state: worklog.State, epoch: int) -> None:
             look_at_the_clock()
             line = worklog.Line(
-                self.uid or "", self.process, part, state, work.began or 0, epoch,
+                self.orion.trial_id or "", self.process, part, state, work.began or 0, epoch,
                 config.task.steps_per_epoch, work.steps, work.eval_steps, work.wall_seconds, work.cpu_seconds,
             )  # fmt: skip
             # It is a count: where it cannot be written for the moment, the trial goes on.
@@ -357,7 +294,7 @@ class _Trial:
             self._attempt, part, config, device, write, tick, enter_into_ledger, work, log
         )
         try:
-            task, start = failure.persist(attempt, work, self.retries, known, log)
+            task, start = failure.persist(attempt, work, self.options.retries, known, log)
         except LostLock:
             # It writes nothing here any more, and all of it when it comes again.
             look_at_the_clock()
@@ -400,9 +337,9 @@ class _Trial:
             config,
             self.directory,
             part,
-            uid=self.uid,
-            parent=self.parent,
-            siblings=self.siblings,
+            uid=self.orion.trial_id,
+            parent=self.orion.parent,
+            siblings=self.orion.siblings,
             store=self.store,
             write=write,
             log=log,
@@ -411,7 +348,7 @@ class _Trial:
         # This imports torch: everything that could be wrong was looked at before.
         from ppo_hpo.ppo.task import PPO
 
-        task = PPO.from_config(config, device, storage=storage, logger=log, uid=self.uid)
+        task = PPO.from_config(config, device, storage=storage, logger=log, uid=self.orion.trial_id)
         task.tick = tick
         if not task.lineage:
             storage.register()
@@ -422,9 +359,9 @@ class _Trial:
         aim = config.task.epochs
         if (stop := median_stop.read(directory, config)) is not None:
             aim = stop.epoch  # whatever this process was asked for: it is what became of the trial
-        elif self.stop_poor and not task.lineage:
+        elif self.options.stop_poor and not task.lineage:
             task.judge = self._judge(directory, config, write)
-        _announce(task, aim, start, self.experiment, log)
+        _announce(task, aim, start, self.orion.experiment, log)
         with explain_write_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
         # Of the trial, and where that has several seeds, of this one.
@@ -464,8 +401,8 @@ class _Trial:
         self, directory: Path, config: TrialConfig, write: _Write
     ) -> Callable[[Sequence[results.Row]], bool]:
         """What says after each epoch whether the trial is poor, and writes it down if it is."""
-        assert self.siblings is not None
-        siblings = median_stop.Siblings(self.siblings, config)
+        assert self.orion.siblings is not None
+        siblings = median_stop.Siblings(self.orion.siblings, config)
 
         def judge(curve: Sequence[results.Row]) -> bool:
             stop = median_stop.decide(config, curve, siblings)

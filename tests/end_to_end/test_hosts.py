@@ -27,6 +27,7 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.state.checkpoint import arrays_digest, read
 from ppo_hpo.trial import runner
+from ppo_hpo.trial.options import RunOptions
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -298,7 +299,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 def assert_as_undisturbed(place: Path, alone: Path) -> None:
     """A trial is, to the bit, the one that a process trains by itself from the beginning."""
     config = TrialConfig.from_mapping(yamlio.load(place / "config.yaml"))
-    runner.run(config, alone, device="cpu", console=False)
+    runner.run(config, alone, RunOptions("cpu"), console=False)
     name = f"checkpoint-{config.task.epochs:06}.safetensors"
     left, right = read(place / name), read(alone / name)
     assert arrays_digest(left.arrays) == arrays_digest(right.arrays)

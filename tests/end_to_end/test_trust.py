@@ -29,8 +29,7 @@ from ppo_hpo.spec.errors import CheckpointError, UserError
 from ppo_hpo.spec.results import evaluation_columns
 from ppo_hpo.spec.space import fill, read_space
 from ppo_hpo.state.checkpoint import VERSION, Checkpoint, Storage, from_bytes, to_bytes
-from ppo_hpo.state.remote_store import Store
-from ppo_hpo.trial import runner
+from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
 FUZZ = settings(
@@ -383,7 +382,7 @@ def test_a_link_in_the_directory_is_not_written_through(name: str, tmp_path: Pat
     directory.mkdir()
     (directory / name).symlink_to(outside if name == "writer" else outside / "file")
     with pytest.raises(UserError, match=rf"{name} is a link, which would be written through"):
-        runner.run(TINY, directory, device="cpu", console=False)
+        run_quietly(TINY, directory)
     assert sorted(path.name for path in outside.iterdir()) == ["000001", "file"]
     assert (outside / "file").read_text() == "mine"
 
@@ -399,9 +398,9 @@ def test_a_link_under_a_files_name_is_replaced(name: str, tmp_path: Path) -> Non
     (directory / name).symlink_to(outside)
     if name.startswith("checkpoint"):
         with pytest.raises(CheckpointError, match="it is a link"):
-            runner.run(TINY, directory, device="cpu", console=False)
+            run_quietly(TINY, directory)
     else:
-        runner.run(TINY, directory, device="cpu", console=False)
+        run_quietly(TINY, directory)
         assert not (directory / name).is_symlink()
     assert outside.read_text() == "mine"
 
@@ -409,28 +408,27 @@ def test_a_link_under_a_files_name_is_replaced(name: str, tmp_path: Path) -> Non
 def test_siblings_are_not_looked_for_elsewhere(tmp_path: Path) -> None:
     """The index is made of names; one that is a link to another experiment's trial is not followed."""
     trials, elsewhere = tmp_path / "trials", tmp_path / "elsewhere"
-    runner.run(TINY.replace(task={"epochs": 1, "max_epochs": 2}), elsewhere, device="cpu", console=False)
+    run_quietly(TINY.replace(task={"epochs": 1, "max_epochs": 2}), elsewhere)
     index = trials / ".ppo_hpo" / TINY.identity()[:32]
     index.mkdir(parents=True)
     (trials / "a").symlink_to(elsewhere)
     for name in ("a", "nothing", "..."):
         (index / name).touch()
-    outcome = runner.run(TINY, trials / "b", device="cpu", console=False, siblings=trials)
+    outcome = run_quietly(TINY, trials / "b", siblings=trials)
     assert outcome.statistics["continued"] == 0.0
     (trials / "a").unlink()
     elsewhere.rename(trials / "a")
-    outcome = runner.run(TINY, trials / "c", device="cpu", console=False, siblings=trials)
+    outcome = run_quietly(TINY, trials / "c", siblings=trials)
     assert outcome.statistics["continued"] == 1.0
 
 
 def test_names_in_a_store_of_others_do_no_harm(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "s"))
     place = tmp_path / "s" / "identities" / TINY.identity()[:32]
     place.mkdir(parents=True)
     for name in ("..", "...", "a b", ".x", "-", "x" * 200):
         if name != "..":
             (place / name).touch()
-    outcome = runner.run(TINY, tmp_path / "t", device="cpu", console=False, store=store)
+    outcome = run_quietly(TINY, tmp_path / "t", checkpoint_store=str(tmp_path / "s"))
     assert outcome.statistics["continued"] == 0.0
 
 

@@ -18,7 +18,7 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.state import worklog
 from ppo_hpo.state.checkpoint import Storage, arrays_digest, read
 from ppo_hpo.state.curve import read_curve
-from ppo_hpo.trial import runner
+from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
 # An epoch is 64 ticks of two environments.
@@ -36,6 +36,7 @@ import json, os, signal, sys
 from pathlib import Path
 from ppo_hpo import TrialConfig
 from ppo_hpo.trial import runner
+from ppo_hpo.trial.options import OrionContext, RunOptions
 
 ticks = 0
 
@@ -46,7 +47,8 @@ def tick():
         os.kill(os.getpid(), signal.SIGKILL)
 
 config = TrialConfig.from_mapping(json.loads(sys.argv[1]))
-runner.run(config, Path(sys.argv[2]), device="cpu", console=False, uid=sys.argv[4] or None, tick=tick)
+orion = OrionContext(trial_id=sys.argv[4] or None)
+runner.run(config, Path(sys.argv[2]), RunOptions("cpu"), orion, console=False, tick=tick)
 """
 
 
@@ -70,7 +72,7 @@ def fails_at(tick: int, directory: Path, uid: str | None = None) -> None:
             raise Fault
 
     with pytest.raises(Fault):
-        runner.run(CONFIG, directory, device="cpu", console=False, uid=uid, tick=count)
+        run_quietly(CONFIG, directory, trial_id=uid, tick=count)
 
 
 def spent(directory: Path, uid: str = "") -> tuple[int, int, int]:
@@ -92,14 +94,14 @@ def test_every_process_is_counted(tmp_path: Path) -> None:
     # The next one goes on from epoch 1, and fails before its fifth tick: four ticks of two steps are lost.
     fails_at(5, tmp_path)
     assert spent(tmp_path) == (STEPS + 8, sum(row["eval_steps"] for row in first), 8)
-    outcome = runner.run(CONFIG, tmp_path, device="cpu", console=False)
+    outcome = run_quietly(CONFIG, tmp_path)
     curve = read_curve(tmp_path)
     every = sum(row["eval_steps"] for row in curve)
     assert spent(tmp_path) == (STEPS + 8 + 2 * STEPS, every, 8)
     assert outcome.statistics["env_steps_here"] == 2 * STEPS
     # Its third epoch is lost, and done again: one epoch and one evaluation more.
     Storage(tmp_path).path_of(3).unlink()
-    runner.run(CONFIG, tmp_path, device="cpu", console=False)
+    run_quietly(CONFIG, tmp_path)
     assert read_curve(tmp_path) == curve
     assert spent(tmp_path) == (STEPS + 8 + 3 * STEPS, every + curve[3]["eval_steps"], 8 + STEPS)
     lines = worklog.read(tmp_path, "")
@@ -108,7 +110,7 @@ def test_every_process_is_counted(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(line.wall_seconds > 0 and line.cpu_seconds > 0 for line in lines)
     # And it is the trial that nothing happened to.
-    runner.run(CONFIG, tmp_path / "undisturbed", device="cpu", console=False)
+    run_quietly(CONFIG, tmp_path / "undisturbed")
     digests = {
         arrays_digest(read(Storage(place).path_of(3)).arrays)
         for place in (tmp_path, tmp_path / "undisturbed")
@@ -120,7 +122,7 @@ def test_each_seed_has_its_own_account(tmp_path: Path) -> None:
     """Killed ten ticks into the second seed's second epoch, then trained to the end by another process."""
     groups = {**GROUPS, "task": {**GROUPS["task"], "seeds": 2}}
     killed_at(EPOCHS * 64 + 64 + 11, tmp_path, groups=groups)
-    outcome = runner.run(TrialConfig.from_mapping(groups), tmp_path, device="cpu", console=False)
+    outcome = run_quietly(TrialConfig.from_mapping(groups), tmp_path)
     lines = worklog.read(tmp_path, "")
     assert [(line.part, line.state, line.began, line.epoch, line.steps) for line in lines] == [
         ("seed-1", "done", 0, 3, 3 * STEPS), ("seed-2", "epoch", 0, 1, STEPS),
@@ -142,7 +144,7 @@ def test_a_retry_in_one_process_counts_what_was_done_twice(tmp_path: Path) -> No
         if ticks == 64 + 11:
             raise MemoryError
 
-    outcome = runner.run(CONFIG, tmp_path, device="cpu", console=False, tick=tick, retries=1)
+    outcome = run_quietly(CONFIG, tmp_path, tick=tick, retries=1)
     # Ten ticks of the second epoch were done twice; no evaluation was.
     every = sum(row["eval_steps"] for row in read_curve(tmp_path))
     assert spent(tmp_path) == (3 * STEPS + 20, every, 20)
@@ -182,13 +184,13 @@ def test_report_counts_a_broken_and_a_killed_trial(tmp_path: Path) -> None:
         return found, Path(found.working_dir)
 
     whole, at = suggest()
-    client.observe(whole, runner.run(CONFIG, at, device="cpu", console=False, uid=whole.id).entries)
+    client.observe(whole, run_quietly(CONFIG, at, trial_id=whole.id).entries)
     broken, killed_dir = suggest()
     killed_at(2 * 64 + 1, killed_dir, broken.id)
     client.release(broken, status="broken")
     again, failed_dir = suggest()
     fails_at(3, failed_dir, again.id)
-    client.observe(again, runner.run(CONFIG, failed_dir, device="cpu", console=False, uid=again.id).entries)
+    client.observe(again, run_quietly(CONFIG, failed_dir, trial_id=again.id).entries)
     evaluated = [sum(row["eval_steps"] for row in read_curve(p)) for p in (at, killed_dir, failed_dir)]
     trials = {one.id: one for one in client.fetch_trials()}
     each = dict(zip(trials, costs_of(list(trials.values())), strict=True))

@@ -234,7 +234,7 @@ def test_promotions_on_machines_that_share_only_the_database_and_a_store(tmp_pat
     client = build(tmp_path, space, {"asha": {"seed": 1, "num_rungs": 3, "num_brackets": 1}})
     while not client.is_done:
         trial = client.suggest()
-        run_trial(client, trial, space, console=False, store=store)
+        run_trial(client, trial, space, console=False, checkpoint_store=store)
         shutil.rmtree(trial.working_dir)
     promoted = [trial for trial in client.fetch_trials() if trial.parent]
     assert promoted

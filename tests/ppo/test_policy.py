@@ -18,7 +18,7 @@ from ppo_hpo.ppo.evaluate import Evaluation, Evaluator
 from ppo_hpo.spec import randomness
 from ppo_hpo.spec.results import evaluation_columns
 from ppo_hpo.state.checkpoint import Checkpoint, arrays_digest, from_bytes, to_bytes
-from ppo_hpo.trial import runner
+from tests.runs import run_quietly
 
 # The last epoch of each is judged on four episodes; the normaliser's statistics are those of training.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_another_epoch(trained: Callable[[str], Trained], tmp_pa
 def test_the_first_of_several_seeds(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     one = trained("discrete")
     config = one.config.replace(task={"seeds": 2})
-    runner.run(config, tmp_path, device="cpu", console=False)
+    run_quietly(config, tmp_path)
     observations = one.observations()
     found = export_policy(tmp_path, tmp_path / "p").act(observations)
     np.testing.assert_array_equal(found, one.actions(observations))

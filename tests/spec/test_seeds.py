@@ -25,6 +25,7 @@ from ppo_hpo.state.checkpoint import Storage, arrays_digest, read
 from ppo_hpo.state.remote_store import Store
 from ppo_hpo.trial import failure, runner
 from tests.envs import Fails
+from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
 EPOCHS, STEPS = 3, 128
@@ -45,7 +46,7 @@ CONFIG = TrialConfig.from_mapping(GROUPS)
 
 
 def run(directory: Path, groups: dict[str, Any] | None = None, **options: Any) -> runner.Outcome:
-    return runner.run(CONFIG.replace(**(groups or {})), directory, device="cpu", console=False, **options)
+    return run_quietly(CONFIG.replace(**(groups or {})), directory, **options)
 
 
 def state(directory: Path, epoch: int = EPOCHS) -> tuple[str, Any]:
@@ -312,29 +313,35 @@ def test_a_trial_goes_on_at_its_seed(how: str, through: Path, tmp_path: Path) ->
 def test_promotions_continue_every_seed(how: str, through: Path, tmp_path: Path) -> None:
     """As each algorithm does it; all of it under Orion below."""
     lower, upper = tmp_path / "trials" / "1a", tmp_path / "trials" / "2a"
-    store = Store(str(tmp_path / "store")) if how == "store" else None
-    run(lower, {"task": {"epochs": 1}}, uid="1a", siblings=lower.parent, store=store)
+    store = str(tmp_path / "store") if how == "store" else None
+    run(lower, {"task": {"epochs": 1}}, trial_id="1a", siblings=lower.parent, checkpoint_store=store)
     if how == "asha":
         shutil.copytree(lower, upper)
     if how == "store":
         shutil.rmtree(lower.parent)
-    outcome = run(upper, uid="2a", siblings=upper.parent, store=store)
+    outcome = run(upper, trial_id="2a", siblings=upper.parent, checkpoint_store=store)
     assert outcome.statistics["env_steps_here"] == 3 * (EPOCHS - 1) * STEPS
     assert outcome.statistics["continued_from_epoch"] == 1.0
     for part in PARTS:
         assert state(upper / part) == state(through / part)
-        assert store is None or len(store.names("trials", f"2a-{part}")) == 2
+        assert store is None or len(Store(store).names("trials", f"2a-{part}")) == 2
     assert (upper / "curve.jsonl").read_bytes() == (through / "curve.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("store", [False, True])
 def test_a_fork_takes_every_seed_of_its_parent(store: bool, tmp_path: Path) -> None:
-    there = Store(str(tmp_path / "store")) if store else None
+    there = str(tmp_path / "store") if store else None
     parent, child = tmp_path / "trials" / "1a", tmp_path / "trials" / "2a"
-    run(parent, {"task": {"epochs": 1}}, uid="1a", store=there)
+    run(parent, {"task": {"epochs": 1}}, trial_id="1a", checkpoint_store=there)
     if not store:
         shutil.copytree(parent, child)
-    outcome = run(child, {"optimizer": {"lr": 1e-3}}, uid="2a", store=there, parent="1a" if store else None)
+    outcome = run(
+        child,
+        {"optimizer": {"lr": 1e-3}},
+        trial_id="2a",
+        checkpoint_store=there,
+        parent="1a" if store else None,
+    )
     assert outcome.statistics["forked"] == 1.0
     assert outcome.statistics["env_steps_here"] == 3 * (EPOCHS - 1) * STEPS
     for part in PARTS:
@@ -424,16 +431,16 @@ def test_a_link_in_the_place_of_a_seed_is_refused(tmp_path: Path) -> None:
         run(directory)
     # Nor is one followed that a sibling has.
     shutil.rmtree(directory)
-    run(tmp_path / "1a", {"task": {"epochs": 1}}, uid="1a", siblings=tmp_path)
+    run(tmp_path / "1a", {"task": {"epochs": 1}}, trial_id="1a", siblings=tmp_path)
     (tmp_path / "1a" / "seed-2").rename(tmp_path / "elsewhere" / "seed-2")
     (tmp_path / "1a" / "seed-2").symlink_to(tmp_path / "elsewhere" / "seed-2")
-    outcome = run(tmp_path / "2a", uid="2a", siblings=tmp_path)
+    outcome = run(tmp_path / "2a", trial_id="2a", siblings=tmp_path)
     assert outcome.statistics["env_steps_here"] == (3 * EPOCHS - 2) * STEPS
     one, two = tmp_path / "others" / "1a", tmp_path / "others" / "2a"
-    run(one, {"task": {"epochs": 1}}, uid="1a", siblings=one.parent)
+    run(one, {"task": {"epochs": 1}}, trial_id="1a", siblings=one.parent)
     one.rename(tmp_path / "elsewhere" / "1a")
     one.symlink_to(tmp_path / "elsewhere" / "1a")
-    assert run(two, uid="2a", siblings=one.parent).statistics["continued"] == 0.0
+    assert run(two, trial_id="2a", siblings=one.parent).statistics["continued"] == 0.0
 
 
 # ---------------------------------------------------------------------------- under Orion
@@ -482,7 +489,7 @@ def test_orion_promotes_every_seed(algorithm: dict[str, Any], tmp_path: Path) ->
             epochs = higher.params["task"]["epochs"]
             parent = lower
             if "pbt" in algorithm:
-                parent = client.get_trial(uid=higher.parent) if higher.parent else None
+                parent = client.get_trial(trial_id=higher.parent) if higher.parent else None
             began = parent.params["task"]["epochs"] if parent else 0
             assert values["env_steps"] == 3 * epochs * STEPS
             assert values["env_steps_here"] == 3 * (epochs - began) * STEPS
@@ -494,7 +501,7 @@ def test_orion_promotes_every_seed(algorithm: dict[str, Any], tmp_path: Path) ->
                 # To the bit what it is by itself.
                 own = Path(higher.working_dir)
                 alone = TrialConfig.from_mapping(yamlio.load(own / "seed-2" / "config.yaml"))
-                runner.run(alone, tmp_path / higher.id, device="cpu", console=False)
+                run_quietly(alone, tmp_path / higher.id)
                 assert state(tmp_path / higher.id, int(epochs)) == state(own / "seed-2", int(epochs))
     assert promoted
     if "asha" not in algorithm:

@@ -35,6 +35,7 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.state import claim as claims
 from ppo_hpo.state.checkpoint import read
 from ppo_hpo.trial import process, runner
+from ppo_hpo.trial.options import RunOptions
 
 
 def fork(run: Callable[[], Any]) -> int:
@@ -86,7 +87,8 @@ def traced(config: TrialConfig, directory: Path, *, takeover: bool, flock: bool)
             super().release()
 
     claims.Claim = Claim
-    runner.run(config, directory, device="cpu", console=False, tick=tick, takeover=takeover)
+    options = RunOptions("cpu", takeover=takeover)
+    runner.run(config, directory, options, console=False, tick=tick)
 
 
 def play(config: TrialConfig, directory: Path, whole: float, chance: random.Random, flock: bool) -> Any:
@@ -177,7 +179,7 @@ def main() -> None:
     # Twice in this process: so that every child finds everything imported, and for what a trial takes.
     for name in ("warm", "undisturbed"):
         begun = time.monotonic()
-        runner.run(config, Path(root) / name, device="cpu", console=False)
+        runner.run(config, Path(root) / name, RunOptions("cpu"), console=False)
         whole = time.monotonic() - begun
     expected = result(Path(root) / "undisturbed")
     total: dict[str, int] = defaultdict(int)

@@ -18,6 +18,7 @@ from ppo_hpo import TrialConfig
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state import claim, lock
 from ppo_hpo.trial import runner
+from ppo_hpo.trial.options import RunOptions
 
 path, directory, moment = sys.argv[1:]
 config = TrialConfig.from_mapping(yamlio.load(Path(path)))
@@ -45,8 +46,7 @@ lock._SILENCE_LIMIT, claim._HEARTBEAT = 1.0, 0.05
 outcome = runner.run(
     config,
     Path(directory),
-    device="cpu",
+    RunOptions("cpu", takeover=moment == "goes on"),
     tick=stop_in_a_step if moment == "step" else lambda: None,
-    takeover=moment == "goes on",
 )
 print(json.dumps(outcome.objective))

@@ -24,6 +24,7 @@ from ppo_hpo.state.checkpoint import Checkpoint, Storage, arrays_digest, read, t
 from ppo_hpo.state.remote_store import Store, StoreError, open_store
 from ppo_hpo.trial import runner
 from ppo_hpo.trial.restore import MirroredStorage
+from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
 TINY: dict[str, dict[str, Any]] = {
@@ -43,7 +44,7 @@ def some(epoch: int, value: float = 1.0) -> Checkpoint:
 
 def run(directory: Path, epochs: int = 4, **options: Any) -> runner.Outcome:
     groups = {"task": {"epochs": epochs}, **options.pop("groups", {})}
-    return runner.run(CONFIG.replace(**groups), directory, device="cpu", console=False, **options)
+    return run_quietly(CONFIG.replace(**groups), directory, **options)
 
 
 def assert_equal(one: Path, other: Path) -> None:
@@ -247,9 +248,9 @@ def test_a_directory_with_a_url_for_a_name_is_a_mistake() -> None:
 
 
 def test_a_trial_goes_on_elsewhere(url: str, tmp_path: Path, undisturbed: Path) -> None:
-    run(tmp_path / "a" / "t", 2, uid="11aa", store=Store(url))
+    run(tmp_path / "a" / "t", 2, trial_id="11aa", checkpoint_store=url)
     shutil.rmtree(tmp_path / "a")
-    outcome = run(tmp_path / "b" / "t", uid="11aa", store=Store(url))
+    outcome = run(tmp_path / "b" / "t", trial_id="11aa", checkpoint_store=url)
     assert outcome.statistics["continued_from_epoch"] == 2.0
     assert outcome.statistics["env_steps_here"] == 2 * 128
     assert_equal(tmp_path / "b" / "t", undisturbed)
@@ -259,67 +260,79 @@ def test_a_promoted_trial_finds_its_rung_in_the_store(url: str, tmp_path: Path, 
     # Hyperband and EvolutionES: another trial, another directory, and nobody says who the parent is.
     a, b = tmp_path / "a", tmp_path / "b"
     for uid, epochs in (("1a", 1), ("2a", 2)):
-        run(a / uid, epochs, uid=uid, store=Store(url), siblings=a)
+        run(a / uid, epochs, trial_id=uid, checkpoint_store=url, siblings=a)
     shutil.rmtree(a)
-    outcome = run(b / "4a", uid="4a", store=Store(url), siblings=b)
+    outcome = run(b / "4a", trial_id="4a", checkpoint_store=url, siblings=b)
     assert outcome.statistics["continued_from_epoch"] == 2.0
     assert_equal(b / "4a", undisturbed)
     # One that asks for less than all others have begins again, as without a store.
-    assert run(b / "0a", 1, uid="0a", store=Store(url), siblings=b).statistics["continued"] == 1.0
-    other = run(b / "9a", uid="9a", store=Store(url), siblings=b, groups={"task": {"seed": 1}})
+    assert run(b / "0a", 1, trial_id="0a", checkpoint_store=url, siblings=b).statistics["continued"] == 1.0
+    other = run(b / "9a", trial_id="9a", checkpoint_store=url, siblings=b, groups={"task": {"seed": 1}})
     assert other.statistics["continued"] == 0.0
 
 
 def test_a_fork_finds_its_parent_in_the_store(url: str, tmp_path: Path) -> None:
-    store, lr = Store(url), {"optimizer": {"lr": 1e-3}}
-    run(tmp_path / "a" / "p", 2, uid="aa01", store=store)
+    store, lr = url, {"optimizer": {"lr": 1e-3}}
+    run(tmp_path / "a" / "p", 2, trial_id="aa01", checkpoint_store=store)
     child = tmp_path / "b" / "c"
-    outcome = run(child, 3, uid="bb01", store=store, parent="aa01", groups={**lr, "task": {"epochs": 3}})
+    outcome = run(
+        child, 3, trial_id="bb01", checkpoint_store=store, parent="aa01", groups={**lr, "task": {"epochs": 3}}
+    )
     assert (outcome.statistics["continued_from_epoch"], outcome.statistics["forked"]) == (2.0, 1.0)
     lineage = read(child / "checkpoint-000003.safetensors").meta["lineage"]
     assert [(born["uid"], born["epoch"]) for born in lineage] == [("aa01", 2)]
     # Without the parent's id nobody could know, and an unforked trial never goes on from a fork.
-    fresh = run(tmp_path / "c" / "d", 3, uid="cc01", store=store, groups={**lr, "task": {"epochs": 3}})
+    fresh = run(
+        tmp_path / "c" / "d", 3, trial_id="cc01", checkpoint_store=store, groups={**lr, "task": {"epochs": 3}}
+    )
     assert fresh.statistics["continued"] == 0.0
     # The fork itself, lost and retried elsewhere, is still the fork.
-    again = run(tmp_path / "d" / "c", 4, uid="bb01", store=store, parent="aa01",
+    again = run(tmp_path / "d" / "c", 4, trial_id="bb01", checkpoint_store=store, parent="aa01",
                 groups={**lr, "task": {"epochs": 4}})  # fmt: skip
     assert (again.statistics["continued_from_epoch"], again.statistics["forked"]) == (3.0, 1.0)
 
 
 def test_a_copy_of_the_parent_that_is_older_than_the_parent(tmp_path: Path) -> None:
     """The parent was killed here and went on elsewhere; Orion has copied the directory that it left here."""
-    store, lr = Store(str(tmp_path / "s")), {"optimizer": {"lr": 1e-3}}
-    run(tmp_path / "here" / "p", 1, uid="aa01", store=store)
-    run(tmp_path / "there" / "p", 2, uid="aa01", store=store)
+    store, lr = str(tmp_path / "s"), {"optimizer": {"lr": 1e-3}}
+    run(tmp_path / "here" / "p", 1, trial_id="aa01", checkpoint_store=store)
+    run(tmp_path / "there" / "p", 2, trial_id="aa01", checkpoint_store=store)
     for uid, options, epoch in (("bb01", {"parent": "aa01"}, 2), ("bb02", {}, 1)):
         shutil.copytree(tmp_path / "here" / "p", tmp_path / "here" / uid)
         groups = {**lr, "task": {"epochs": 3}}
-        outcome = run(tmp_path / "here" / uid, 3, uid=uid, store=store, groups=groups, **options)
+        outcome = run(
+            tmp_path / "here" / uid, 3, trial_id=uid, checkpoint_store=store, groups=groups, **options
+        )
         assert outcome.statistics["continued_from_epoch"] == epoch
         lineage = read(tmp_path / "here" / uid / "checkpoint-000003.safetensors").meta["lineage"]
         assert [(born["uid"], born["epoch"]) for born in lineage] == [("aa01", epoch)]
     # A promotion is no fork: its parent is found without being told.
     shutil.copytree(tmp_path / "here" / "p", tmp_path / "here" / "cc01")
-    assert run(tmp_path / "here" / "cc01", 3, uid="cc01", store=store).statistics["env_steps_here"] == 128
+    assert (
+        run(tmp_path / "here" / "cc01", 3, trial_id="cc01", checkpoint_store=store).statistics[
+            "env_steps_here"
+        ]
+        == 128
+    )
     # Its own checkpoints are never older than its parent's.
-    again = run(tmp_path / "here" / "bb02", 4, uid="bb02", parent="aa01", store=store,
+    again = run(tmp_path / "here" / "bb02", 4, trial_id="bb02", parent="aa01", checkpoint_store=store,
                 groups={**lr, "task": {"epochs": 4}})  # fmt: skip
     assert again.statistics["continued_from_epoch"] == 3.0
 
 
 def test_a_parent_that_is_not_there_is_told(tmp_path: Path) -> None:
     directory = tmp_path / "a"
-    outcome = run(directory, 1, uid="bb02", store=Store(str(tmp_path / "s")), parent="aa02")
+    outcome = run(directory, 1, trial_id="bb02", checkpoint_store=str(tmp_path / "s"), parent="aa02")
     assert outcome.statistics["continued"] == 0.0
     assert "the parent aa02 has no checkpoint in" in (directory / "log.txt").read_text()
     with pytest.raises(UserError, match=r"`--parent` must be the id of a trial, but got '\.\./x'"):
-        run(tmp_path / "b", 1, uid="bb03", store=Store(str(tmp_path / "s")), parent="../x")
+        run(tmp_path / "b", 1, trial_id="bb03", checkpoint_store=str(tmp_path / "s"), parent="../x")
 
 
 def test_another_trials_checkpoint_in_the_store_is_refused(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "s"))
-    run(tmp_path / "a", 2, store=store)
+    place = str(tmp_path / "s")
+    store = Store(place)
+    run(tmp_path / "a", 2, checkpoint_store=place)
     key = CONFIG.identity()[:32]
     (name,) = [n for n in store.names("trials", key) if "2" in n]
     other = CONFIG.replace(task={"seed": 3}).identity()[:32]
@@ -327,13 +340,13 @@ def test_another_trials_checkpoint_in_the_store_is_refused(tmp_path: Path) -> No
     with pytest.raises(
         CheckpointError, match=r"belongs to other hyperparameters: task\.seed is 0 there and 3"
     ):
-        run(tmp_path / "b", 2, store=store, groups={"task": {"epochs": 2, "seed": 3}})
+        run(tmp_path / "b", 2, checkpoint_store=place, groups={"task": {"epochs": 2, "seed": 3}})
 
 
 def test_a_store_that_cannot_be_reached_stops_a_trial_before_it_begins(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(StoreError, match="cannot be read"):
-        run(tmp_path / "a", 1, store=Store(str(tmp_path / "loop")))
+        run(tmp_path / "a", 1, checkpoint_store=str(tmp_path / "loop"))
     assert not list((tmp_path / "a").glob("checkpoint-*"))
 
 
@@ -348,10 +361,10 @@ def test_a_trial_whose_store_went_away_says_so_at_the_end_and_mends_it(
             place.write_text("in the way")
 
     with pytest.raises(StoreError, match="What was trained is whole"):
-        run(directory, uid="77", store=Store(str(place)), tick=tick)
+        run(directory, trial_id="77", checkpoint_store=str(place), tick=tick)
     assert not (directory / "results.json").exists()
     place.unlink()
-    assert run(directory, uid="77", store=Store(str(place))).statistics["env_steps_here"] == 0.0
+    assert run(directory, trial_id="77", checkpoint_store=str(place)).statistics["env_steps_here"] == 0.0
     assert_equal(directory, undisturbed)
     assert LAST in Store(str(place)).names("trials", "77")
 
@@ -410,8 +423,8 @@ def test_s3(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) 
         import s3fs
 
         s3fs.S3FileSystem().mkdir("bucket")
-        run(tmp_path / "a", 2, uid="11aa", store=Store("s3://bucket/some/where"))
-        outcome = run(tmp_path / "b", uid="11aa", store=Store("s3://bucket/some/where"))
+        run(tmp_path / "a", 2, trial_id="11aa", checkpoint_store="s3://bucket/some/where")
+        outcome = run(tmp_path / "b", trial_id="11aa", checkpoint_store="s3://bucket/some/where")
         assert outcome.statistics["continued_from_epoch"] == 2.0
         assert_equal(tmp_path / "b", undisturbed)
         names = Store("s3://bucket/some/where").names("trials", "11aa")
@@ -429,8 +442,8 @@ def test_sftp(tmp_path: Path, undisturbed: Path) -> None:
     root.mkdir()
     with sftp_server.serving(root) as (port, renames):
         url = f"sftp://me:{sftp_server.PASSWORD}@127.0.0.1:{port}/here/there"
-        run(tmp_path / "a", 2, uid="11aa", store=Store(url))
-        outcome = run(tmp_path / "b", uid="11aa", store=Store(url))
+        run(tmp_path / "a", 2, trial_id="11aa", checkpoint_store=url)
+        outcome = run(tmp_path / "b", trial_id="11aa", checkpoint_store=url)
         assert outcome.statistics["continued_from_epoch"] == 2.0
         assert_equal(tmp_path / "b", undisturbed)
         there = root / "here" / "there" / "trials" / "11aa"

@@ -14,7 +14,7 @@ import pytest
 from ppo_hpo import TrialConfig, UserError
 from ppo_hpo.state import lock
 from ppo_hpo.sweeps.batch import Job, Progress, Result, epochs_of, result_of, run_all
-from ppo_hpo.trial import runner
+from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
 TINY: dict[str, dict[str, Any]] = {
@@ -46,8 +46,8 @@ def test_trials_come_to_what_they_come_to_alone_and_only_once(tmp_path: Path) ->
     jobs = [job(tmp_path / "batch", seed) for seed in (5, 6, 7)]
     # One is done already, and one is asked for twice.
     alone = [job(tmp_path / "alone", seed) for seed in (5, 6, 7)]
-    outcomes = [runner.run(one.config, one.directory, device="cpu", console=False) for one in alone]
-    runner.run(jobs[1].config, jobs[1].directory, device="cpu", console=False)
+    outcomes = [run_quietly(one.config, one.directory) for one in alone]
+    run_quietly(jobs[1].config, jobs[1].directory)
     seen: list[tuple[str, bool, int, int]] = []
     told = io.StringIO()
     show = Progress(told, jobs)
@@ -82,7 +82,7 @@ def test_trials_come_to_what_they_come_to_alone_and_only_once(tmp_path: Path) ->
 def test_what_counts_as_done(tmp_path: Path) -> None:
     one = job(tmp_path, task={"max_epochs": 4})
     assert (result_of(one), epochs_of(one)) == (None, 0)
-    outcome = runner.run(one.config, one.directory, device="cpu", console=False)
+    outcome = run_quietly(one.config, one.directory)
     found = result_of(one)
     assert found is not None
     assert (found.score, found.read, epochs_of(one)) == (-outcome.objective, True, 2)
@@ -102,7 +102,7 @@ def fails(place: Path, how: str, notes: Path, at: int = 300) -> Job:
 
 def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     undisturbed = fails(tmp_path / "one", "", tmp_path / "notes")
-    runner.run(undisturbed.config, undisturbed.directory, device="cpu", console=False)
+    run_quietly(undisturbed.config, undisturbed.directory)
     killed = fails(tmp_path / "other", "kill:1", tmp_path / "notes")
     (result,) = run_all([killed], workers=1, device="cpu")
     assert (tmp_path / "notes-kill:1").stat().st_size == 1
@@ -157,7 +157,7 @@ run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], workers=2, de
     quick = {**SLOW, "env": {**SLOW["env"], "id": "tests.envs:EndlessReward-v0"}}
     alone = [job(tmp_path / "alone", seed, **quick) for seed in (0, 1)]
     for one in alone:
-        runner.run(one.config, one.directory, device="cpu", console=False)
+        run_quietly(one.config, one.directory)
     assert [curve(one) for one in jobs] == [curve(one) for one in alone]
 
 

@@ -37,7 +37,7 @@ from ppo_hpo.sweeps.best import (
     summarise,
     table,
 )
-from ppo_hpo.trial import runner
+from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
 NAME = "tiny<i>"
@@ -134,7 +134,7 @@ def test_on_fresh_seeds(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     scores = []
     for seed in fresh_seeds(config, 4):
         own = config.replace(task={"seed": seed})
-        outcome = runner.run(own, tmp_path / "alone" / str(seed), device="cpu", console=False)
+        outcome = run_quietly(own, tmp_path / "alone" / str(seed))
         scores.append(-outcome.objective)
     assert one["scores"] == scores
     assert len(set(scores)) > 1
@@ -224,7 +224,7 @@ def test_a_preset_is_the_trial(hunted: Path, tmp_path: Path, capsys: pytest.Capt
     assert f"trial {first.id}, which claimed {-first.objective.value:.1f}." in text
     assert "after 2 of 4 epochs; --epochs 4 trains it to the end" in text
     # It comes to what the trial came to.
-    outcome = runner.run(config, tmp_path / "again", device="cpu", console=False)
+    outcome = run_quietly(config, tmp_path / "again")
     assert outcome.objective == first.objective.value
     assert ask(hunted, "--export", path) == 2
     assert capsys.readouterr().err.endswith("is there already. Choose another name, or remove it.\n")

@@ -25,6 +25,7 @@ from ppo_hpo import TrialConfig
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state.checkpoint import read
 from ppo_hpo.trial import runner
+from ppo_hpo.trial.options import RunOptions
 
 
 def fork(config: TrialConfig, directory: Path, last_step: int | None) -> int:
@@ -32,7 +33,7 @@ def fork(config: TrialConfig, directory: Path, last_step: int | None) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            runner.run(config, directory, device="cpu", console=False, tick=_deadly(last_step))
+            runner.run(config, directory, RunOptions("cpu"), console=False, tick=_deadly(last_step))
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
@@ -70,7 +71,7 @@ def main() -> None:
     # Twice in this process: so that every child finds everything imported, and for what a trial takes.
     for name in ("-warm", "-clock"):
         begun = time.process_time()
-        runner.run(config, Path(directory + name), device="cpu", console=False)
+        runner.run(config, Path(directory + name), RunOptions("cpu"), console=False)
         whole = time.process_time() - begun
     killed = 0
     for attempt in range(1, int(kills) + 1):

@@ -25,8 +25,9 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import MachineError, UserError
 from ppo_hpo.sweeps.executors import make
-from ppo_hpo.trial import gpu_slots, runner
+from ppo_hpo.trial import gpu_slots
 from ppo_hpo.trial.gpu_slots import Card, cards, choose, device_name, visible
+from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 60
@@ -457,7 +458,7 @@ def test_auto_trains_vectors_on_the_cpu_without_asking_for_gpus(
     machine: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = machine(EQUAL)
-    runner.run(CONFIG, tmp_path / "trial", console=False)
+    run_quietly(CONFIG, tmp_path / "trial", device="auto")
     assert "on cpu, 1 thread, gradients by numpy" in (tmp_path / "trial" / "log.txt").read_text()
     assert not (folder / "asked").exists()
 
@@ -466,7 +467,7 @@ def test_auto_trains_vectors_on_the_cpu_without_asking_for_gpus(
 def test_a_trial_that_asks_for_a_gpu_takes_one(machine: Callable[..., Path], tmp_path: Path) -> None:
     machine(EQUAL)
     with pytest.raises(MachineError, match="Device 'cuda:0' was asked for, but torch finds none here"):
-        runner.run(CONFIG, tmp_path / "trial", device="cuda", trials_per_device=2, console=False)
+        run_quietly(CONFIG, tmp_path / "trial", device="cuda", trials_per_device=2)
     assert f"takes GPU 0 of 3 ({A}, 100 MiB free)" in (tmp_path / "trial" / "log.txt").read_text()
 
 

@@ -25,6 +25,7 @@ from ppo_hpo.state.curve import read_curve
 from ppo_hpo.trial import median_stop, runner
 from ppo_hpo.trial.median_stop import median_to_reach
 from ppo_hpo.trial.restore import INDEX
+from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 128
@@ -182,8 +183,8 @@ def test_what_is_no_record_says_nothing(content: str, tmp_path: Path) -> None:
 
 
 def train(directory: Path, *, stop_poor: bool = True, config: TrialConfig = CONFIG, **more: Any) -> Any:
-    return runner.run(
-        config, directory, device="cpu", uid=directory.name, siblings=directory.parent, console=False,
+    return run_quietly(
+        config, directory, trial_id=directory.name, siblings=directory.parent,
         stop_poor=stop_poor, **more,
     )  # fmt: skip
 
@@ -335,13 +336,13 @@ def test_a_stopped_trial_that_is_promoted_goes_on_from_there(tmp_path: Path) -> 
     ("change", "more", "part"),
     [
         ({"task": {"seeds": 2}}, {}, "takes trials of one seed, but `task.seeds` is 2"),
-        ({}, {"store": object()}, "a store is for machines"),
+        ({}, {"checkpoint_store": "/somewhere"}, "a store is for machines"),
         ({}, {"siblings": None}, "but this one has none"),
     ],
 )  # fmt: skip
 def test_what_it_is_not_for(tmp_path: Path, change: Any, more: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError, match=part):
-        runner.run(
+        run_quietly(
             CONFIG.replace(**change), tmp_path / "it", stop_poor=True, **{"siblings": tmp_path, **more}
         )
     assert not (tmp_path / "it").exists()

@@ -21,7 +21,7 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import TornCheckpoint
 from ppo_hpo.state.checkpoint import Storage, read
-from ppo_hpo.trial import runner
+from tests.runs import run_quietly
 
 ENVIRONMENTS = (
     "CartPole-v1",
@@ -168,16 +168,16 @@ def test_a_trial_of_which_all_checkpoints_are_torn_starts_again(
     spoil: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     config = TrialConfig.from_mapping(_config("CartPole-v1"))
-    whole = runner.run(config, tmp_path / "whole", device="cpu", console=False)
+    whole = run_quietly(config, tmp_path / "whole")
     # Siblings of one name only: nothing of the first run may be found.
     siblings = tmp_path / "trials"
     here = siblings / "one"
-    runner.run(config, here, device="cpu", console=False, siblings=siblings)
+    run_quietly(config, here, siblings=siblings)
     names = [path.name for path in Storage(here).paths()]
     assert len(names) == 2
     for name in names:
         (here / name).write_bytes(spoil((here / name).read_bytes()))
-    again = runner.run(config, here, device="cpu", console=False, siblings=siblings)
+    again = run_quietly(config, here, siblings=siblings)
     assert again.objective == whole.objective
     assert again.statistics["env_steps_here"] == whole.statistics["env_steps"]
     assert (here / "curve.jsonl").read_bytes() == (tmp_path / "whole" / "curve.jsonl").read_bytes()
@@ -188,4 +188,4 @@ def test_a_trial_of_which_all_checkpoints_are_torn_starts_again(
     config = TrialConfig.from_mapping({**_config("CartPole-v1"), "optimizer": {"lr": 2e-3}})
     (fork / names[0]).write_bytes(spoil((here / names[0]).read_bytes()))
     with pytest.raises(TornCheckpoint):
-        runner.run(config, fork, device="cpu", console=False, siblings=siblings)
+        run_quietly(config, fork, siblings=siblings)

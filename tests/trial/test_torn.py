@@ -17,8 +17,8 @@ from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import TornCheckpoint
 from ppo_hpo.state.checkpoint import Checkpoint, Storage, arrays_digest, read
 from ppo_hpo.state.curve import read_curve
-from ppo_hpo.state.remote_store import Store
 from ppo_hpo.trial import runner
+from tests.runs import run_quietly
 
 CONFIG = TrialConfig.from_mapping(
     {
@@ -33,9 +33,7 @@ SAMPLE = 6
 
 
 def go_on(directory: Path, epochs: int) -> runner.Outcome:
-    return runner.run(
-        CONFIG.replace(task={"epochs": epochs, "max_epochs": 3}), directory, device="cpu", console=False
-    )
+    return run_quietly(CONFIG.replace(task={"epochs": epochs, "max_epochs": 3}), directory)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +129,7 @@ def test_on_another_machine_a_trial_of_which_all_is_torn_starts_again(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def run(directory: Path) -> Path:
-        runner.run(
-            CONFIG, directory, device="cpu", console=False, uid="abc", store=Store(str(tmp_path / "store"))
-        )
+        run_quietly(CONFIG, directory, trial_id="abc", checkpoint_store=str(tmp_path / "store"))
         return directory
 
     run(tmp_path / "here")
