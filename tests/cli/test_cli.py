@@ -118,11 +118,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown device": (
         ["--device", "gpu"],
-        ["`device` must be auto, cpu, cuda, cuda:N or cuda:N,M, but got 'gpu'"],
+        ["argument --device: must be auto, cpu, cuda, cuda:N or cuda:N,M, but got 'gpu'"],
     ),
     "no trials on a device": (
         ["--trials-per-device", "0"],
-        ["`trials_per_device` must be a whole number of at least 1, but got 0"],
+        ["argument --trials-per-device: must be a whole number of at least 1, but got '0'"],
     ),
     "unknown key": (["--set", "ppo.clip_rnge=0.1"], ["`ppo.clip_rnge`", "Did you mean clip_range?"]),
     "unknown group": (["--set", "pppo.gamma=0.1"], ["A group must be one of env, task", "'pppo'"]),

@@ -1,0 +1,141 @@
+"""What subcommands share: a parser whose errors take one line, and options that several of them have."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from ppo_hpo.spec.errors import UserError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction["Parser"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line and names the command's ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError` instead of ending the process."""
+        raise UserError(f"{message.rstrip('.')}. See {self.prog} --help.")
+
+
+# ------------------------------------------------------------------------- types of values
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole_number(text, 1)
+
+
+def non_negative(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, low: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = low - 1
+    if number < low:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, but got {text!r}")
+    return number
+
+
+def _device(text: str) -> str:
+    """The name of a device, which is checked before anything is done with it."""
+    if text == "auto":  # This is the default, which argparse sends through here too. It needs no import.
+        return text
+    from ppo_hpo.trial.gpu_slots import device_name
+
+    try:
+        return device_name(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("`device` ")) from None
+
+
+def directory(text: str) -> str:
+    """The path of a directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a directory, but got ''. Write . for the current one")
+    return text
+
+
+def experiment_name(text: str) -> str:
+    """An experiment's name. A shell that completes the name of its directory appends a slash."""
+    return text.rstrip("/") or text
+
+
+# ---------------------------------------------------------------------------------- options
+
+
+def also(parser: argparse._ActionsContainer, action: argparse.Action, *names: str) -> None:
+    """Accept more names for an option, which ``--help`` does not list."""
+    other = copy.copy(action)
+    other.option_strings, other.help, other.required = list(names), argparse.SUPPRESS, False
+    parser._add_action(other)
+
+
+def add_experiment(parser: Parser) -> None:
+    """Add the experiment's name, and the file that says where its database is."""
+    parser.add_argument("name", metavar="NAME", type=experiment_name, help="name of the experiment")
+    add_orion_config(
+        parser, "Without it, ppo-hpo tries NAME/orion.yaml (which `ppo-hpo sweep` writes), then "
+        "ORION_DB_TYPE and ORION_DB_ADDRESS, then Orion's default."
+    )  # fmt: skip
+
+
+def add_orion_config(parser: Parser, otherwise: str) -> None:
+    """Add Orion's configuration file; ``otherwise`` says what happens without it."""
+    action = parser.add_argument(
+        "-c", "--orion-config", metavar="FILE",
+        help=f"Orion's configuration file, which says where the database is. {otherwise}",
+    )  # fmt: skip
+    also(parser, action, "--config")
+
+
+def add_devices(parser: argparse._ActionsContainer) -> None:
+    """Add where trials train, and how many of them share a GPU."""
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", type=_device,
+        help="where to train: cpu; cuda (all GPUs, shared out among the trials); cuda:N or cuda:N,M (only "
+        "these); auto (the default: the GPUs if observations are images, else the CPU). "
+        "See docs/how-to/gpus.md.",
+    )  # fmt: skip
+
+
+def add_trials_per_device(parser: argparse._ActionsContainer) -> None:
+    """Add how many trials share a GPU."""
+    parser.add_argument(
+        "--trials-per-device", type=positive, metavar="N",
+        help="how many trials one GPU trains at a time, counting all of your sweeps and hunts on this "
+        "machine (default: unlimited)",
+    )  # fmt: skip
+
+
+def add_stop_poor(parser: argparse._ActionsContainer) -> None:
+    """Add the stopping of poor trials."""
+    parser.add_argument(
+        "--stop-poor", action="store_true",
+        help="stop a trial between two rungs if its best return is below the median of the experiment's "
+        "other trials. See docs/explanation/early-stopping.md.",
+    )  # fmt: skip
+
+
+def add_checkpoint_store(parser: argparse._ActionsContainer, help: str) -> None:
+    """Add a second place for checkpoints."""
+    action = parser.add_argument(
+        "--checkpoint-store", metavar="URL", help=f"{help} (default: $PPO_HPO_STORE)"
+    )
+    also(parser, action, "--store")
+
+
+def find_modules_here() -> None:
+    """Let environments be modules in the current directory.
+
+    ``python -m`` finds such modules; a console script does not, unless it is told to.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")

@@ -1,0 +1,187 @@
+"""Commands that read or repair an experiment: ``report``, ``best``, ``lineage``, ``retry`` and ``clean``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from ppo_hpo.cli import common
+from ppo_hpo.trial import process
+
+if TYPE_CHECKING:
+    from ppo_hpo.cli.common import Commands
+
+
+def add_commands(commands: Commands) -> None:
+    """Add all of them."""
+    _add_report(commands)
+    _add_best(commands)
+    _add_lineage(commands)
+    _add_retry(commands)
+    _add_clean(commands)
+
+
+# ---------------------------------------------------------------------------------- report
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="summarize an experiment: best trial, cost, steps saved",
+        description="Summarize an experiment: its best trial, what its trials cost, and what early stopping "
+        "saved.",
+    )
+    common.add_experiment(report)
+    report.add_argument("--html", metavar="FILE", help="also write a web page with plots")
+    report.set_defaults(command=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.inspect.report import report
+
+    print(report(arguments.name, arguments.orion_config, html=arguments.html))
+    return 0
+
+
+# ------------------------------------------------------------------------------------ best
+
+
+def _add_best(commands: Commands) -> None:
+    best = commands.add_parser(
+        "best",
+        help="retrain the best trials on fresh seeds, or export them",
+        description="Print the best trials of an experiment. With --test-seeds, retrain each one from "
+        "scratch on fresh seeds, next to a preset or the default hyperparameters, and compare the scores. "
+        "Rerun the command to resume.",
+    )
+    common.add_experiment(best)
+    best.add_argument("--top", type=common.positive, default=3, metavar="K",
+                      help="how many configurations (default: 3)")  # fmt: skip
+    best.add_argument("--export", metavar="FILE", help="write the best configuration as a preset")
+    best.add_argument("--policy", metavar="FILE",
+                      help="write the best trial's policy, as ONNX if FILE ends in .onnx")  # fmt: skip
+    test = best.add_argument_group("retraining on fresh seeds")
+    test.add_argument("--test-seeds", type=common.non_negative, default=0, metavar="N",
+                      help="retrain each configuration on N fresh seeds; 10 is a good choice (default: 0)"
+                      )  # fmt: skip
+    test.add_argument("--against", metavar="PRESET",
+                      help="what to compare with: a preset, a file, `default` or `none` (default: the "
+                      "environment's preset if there is one, else `default`)")  # fmt: skip
+    workers = test.add_argument("--workers", type=common.positive, metavar="N",
+                                help="how many trials run at a time (default: the number of usable CPU "
+                                "cores); also --n-jobs")  # fmt: skip
+    common.also(test, workers, "--n-jobs")
+    common.add_devices(test)
+    place = test.add_argument("--test-dir", metavar="DIR", type=common.directory,
+                              help="directory for the retrained trials (default: best, in the experiment's "
+                              "working directory)")  # fmt: skip
+    common.also(test, place, "--dir")
+    test.add_argument("--html", metavar="FILE", help="also write a web page with a plot of the test scores")
+    best.set_defaults(command=_best)
+
+
+def _best(arguments: argparse.Namespace) -> int:
+    common.find_modules_here()
+    if arguments.test_seeds:
+        process.raise_on_signals()
+    from ppo_hpo.sweeps.best import best
+
+    text = best(
+        arguments.name,
+        arguments.orion_config,
+        top=arguments.top,
+        test_seeds=arguments.test_seeds,
+        workers=arguments.workers or 2,
+        device=arguments.device,
+        directory=arguments.test_dir,
+        against=arguments.against,
+        export=arguments.export,
+        policy=arguments.policy,
+        html=arguments.html,
+        progress=sys.stderr,
+    )
+    print(text)
+    return 0
+
+
+# --------------------------------------------------------------------------------- lineage
+
+
+def _add_lineage(commands: Commands) -> None:
+    lineage = commands.add_parser(
+        "lineage",
+        help="show promotions and forks of trials as a tree",
+        description="Print the trials of an experiment as a tree: each one below the trial it resumed from.",
+    )
+    common.add_experiment(lineage)
+    lineage.set_defaults(command=_lineage)
+
+
+def _lineage(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.inspect.lineage import lineage
+
+    print(lineage(arguments.name, arguments.orion_config))
+    return 0
+
+
+# ----------------------------------------------------------------------------------- retry
+
+
+def _add_retry(commands: Commands) -> None:
+    retry = commands.add_parser(
+        "retry",
+        help="requeue failed or stuck trials",
+        description="Requeue broken trials, and reserved trials that no worker trains any more. The next "
+        "worker resumes them from their latest checkpoint. This also repairs what a killed worker left "
+        "behind: the algorithm's lock, and results that the algorithm was not told.",
+    )
+    common.add_experiment(retry)
+    retry.add_argument("--trial", metavar="ID", help="only this trial; the beginning of its id is enough")
+    retry.add_argument("--status", choices=["broken", "reserved"], help="only trials of this status")
+    retry.set_defaults(command=_retry)
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.inspect.retry import retry
+
+    text = retry(arguments.name, arguments.orion_config, trial=arguments.trial, status=arguments.status)
+    print(text)
+    return 0
+
+
+# ----------------------------------------------------------------------------------- clean
+
+
+def _add_clean(commands: Commands) -> None:
+    clean = commands.add_parser(
+        "clean",
+        help="remove checkpoints that no trial can resume from",
+        description="Remove checkpoints of completed trials that Orion cannot promote any more: those at the "
+        "highest fidelity, and those promoted already. Curves, logs and results stay.",
+    )
+    common.add_experiment(clean)
+    clean.add_argument("--dry-run", action="store_true", help="only print what would be removed")
+    clean.add_argument("--finished", action="store_true",
+                       help="the experiment is finished, and nobody will raise its max_trials: also clean "
+                       "the trials that could still be promoted")  # fmt: skip
+    clean.add_argument("--keep", type=common.non_negative, default=1, metavar="N",
+                       help="keep the latest checkpoint of the N best trials (default: 1)")  # fmt: skip
+    common.add_checkpoint_store(clean, "also clean this checkpoint store")
+    clean.set_defaults(command=_clean)
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.inspect.clean import clean
+    from ppo_hpo.state.remote_store import open_store
+
+    text = clean(
+        arguments.name,
+        arguments.orion_config,
+        dry_run=arguments.dry_run,
+        finished=arguments.finished,
+        keep=arguments.keep,
+        store=open_store(arguments.checkpoint_store),
+    )
+    print(text)
+    return 0

@@ -1,0 +1,99 @@
+"""``ppo-hpo run``, which trains one trial, and ``ppo-hpo preload``, which manages preloaded processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from ppo_hpo.cli import common
+from ppo_hpo.spec.errors import UserError
+from ppo_hpo.trial import process
+
+if TYPE_CHECKING:
+    from ppo_hpo.cli.common import Commands
+
+
+def add_commands(commands: Commands) -> None:
+    """Add ``run`` and ``preload``."""
+    _add_run(commands)
+    preload = commands.add_parser("preload", help="list or stop the processes that `run --preload` uses")
+    preload.description = (
+        "List your preloaded processes on this machine. `ppo-hpo run --preload` starts one on demand. It has "
+        "torch imported already, so that trials start faster. See docs/how-to/preload.md."
+    )
+    preload.add_argument("--stop", action="store_true", help="stop each one after its trials have ended")
+    preload.set_defaults(command=_preload)
+    # The former name. `--help` does not list it.
+    commands.add_parser("warm", parents=[preload], add_help=False)
+
+
+def _add_run(commands: Commands) -> None:
+    run = commands.add_parser(
+        "run",
+        help="train one trial; `orion hunt` calls this too",
+        description="Train one trial, or resume it: rerun the same command to resume. Under `orion hunt`, "
+        "Orion chooses the trial's directory and reads its result.",
+    )
+    run.add_argument("--config", required=True, metavar="FILE",
+                     help="the trial's YAML file, or the name of a shipped preset")  # fmt: skip
+    run.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
+                     help="replace one value of the file, as in --set optimizer.lr=3e-4; repeatable"
+                     )  # fmt: skip
+    run.add_argument("--epochs", type=int, metavar="N",
+                     help="train up to this epoch, at most the file's task.max_epochs")  # fmt: skip
+    run.add_argument("--seed", type=int, metavar="N", help="the same as --set task.seed=N")
+    run.add_argument("--dir", metavar="DIR", type=common.directory,
+                     help="directory for the trial's output (default: Orion's, or "
+                     "ppo-hpo-runs/ENV-HASH)")  # fmt: skip
+    common.add_devices(run)
+    common.add_trials_per_device(run)
+    preload = run.add_argument(
+        "--preload", action="store_true",
+        help="run in a preloaded background process, started on demand. See docs/how-to/preload.md.",
+    )  # fmt: skip
+    common.also(run, preload, "--warm")
+    run.add_argument("--takeover", action="store_true",
+                     help="stop another process that trains this trial, instead of waiting for it"
+                     )  # fmt: skip
+    run.add_argument("--retries", type=int, metavar="N",
+                     help="after a failure that may be temporary, resume from the latest checkpoint, up to N "
+                     "times for each epoch (default: 2 under Orion, else 0)")  # fmt: skip
+    common.add_stop_poor(run)
+    common.add_checkpoint_store(
+        run, "also keep checkpoints at this URL, for workers that share no file system: s3://..., sftp://... "
+        "or a directory"
+    )  # fmt: skip
+    run.add_argument("--parent", metavar="ID",
+                     help="id of the trial that this one resumes from, to find it in the checkpoint store; "
+                     "under orion hunt, write --parent '{trial.parent}'")  # fmt: skip
+    run.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.trial import run_command
+
+    fields = run_command.RunRequest.__dataclass_fields__
+    request = run_command.RunRequest(**{name: getattr(arguments, name) for name in fields})
+    if arguments.preload or "1" in (os.environ.get("PPO_HPO_PRELOAD"), os.environ.get("PPO_HPO_WARM")):
+        process.raise_on_signals()
+        from ppo_hpo.trial import preload_client
+
+        code = preload_client.run(vars(request))
+        if code is not None:
+            return code
+    return run_command.run_and_exit_code(request)
+
+
+def _preload(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.trial import preload_client
+
+    try:
+        for number in preload_client.servers():
+            if arguments.stop:
+                os.kill(number, signal.SIGTERM)
+            print(f"process {number}{': asked to stop' if arguments.stop else ''}")
+    except OSError as error:
+        raise UserError(f"Preloaded processes cannot be listed: {error}.") from None
+    return 0

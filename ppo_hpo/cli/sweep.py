@@ -1,0 +1,156 @@
+"""``ppo-hpo sweep``, which tunes PPO on an environment."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ppo_hpo.cli import common
+from ppo_hpo.spec.errors import UserError
+
+if TYPE_CHECKING:
+    from ppo_hpo.cli.common import Commands
+
+
+def add_commands(commands: Commands) -> None:
+    """Add ``sweep``."""
+    sweep = commands.add_parser(
+        "sweep",
+        help="tune PPO on an environment, in one command",
+        description="Tune PPO on an environment. The sweep's files go to a directory named after it. Rerun "
+        "the command to resume, or repeat it with a larger --max-trials.",
+    )
+    sweep.add_argument("what", nargs="?", metavar="ENV|FILE",
+                       help="an environment's id, or a search space's YAML file; not needed to resume a "
+                       "sweep by its --name")  # fmt: skip
+    # A second spelling of the positional argument, as in other tools.
+    sweep.add_argument("--env", metavar="ENV", help=argparse.SUPPRESS)
+    _add_search(sweep.add_argument_group("what is searched"))
+    _add_execution(sweep.add_argument_group("how trials run"))
+    _add_files(sweep.add_argument_group("where files go"))
+    sweep.add_argument("--quiet", action="store_true", help="hide progress and print only the final summary")
+    sweep.set_defaults(command=_sweep)
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--space", metavar="NAME",
+                       help="a shipped search space (see `ppo-hpo space list`) or a YAML file (default: "
+                       "default)")  # fmt: skip
+    group.add_argument("--algorithm", metavar="NAME",
+                       help="Orion's algorithm, or its name with options: '{asha: {seed: 2, num_rungs: 3}}' "
+                       "(default: asha; random if the space has no fidelity)")  # fmt: skip
+    trials = group.add_argument("--max-trials", type=common.positive, metavar="N",
+                                help="how many trials to complete in all (default: 40); also --n-trials"
+                                )  # fmt: skip
+    common.also(group, trials, "--n-trials")
+    group.add_argument("--seeds", type=common.positive, metavar="N",
+                       help="train each trial with this many seeds and score it by all of them (default: the "
+                       "space's task.seeds, or 1)")  # fmt: skip
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", metavar="N", type=_epochs, help="train every trial for N epochs")
+    length.add_argument("--fidelity", metavar="PRIOR", dest="epochs",
+                        help="let the algorithm choose the epochs: 'fidelity(1, 16, base=4)' promotes good "
+                        "trials from 1 to 4 to 16 epochs (default: the space's)")  # fmt: skip
+    group.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
+                       help="fix one value of the space, as in --set ppo.gamma=0.99; repeatable")  # fmt: skip
+    group.add_argument("--warm-start", action="append", metavar="PRESET",
+                       help="try this preset or configuration file first; repeatable")  # fmt: skip
+
+
+def _add_execution(group: argparse._ArgumentGroup) -> None:
+    workers = group.add_argument("--workers", type=common.positive, metavar="N",
+                                 help="how many trials run at a time (default: the number of usable CPU "
+                                 "cores, or what a cluster has room for); also --n-jobs")  # fmt: skip
+    common.also(group, workers, "--n-jobs")
+    group.add_argument("--executor", metavar="NAME|ADDRESS",
+                       help="what runs the trials: workers (processes of this machine, the default), single, "
+                       "joblib, poolexecutor, dask, ray, or a cluster's address such as "
+                       "tcp://HOST:8786; options as in '{ray: {num_gpus: 0.5}}'. "
+                       "See docs/how-to/many-machines.md.")  # fmt: skip
+    common.add_devices(group)
+    common.add_trials_per_device(group)
+    common.add_stop_poor(group)
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--name", metavar="NAME", type=common.experiment_name,
+                       help="name of the sweep (default: environment and algorithm)")  # fmt: skip
+    group.add_argument("--dir", metavar="DIR", type=common.directory,
+                       help="directory for the sweep's output (default: the sweep's name)")  # fmt: skip
+    group.add_argument("--storage", metavar="FILE|URL",
+                       help="Orion's database (default: orion.sqlite in the sweep's directory)")  # fmt: skip
+    common.add_checkpoint_store(
+        group, "also keep checkpoints at this URL, for workers that share no file system"
+    )
+
+
+def _epochs(text: str) -> int | str:
+    """A number of epochs, or the prior of a fidelity."""
+    return text if "(" in text else common.positive(text)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    common.find_modules_here()
+    from ppo_hpo.sweeps.run import SweepInterrupted, sweep
+    from ppo_hpo.trial.run_command import parse_setting
+
+    env, space = _env_and_space(arguments)
+    overrides: dict[str, dict[str, Any]] = {}
+    for setting in arguments.settings:
+        group, key, value = parse_setting(setting)
+        overrides.setdefault(group, {})[key] = value
+    try:
+        result = sweep(
+            env,
+            space,
+            _with_options(arguments.algorithm, "--algorithm"),
+            max_trials=arguments.max_trials,
+            n_workers=arguments.workers,
+            seeds=arguments.seeds,
+            storage=arguments.storage,
+            executor=_with_options(arguments.executor, "--executor"),
+            device=arguments.device,
+            trials_per_device=arguments.trials_per_device,
+            warm_start=arguments.warm_start,
+            name=arguments.name,
+            epochs=arguments.epochs,
+            overrides=overrides,
+            directory=arguments.dir,
+            store=arguments.checkpoint_store,
+            stop_poor=arguments.stop_poor,
+            progress=not arguments.quiet,
+        )
+    except SweepInterrupted as stop:
+        code = 128 + stop.signum
+        print(f"ppo-hpo: {stop} (exit code {code})", file=sys.stderr)
+        return code
+    print(result)
+    return 0
+
+
+def _env_and_space(arguments: argparse.Namespace) -> tuple[str | None, str | None]:
+    """The environment and the space, either of which the positional argument may name."""
+    env, space = arguments.env, arguments.space
+    if arguments.what is None:
+        if env is None and space is None and arguments.name is None:
+            raise UserError(
+                "Name an environment, as in: ppo-hpo sweep CartPole-v1. See ppo-hpo sweep --help."
+            )
+    elif arguments.what.endswith((".yaml", ".yml")):
+        if space is not None:
+            raise UserError(f"Two spaces were given, {arguments.what} and {space}. Leave one out.")
+        space = arguments.what
+    elif env not in (None, arguments.what):
+        raise UserError(f"Two environments were given, {arguments.what} and {env}. Leave one out.")
+    else:
+        env = arguments.what
+    return env, space
+
+
+def _with_options(text: str | None, option: str) -> Any:
+    """A name, or the mapping of a name to options that the text holds."""
+    from ppo_hpo.spec import yamlio
+
+    # An address is a name, although YAML would take its colon for a key's.
+    return text if text is None or "{" not in text else yamlio.parse(text, option)
