@@ -1,27 +1,18 @@
-"""What Orion imports when it makes an algorithm: it turns on `lean`, `orionfixes` and `promote`, no more.
+"""What Orion imports when it makes an algorithm. It installs the patches of `speedups` and `fixes`.
 
-An entry point of Orion's group ``BaseAlgorithm`` is the only thing of ours that a plain ``orion hunt``
-loads, and one that fails would break every algorithm of everybody. So nothing that goes wrong here gets
-out.
+An entry point of Orion's group ``BaseAlgorithm`` is the only code of ppo_hpo that a plain ``orion hunt``
+loads. An entry point that fails would break every algorithm for every user of Orion, so all errors are logged
+here and go no further.
 """
 
 loaded = True
-try:
-    from ppo_hpo.orion import speedups
+for _module in ("speedups", "fixes"):
+    try:
+        from importlib import import_module
 
-    speedups.install()
-except Exception:  # Orion does without
-    loaded = False
-    import logging
+        import_module(f"ppo_hpo.orion.{_module}").install()
+    except Exception:  # Orion works without the patches.
+        loaded = False
+        import logging
 
-    logging.getLogger("ppo_hpo").warning("Orion is left as it is", exc_info=True)
-try:
-    from ppo_hpo.orion import fixes, promote
-
-    if fixes.install():
-        promote.install()
-except Exception:
-    loaded = False
-    import logging
-
-    logging.getLogger("ppo_hpo").warning("Orion's mistakes are left as they are", exc_info=True)
+        logging.getLogger("ppo_hpo").warning("ppo_hpo could not install its %s", _module, exc_info=True)

@@ -1,76 +1,58 @@
-"""Mistakes of Orion 0.2.7 that stop a sweep, worked round from our side until a release repairs them.
+"""Patches for defects of Orion 0.2.7 that stop a sweep.
 
-Each of the functions below `_install` mends one, says where it is known, and acts only where Orion fails,
-waits for ever or sorts by NaN: a sweep that went well without it gets the very same suggestions. What a
-plugin cannot mend is in docs/how-to/orion-hunt.md, with what to do.
+Each function below `_apply` fixes one defect and says where the defect is known. It acts only where Orion
+fails, waits for ever or sorts by NaN. A sweep that went well without it gets the same suggestions.
+docs/how-to/orion-hunt.md lists the defects that a plugin cannot fix, and what to do about them.
 
-Like `lean`, all this is for the version of Orion that it was tested with, and ``PPO_HPO_FIXES=0`` in the
-environment turns it off. ``tests/orion/test_fixes.py`` shows each mistake in Orion as it is, and fails once
-it is gone.
+The patches are for the version of Orion that they were tested with. ``PPO_HPO_FIXES=0`` in the environment
+turns them off. ``tests/orion/test_fixes.py`` shows each defect in unpatched Orion, and fails once it is gone.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
-import logging
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-VARIABLE = "PPO_HPO_FIXES"
-TESTED_ORION = "0.2.7"
+from ppo_hpo.orion import patch
 
-_log = logging.getLogger("ppo_hpo")
-_installed = threading.Lock()
-_answer: bool | None = None
+VARIABLE = "PPO_HPO_FIXES"
+_OUR_COMMANDS = ("ppo-hpo", "ppo_hpo")
 
 
 def install() -> bool:
-    """Mend Orion in this process, once; see the module.
+    """Fix Orion in this process.
 
     Returns:
-        Whether it is done: not with ``PPO_HPO_FIXES=0``, nor with a version of Orion that was not tested.
+        Whether it is fixed; see `ppo_hpo.orion.patch.install_once`.
     """
-    global _answer
-    with _installed:
-        if _answer is None:
-            _answer = _install()
-        return _answer
+    return patch.install_once(VARIABLE, "The fixes of Orion", _apply)
 
 
-def _install() -> bool:
-    if os.environ.get(VARIABLE, "1") == "0":
-        return False
+def _apply() -> None:
     from importlib import import_module
-    from importlib.metadata import version
 
-    found = version("orion")
-    if found != TESTED_ORION:
-        _log.warning(
-            "Orion's mistakes are left as they are: it is %s, and ppo_hpo.orion.fixes was tested with %s",
-            found,
-            TESTED_ORION,
-        )
-        return False
-    # All that can fail comes first, so that it is done wholly or not at all.
+    # Whatever can fail comes first, so that either all patches are applied or none.
     from orion.algo.asha.asha import ASHABracket
     from orion.algo.evolution_es import mutate_functions
     from orion.algo.hyperband.hyperband import Hyperband, HyperbandBracket
     from orion.algo.pbt import pbt
     from orion.algo.pbt.exploit import TruncateExploit
+    from orion.core.utils import backward
     from orion.core.worker.transformer import OneHotEncode
 
     sorting = [import_module(name) for name in ("orion.algo.pbt.exploit", "orion.algo.tpe.tpe")]
-    register = _register(HyperbandBracket.register, ASHABracket)
-    init = _init(pbt.PBT.__init__, TruncateExploit)
-    objective = _objective(pbt.get_objective)
-    transform = _transform(OneHotEncode.transform)
+    register = _hyperband_register(HyperbandBracket.register, ASHABracket)
+    init = _pbt_init(pbt.PBT.__init__, TruncateExploit)
+    objective = _pbt_objective(pbt.get_objective)
+    transform = _one_hot_transform(OneHotEncode.transform)
     mutate = _mutate(mutate_functions.default_mutate)
+    ensure_directory = _ensure_trial_working_dir(backward.ensure_trial_working_dir)
 
-    Hyperband.rng = _Generator()
+    Hyperband.rng = _UnseededGenerator()
     HyperbandBracket.register = register
     pbt.PBT.__init__ = init
     pbt.get_objective = objective
@@ -78,14 +60,15 @@ def _install() -> bool:
         module.sorted = _sorted  # type: ignore[attr-defined]
     OneHotEncode.transform = transform
     mutate_functions.default_mutate = mutate
-    return True
+    backward.ensure_trial_working_dir = ensure_directory
 
 
-class _Generator:
-    """The generator of a Hyperband that was given no seed, made when it is first asked for.
+class _UnseededGenerator:
+    """The rng of a Hyperband that has no seed. It is made when it is first needed.
 
-    Without it the first `state_dict` ends in ``'Hyperband' object has no attribute 'rng'``:
-    https://github.com/Epistimio/orion/issues/1002. One that was seeded has its own, which comes first.
+    Without it the first `state_dict` fails with ``'Hyperband' object has no attribute 'rng'``:
+    https://github.com/Epistimio/orion/issues/1002. A seeded Hyperband has an attribute of its own, which
+    Python finds first.
     """
 
     def __get__(self, algorithm: Any, owner: type) -> Any:
@@ -97,18 +80,18 @@ class _Generator:
         return algorithm.rng
 
 
-def _register(plain: Callable[..., Any], asha: type) -> Callable[..., Any]:
-    """A broken trial, and one whose objective is NaN, is the worst of its rung.
+def _hyperband_register(original: Callable[..., Any], asha: type) -> Callable[..., Any]:
+    """Rank a broken trial, and one whose objective is NaN, last in its rung.
 
-    A rung of Hyperband or EvolutionES waits until each trial has an objective; a broken one never gets any:
-    https://github.com/Epistimio/orion/issues/757, 691 and 858. ASHA leaves broken trials out, as before.
-    Among floats NaN is neither less nor more, so that a sorted rung is in no order, and NaN was promoted.
-    When a broken trial was put back and completes, its result takes the place of this one.
+    A rung of Hyperband or EvolutionES waits until each trial has an objective, and a broken trial never gets
+    one: https://github.com/Epistimio/orion/issues/757, 691 and 858. ASHA leaves broken trials out by itself.
+    NaN is neither less nor more than any float, so a rung that contains it is not sorted, and NaN was
+    promoted. If a broken trial is requeued and completes, its result replaces the last rank.
     """
 
-    @functools.wraps(plain)
+    @functools.wraps(original)
     def register(self: Any, trial: Any) -> None:
-        plain(self, trial)
+        original(self, trial)
         results = self._get_results(trial)
         key = self.owner.get_id(trial, ignore_fidelity=True, ignore_parent=True)
         objective, kept = results[key]
@@ -119,17 +102,17 @@ def _register(plain: Callable[..., Any], asha: type) -> Callable[..., Any]:
     return register
 
 
-def _mutate(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """EvolutionES's mutations stay between the bounds of a real number.
+def _mutate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the mutations of EvolutionES between the bounds of a real dimension.
 
-    One that would leave them is put up to 0.001 inside the bound, which is beyond the other bound of a short
-    interval: between 1e-8 and 1e-4 it was -2.6e-4, and the sweep ended in ``ValueError: Trial ... not
-    contained in space``.
+    Orion moves a mutation that leaves the interval to up to 0.001 inside the bound. In a short interval this
+    is beyond the other bound: between 1e-8 and 1e-4 it gave -2.6e-4, and the sweep failed with
+    ``ValueError: Trial ... not contained in space``.
     """
 
-    @functools.wraps(plain)
+    @functools.wraps(original)
     def mutate(search_space: Any, rng: Any, old_value: Any, **kwargs: Any) -> Any:
-        value = plain(search_space, rng, old_value, **kwargs)
+        value = original(search_space, rng, old_value, **kwargs)
         if search_space.type != "real":
             return value
         low, high = search_space.interval()
@@ -138,19 +121,21 @@ def _mutate(plain: Callable[..., Any]) -> Callable[..., Any]:
     return mutate
 
 
-def _init(plain: Callable[..., Any], truncate: type) -> Callable[..., Any]:
-    """PBT begins at the lowest fidelity, and with a population smaller than its rules ask for.
+def _pbt_init(original: Callable[..., Any], truncate: type) -> Callable[..., Any]:
+    """Let PBT begin at exactly the lowest fidelity, and let its rules work for a small population.
 
-    Its fidelities are powers: from 3 with the base 5 they begin with 3.0000000000000004, the trials with
-    3, and the first promotion ends in ``KeyError: 3`` (so with 51 of the 180 pairs of a ``low`` from 1 to 20
-    and a ``base`` from 2 to 10). And its rules decide on nothing before five trials of a generation are
-    completed, nor where a fifth of them is less than one: with ``population_size`` below five none is ever
-    continued, and `suggest` waits for ever. What is stored of the configuration stays what it was.
+    PBT computes its fidelities as powers. From 3 with base 5 they begin with 3.0000000000000004 while the
+    trials have 3, and the first promotion fails with ``KeyError: 3``. This happens for 51 of the 180 pairs of
+    a ``low`` from 1 to 20 and a ``base`` from 2 to 10.
+
+    PBT's rules also wait for five completed trials of a generation, and for a fifth of them to be at least
+    one. With ``population_size`` below five no trial is ever continued, and `suggest` waits for ever. The
+    configuration that Orion stores stays as it was.
     """
 
-    @functools.wraps(plain)  # Orion reads the names of what it stores from the signature
+    @functools.wraps(original)  # Orion reads the names of what it stores from the signature.
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs)
+        original(self, *args, **kwargs)
         low = self.fidelity_dim.low
         if self.fidelities[0] != low and math.isclose(self.fidelities[0], low):
             self.fidelities[0] = low
@@ -159,26 +144,26 @@ def _init(plain: Callable[..., Any], truncate: type) -> Callable[..., Any]:
         for rule in getattr(self.exploit_func, "pipeline", [self.exploit_func]):
             if isinstance(rule, truncate) and size < getattr(rule, "min_forking_population", 0):
                 ratio = getattr(rule, "candidate_pool_ratio", 0.0)
-                # A little more than one's share, which could come out as 0.99 of a trial.
+                # Slightly more than 1 / size, because the product could come out as 0.99 trials.
                 vars(rule).update(min_forking_population=size, candidate_pool_ratio=max(ratio, 1.001 / size))
 
     return init
 
 
-def _transform(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Categories as rows of a unit matrix.
+def _one_hot_transform(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Encode categories as rows of a unit matrix.
 
-    Orion adds a list to what `numpy.meshgrid` returns, which is a tuple since numpy 2: ``choices`` of three
-    options or more end in ``TypeError: can only concatenate tuple (not "list") to tuple`` for all
-    algorithms that want numbers, such as PB2.
+    Orion adds a list to the result of `numpy.meshgrid`, which is a tuple since numpy 2. So ``choices`` of
+    three options or more fail with ``TypeError: can only concatenate tuple (not "list") to tuple`` for all
+    algorithms that need numbers, such as PB2.
     """
 
-    @functools.wraps(plain)
+    @functools.wraps(original)
     def transform(self: Any, point: Any) -> Any:
         import numpy
 
         if self.num_cats <= 2:
-            return plain(self, point)
+            return original(self, point)
         found = numpy.asarray(point)
         assert numpy.all((found >= 0) & (found < self.num_cats) & (found % 1 == 0))
         return numpy.eye(self.num_cats)[found.astype(int)]
@@ -186,12 +171,12 @@ def _transform(plain: Callable[..., Any]) -> Callable[..., Any]:
     return transform
 
 
-def _objective(plain: Callable[[Any], float]) -> Callable[[Any], float]:
-    """As `_register`: NaN is the worst, for PBT's choice of the best trial of a lineage."""
+def _pbt_objective(original: Callable[[Any], float]) -> Callable[[Any], float]:
+    """Rank NaN last where PBT chooses the best trial of a lineage; see `_hyperband_register`."""
 
-    @functools.wraps(plain)
+    @functools.wraps(original)
     def get_objective(trial: Any) -> float:
-        found = plain(trial)
+        found = original(trial)
         return math.inf if _is_nan(found) else found
 
     return get_objective
@@ -200,16 +185,50 @@ def _objective(plain: Callable[[Any], float]) -> Callable[[Any], float]:
 def _sorted(
     values: Iterable[Any], *, key: Callable[[Any], Any] | None = None, reverse: bool = False
 ) -> list[Any]:
-    """In place of `sorted` where PBT and TPE sort by objectives: NaN is the worst."""
+    """Replace `sorted` where PBT and TPE sort by objectives, and rank NaN last."""
     if key is None:
         return builtins.sorted(values, reverse=reverse)
 
-    def worth(value: Any) -> Any:
+    def nan_last(value: Any) -> Any:
         found = key(value)
         return math.inf if _is_nan(found) else found
 
-    return builtins.sorted(values, key=worth, reverse=reverse)
+    return builtins.sorted(values, key=nan_last, reverse=reverse)
 
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
+
+
+def _ensure_trial_working_dir(original: Callable[..., None]) -> Callable[..., None]:
+    """Promote trials between machines that share no file system, in a hunt of `ppo-hpo run`.
+
+    Before Orion runs a promoted or forked trial, it copies the directory of its parent. If that directory is
+    on another machine, the whole hunt fails (`prepare_trial_working_dir` in orion/client/runner.py;
+    tests/end_to_end/test_hosts.py shows it). Orion calls this function just before it copies. An empty
+    directory is enough for `ppo-hpo run`, which finds the parent's checkpoint in the store, and starts from
+    scratch without one. From Python, `ppo_hpo.orion.objective.prepare_trial` does the same.
+    """
+
+    @functools.wraps(original)
+    def ensure_trial_working_dir(experiment: Any, trial: Any) -> None:
+        original(experiment, trial)
+        command = (experiment.metadata or {}).get("user_args") or []
+        if any(os.path.basename(str(word)) in _OUR_COMMANDS for word in command[:3]):
+            make_directory_without_parent(experiment, trial)
+
+    return ensure_trial_working_dir
+
+
+def make_directory_without_parent(client: Any, trial: Any) -> None:
+    """Make a trial's directory if its parent's directory is not on this machine. Orion then copies nothing.
+
+    Args:
+        client: Orion's experiment, or its client.
+        trial: Orion's trial.
+    """
+    if not trial.parent:
+        return
+    parent = client.get_trial(uid=trial.parent)
+    if parent is not None and not os.path.isdir(parent.working_dir):
+        os.makedirs(trial.working_dir, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo.orion import promote
+from ppo_hpo.orion import fixes
 from ppo_hpo.ppo.components import merge
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import Interrupted
@@ -184,8 +184,7 @@ def prepare_trial(client: ExperimentClient, trial: Trial) -> None:
     """
     from orion.client.runner import prepare_trial_working_dir
 
-    if trial.parent:
-        promote.make_room(client, trial)
+    fixes.make_directory_without_parent(client, trial)
     # This is what copies a parent's for ASHA and PBT.
     prepare_trial_working_dir(client, trial)
 

@@ -1,6 +1,8 @@
-"""A sweep of each algorithm by itself, for `test_lean.py`: what was suggested, and what is stored in the end.
+"""Runs sweeps of each algorithm for `test_speedups.py`, and prints the suggestions and the final database.
 
-    python lean_sweeps.py FOLDER DATABASE PART CASE...    # CASE: algorithm:order, of `ALGORITHMS` and `STEPS`
+    python speedups_sweeps.py FOLDER DATABASE PART CASE...
+
+A CASE is ``algorithm:order``, of `ALGORITHMS` and `STEPS`.
 
 Run in a process of its own, because Orion is changed for a whole process. It prints JSON. Clocks, which
 differ between any two runs, are left out.

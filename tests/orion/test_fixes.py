@@ -265,8 +265,8 @@ def test_nan_is_the_worst_for_pbt_and_tpe(tmp_path: Path) -> None:
 SAME = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import lean_sweeps
-lean_sweeps.main()
+import speedups_sweeps
+speedups_sweeps.main()
 from orion.algo.hyperband.hyperband import Hyperband
 print(hasattr(Hyperband, "rng"))
 """
@@ -275,7 +275,7 @@ print(hasattr(Hyperband, "rng"))
 def test_sweeps_that_went_well_get_the_very_same_suggestions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sweeps of `test_lean`: what was suggested, the state in the end and all trials."""
+    """The sweeps of `test_speedups`: what was suggested, the state in the end and all trials."""
     # Orion's own registry holds sets of names, whose order would differ between processes.
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     monkeypatch.setenv("PPO_HPO_LEAN", "0")
@@ -294,8 +294,8 @@ def test_sweeps_that_went_well_get_the_very_same_suggestions(
 def test_another_version_is_left_as_it_is(tmp_path: Path) -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
-        "from ppo_hpo import orionfixes\n"
-        "orionfixes.TESTED_ORION = '0.2.6'\n"
+        "from ppo_hpo.orion import fixes, patch\n"
+        "patch.TESTED_ORION = '0.2.6'\n"
         "from orion.algo.hyperband.hyperband import Hyperband\n"
         "print(fixes.install(), hasattr(Hyperband, 'rng'))\n"
     )

@@ -11,19 +11,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lean_sweeps
 import pytest
+import speedups_sweeps
 
 from ppo_hpo.orion import speedups
 
-CASES = [f"{algorithm}:{order}" for algorithm in lean_sweeps.ALGORITHMS for order in lean_sweeps.STEPS]
+CASES = [
+    f"{algorithm}:{order}" for algorithm in speedups_sweeps.ALGORITHMS for order in speedups_sweeps.STEPS
+]
 
 
 def sweeps(
     folder: Path, on: bool, part: int, cases: list[str], kind: str = "pickleddb"
 ) -> dict[str, list[Any]]:
     """All sweeps in one process, with Orion as it is or without its copies."""
-    command = [sys.executable, lean_sweeps.__file__, str(folder), kind, str(part), *cases]
+    command = [sys.executable, speedups_sweeps.__file__, str(folder), kind, str(part), *cases]
     # Orion's own registry holds sets of names, whose order would differ between processes.
     done = orion_process(command, on, PYTHONHASHSEED="0")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -43,7 +45,7 @@ def orion_process(
 
 def by_ours(blob: bytes) -> bool:
     """Whether a stored state was written without copies."""
-    return blob.endswith(speedups._MAGIC)
+    return b"_pickle\x94\x8c\x05loads" in blob
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_suggestions_and_state_are_those_of_orion(found: dict[str, Any], case: s
     assert found["lean"][case] == found["stock"][case]
 
 
-@pytest.mark.parametrize("algorithm", lean_sweeps.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", speedups_sweeps.ALGORITHMS)
 def test_a_sweep_goes_on_whoever_began_it(found: dict[str, Any], algorithm: str) -> None:
     case = f"{algorithm}:one"
     assert len(found["stock, stock"][case][2]) > len(found["stock"][case][2])
@@ -79,7 +81,7 @@ def test_a_sweep_goes_on_whoever_began_it(found: dict[str, Any], algorithm: str)
     assert found["lean, stock"][case] == found["stock, stock"][case]
 
 
-@pytest.mark.parametrize("algorithm", lean_sweeps.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", speedups_sweeps.ALGORITHMS)
 def test_a_sqlite_file_changes_nothing_either(found: dict[str, Any], algorithm: str) -> None:
     case = f"{algorithm}:two"
     assert found["sqlite"][case] == found["stock"][case]
@@ -96,25 +98,31 @@ def made(**values: Any) -> Any:
     return Trial(experiment=1, params=params, results=results, status="new")
 
 
+def trial_pickles() -> Any:
+    from orion.core.worker.trial import Trial
+
+    return speedups._TrialPickles(Trial)
+
+
 def as_data(state: Any) -> Any:
-    return lean_sweeps.plain(state, {})
+    return speedups_sweeps.plain(state, {})
 
 
 def test_a_state_is_a_plain_pickle_that_keeps_what_is_the_same_object() -> None:
-    trials = speedups._Trials()
+    trials = trial_pickles()
     first, second = made(x=0.25, y=1e-300), made(x=0.5, y=[1.0, 2.0])
     state = {"a": [first, second], "b": {"x": first}, "c": None}
     blob = trials.dumps(state)
-    for found in (pickle.loads(blob), trials.loads(blob), speedups._Trials().loads(blob)):
+    for found in (pickle.loads(blob), trials.loads(blob), trial_pickles().loads(blob)):
         assert as_data(found) == as_data(state)
         assert found["a"][0] is found["b"]["x"]
         assert found["a"][0] is not found["a"][1]
 
 
 def test_trials_that_are_equal_stay_apart() -> None:
-    trials = speedups._Trials()
+    trials = trial_pickles()
     blob = trials.dumps([made(x=0.5), made(x=0.5)])
-    for reader in (trials, speedups._Trials()):
+    for reader in (trials, trial_pickles()):
         one, other = reader.loads(blob)
         assert one is not other
         again, twin = reader.loads(blob)  # both known by now
@@ -122,7 +130,7 @@ def test_trials_that_are_equal_stay_apart() -> None:
 
 
 def test_a_trial_that_changed_in_place_is_written_anew_and_read_as_it_was() -> None:
-    trials = speedups._Trials()
+    trials = trial_pickles()
     trial = made(x=0.5)
     blob = trials.dumps({"trial": trial})
     trial.status = "broken"
@@ -138,19 +146,19 @@ def test_a_trial_that_changed_in_place_is_written_anew_and_read_as_it_was() -> N
 
 
 def test_what_has_not_changed_is_not_pickled_or_made_again() -> None:
-    trials = speedups._Trials()
-    state = trials.loads(speedups._Trials().dumps([made(x=float(number)) for number in range(5)]))
+    trials = trial_pickles()
+    state = trials.loads(trial_pickles().dumps([made(x=float(number)) for number in range(5)]))
     blob = trials.dumps([*state, made(x=9.0)])
     again = trials.loads(blob)
     assert all(old is new for old, new in zip(state, again, strict=False))
-    other = speedups._Trials()  # another worker knows all but the last
-    mine = other.loads(speedups._Trials().dumps(state))
+    other = trial_pickles()  # another worker knows all but the last
+    mine = other.loads(trial_pickles().dumps(state))
     assert [a is b for a, b in zip(mine, other.loads(blob), strict=False)] == [True] * 5
 
 
 def test_a_state_that_orion_pickled_is_read() -> None:
     state = {"a": made(x=0.5), "b": (1, 2)}
-    assert as_data(speedups._Trials().loads(pickle.dumps(state))) == as_data(state)
+    assert as_data(trial_pickles().loads(pickle.dumps(state))) == as_data(state)
 
 
 # When it does nothing
@@ -159,8 +167,8 @@ QUIET = """
 import logging, pickle, sys, warnings
 warnings.simplefilter("ignore")
 logging.basicConfig(format="%(name)s: %(message)s")
-from ppo_hpo.orion import speedups
-speedups.TESTED_ORION = sys.argv[1]
+from ppo_hpo.orion import patch, speedups
+patch.TESTED_ORION = sys.argv[1]
 print(speedups.install(), speedups.install())
 import copy, orion.storage.legacy, orion.algo.base.registry
 print(orion.storage.legacy.pickle is pickle, orion.algo.base.registry.copy is copy)
@@ -170,7 +178,7 @@ print(orion.storage.legacy.pickle is pickle, orion.algo.base.registry.copy is co
 def test_another_version_of_orion_is_left_as_it_is_and_that_is_said_once() -> None:
     done = orion_process([sys.executable, "-c", QUIET, "0.2.6"])
     assert done.stdout.split() == ["False", "False", "True", "True"], done.stderr
-    assert done.stderr.count("ppo_hpo: Orion is left as it is: it is 0.2.7") == 1
+    assert done.stderr.count("ppo_hpo: The speed-ups of Orion are off: this is Orion 0.2.7") == 1
 
 
 def test_the_switch() -> None:
@@ -218,7 +226,7 @@ def test_an_unknown_algorithm_or_a_failing_entry_point_leaves_orion_as_it_is(
     (tmp_path / "stock").mkdir()
     command = [sys.executable, "-c", FOREIGN, str(tmp_path / "stock"), how, algorithm]
     assert done.stdout.split() == orion_process(command, False, tmp_path).stdout.split() != []
-    assert ("ppo_hpo: Orion is left as it is" in done.stderr) == (how == "broken")
+    assert ("ppo_hpo: ppo_hpo could not install its speedups" in done.stderr) == (how == "broken")
     assert by_ours(stored_state(tmp_path / "db", "pickleddb")) == ours
 
 
