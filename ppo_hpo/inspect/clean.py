@@ -136,10 +136,10 @@ def obsolete(trials: Sequence[Any], top: float | None, forks: bool, *, is_done: 
 def highest(client: Any) -> float | None:
     """The highest fidelity of an experiment, or None where it has none."""
     from ppo_hpo.orion.objective import epochs_prior
-    from ppo_hpo.spec.space import parse_prior
+    from ppo_hpo.spec.prior import highest_fidelity
 
     prior = epochs_prior(client.space)
-    return None if prior is None else float(parse_prior("task.epochs", prior).arguments[1])
+    return None if prior is None else float(highest_fidelity(prior))
 
 
 def forking(client: Any) -> bool:

@@ -184,11 +184,11 @@ def sparkline(values: Sequence[float]) -> str:
 
 def _max_epochs(client: Any, completed: Sequence[Any]) -> int:
     from ppo_hpo.orion.objective import epochs_prior
-    from ppo_hpo.spec.space import parse_prior
+    from ppo_hpo.spec.prior import highest_fidelity
 
     prior = epochs_prior(client.space)
     if prior is not None:
-        return int(parse_prior("task.epochs", prior).arguments[1])
+        return highest_fidelity(prior)
     return int(max(statistics_of(trial)["epochs"] for trial in completed))
 
 

@@ -1,307 +1,181 @@
-"""Hyperparameters of a trial as typed, frozen records with their rules.
+"""The hyperparameters of a trial, as typed and frozen records with rules.
 
-A trial's configuration is a nested mapping of seven groups (`env`, `task`, `model`, `optimizer`,
-`lr_schedule`, `normalize`, `ppo`). `TrialConfig.from_mapping` turns it into records and checks
-every rule before anything is built. Nothing is clipped, rounded or shrunk: what was asked is what
-runs, or it is an error.
+A trial's configuration is a nested mapping of seven groups: `env`, `task`, `model`, `optimizer`,
+`lr_schedule`, `normalize` and `ppo`. `TrialConfig.from_mapping` turns it into records and checks every rule
+before anything is built. No value is clipped or rounded to make it legal: an illegal value is an error.
+
+To add a hyperparameter, add a field to its group's record here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ppo_hpo.spec.canonical import canonical_json
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.rules import (
+    Checked,
+    Integer,
+    OneOf,
+    Real,
+    Rule,
+    environment_id,
+    environment_kwargs,
+    field,
+    flag,
+)  # fmt: skip
 
-Rule = Callable[[str, Any], Any]
-
-#: Of a trial. Its learning curve, a row for each, is part of every checkpoint.
+#: Most epochs of a trial. A checkpoint holds its learning curve, with one row for each epoch.
 MAX_EPOCHS = 10_000
-# Weights of one network, so that its checkpoint, Adam's two moments included, stays below 4 GiB.
+# Most weights of one network, so that a checkpoint with Adam's two moments stays below 4 GiB.
 _MAX_WEIGHTS = 1 << 27
-# Samples of one rollout.
+# Most samples of one rollout.
 _MAX_SAMPLES = 1 << 27
-
-
-def _integer(default: Any, low: int, doc: str, *, high: int, optional: bool = False) -> Any:
-    # Upper bounds are far above what anybody trains with: a file of somebody else's shall not ask for
-    # memory or processes that no machine has.
-    def rule(name: str, value: Any) -> Any:
-        if optional and _is_none(value):
-            return None
-        # Orion's PBT computes its fidelities by powers: 45 comes as 44.99999999999997.
-        if (
-            isinstance(value, float)
-            and math.isfinite(value)
-            and abs(value - round(value)) <= 1e-12 * abs(value)
-        ):
-            value = round(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise UserError(f"`{name}` must be a whole number, but got {value!r}.")
-        if value < low:
-            raise UserError(f"`{name} >= {low}` must hold, but got {value!r}.")
-        if value > high:
-            raise UserError(f"`{name} <= {high}` must hold, but got {_shown(value)}.")
-        return int(value)
-
-    return _field(default, rule, doc)
-
-
-def _real(
-    default: Any,
-    low: float,
-    high: float,
-    doc: str,
-    *,
-    open_low: bool = False,
-    optional: bool = False,
-) -> Any:
-    def rule(name: str, value: Any) -> Any:
-        if optional and _is_none(value):
-            return None
-        if optional and isinstance(value, str):
-            # Choices of 'none' and numbers have to be strings throughout: Orion's EvolutionES makes
-            # strings of them, and then does not find those among its numbers.
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"`{name}` must be a number, but got {value!r}.")
-        if not _is_finite(value):
-            raise UserError(f"`{name}` must be finite, but got {value!r}.")
-        if value > high or value < low or (open_low and value == low):
-            relation = "<" if open_low else "<="
-            upper = "" if math.isinf(high) else f" <= {high:g}"
-            raise UserError(f"`{low:g} {relation} {name}{upper}` must hold, but got {value!r}.")
-        return float(value)
-
-    return _field(default, rule, doc)
-
-
-def _shown(value: float) -> str:
-    """A number to be read, however long: Python refuses to write the longest ones out."""
-    return repr(value) if abs(value) < 1 << 64 else f"{value.__class__.__name__} beyond 2^64"
-
-
-def _flag(default: bool, doc: str) -> Any:
-    def rule(name: str, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise UserError(f"`{name}` must be true or false, but got {value!r}.")
-        return value
-
-    return _field(default, rule, doc)
-
-
-def _word(default: str, words: tuple[str, ...], doc: str) -> Any:
-    def rule(name: str, value: Any) -> str:
-        if value not in words:
-            raise UserError(f"`{name}` must be one of {', '.join(words)}, but got {value!r}.")
-        return str(value)
-
-    return _field(default, rule, doc)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond what a float holds
-        return False
-
-
-def _is_none(value: Any) -> bool:
-    # Orion's categories are safest as strings, so that "none" has to mean the same as null.
-    return value is None or value == "none"
-
-
-def _field(default: Any, rule: Rule, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"rule": rule, "doc": doc})
-
-
-class _Checked:
-    """Runs each field's rule when a record is made, whoever makes it."""
-
-    def __post_init__(self) -> None:
-        group = GROUP_OF[type(self)]
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            rule = item.metadata.get("rule")
-            if rule is not None:
-                value = rule(f"{group}.{item.name}", getattr(self, item.name))
-                object.__setattr__(self, item.name, value)
-
-
-def _environment_id(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise UserError(
-            f"`{name}` must be the id of a gymnasium environment, such as CartPole-v1, but got {value!r}."
-        )
-    module, colon, rest = value.rpartition(":")
-    # A module by its dotted name, as in an import statement: no path, and not relative to this package.
-    if not rest or (colon and not all(part.isidentifier() for part in module.split("."))):
-        raise UserError(f"`{name}` must be EnvId or module:EnvId, but got {value!r}.")
-    return value
-
-
-def _environment_kwargs(name: str, value: Any) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"`{name}` must map argument names to values, but got {value!r}.")
-    if "max_episode_steps" in value:
-        raise UserError(f"The time limit must be `env.max_episode_steps`, but `{name}` has it: {value!r}.")
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        # config.yaml and the checkpoints hold them, and two trials are told apart by them.
-        raise UserError(
-            f"`{name}` must be plain data (words, finite numbers, lists, mappings), but got {value!r}."
-        ) from None
-    return dict(value)
+_POSITIVE = Real(0.0, math.inf, open_low=True)
+_POSITIVE_OR_NONE = Real(0.0, math.inf, open_low=True, optional=True)
 
 
 @dataclass(frozen=True)
-class EnvConfig(_Checked):
-    """The environment that is trained on."""
+class EnvConfig(Checked):
+    """The training environment."""
 
-    id: str = _field("CartPole-v1", _environment_id, "gymnasium id, also `module:EnvId`")
-    n_envs: int = _integer(8, 1, "environments that are stepped side by side", high=1 << 16)
-    kwargs: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict,
-        metadata={"rule": _environment_kwargs, "doc": "keyword arguments of the environment"},
+    group: ClassVar[str] = "env"
+    id: str = field("CartPole-v1", environment_id, "gymnasium id, also as `module:EnvId`")
+    n_envs: int = field(8, Integer(1, 1 << 16), "number of environments that are stepped together")
+    kwargs: Mapping[str, Any] = field(None, environment_kwargs, "keyword arguments of the environment")
+    max_episode_steps: int | None = field(
+        None, Integer(1, 10**9, optional=True), "time limit in steps; none: the environment's own"
     )
-    max_episode_steps: int | None = _integer(
-        None, 1, "time limit in steps that replaces the environment's own", high=10**9, optional=True
-    )
-    vectorization: Literal["auto", "sync", "async", "native", "envpool"] = _word(
+    vectorization: Literal["auto", "sync", "async", "native", "envpool"] = field(
         "auto",
-        ("auto", "sync", "async", "native", "envpool"),
-        "what steps them: auto (the faster of sync and async), sync (in turn), async (in processes of "
-        "their own), native (the environment's own vector version), envpool (in C++)",
+        OneOf(("auto", "sync", "async", "native", "envpool")),
+        "how environments are stepped: auto (the faster of sync and async), sync (one after another), async "
+        "(each in its own process), native (the environment's own vector version), envpool (in C++)",
     )
-    wrapper: Literal["none", "atari"] = _word(
+    wrapper: Literal["none", "atari"] = field(
         "none",
-        ("none", "atari"),
-        "atari: the usual treatment of games of the Arcade Learning Environment (details 14 to 20)",
+        OneOf(("none", "atari")),
+        "atari: the usual preprocessing of the Arcade Learning Environment (details 14 to 20)",
     )
 
 
 @dataclass(frozen=True)
-class TaskConfig(_Checked):
-    """How long, in epochs, and how a trial is judged."""
+class TaskConfig(Checked):
+    """How long a trial trains, counted in epochs, and how it is evaluated."""
 
-    epochs: int = _integer(16, 1, "epochs to train in all, over every rung: the fidelity", high=MAX_EPOCHS)
-    max_epochs: int | None = _integer(
+    group: ClassVar[str] = "task"
+    epochs: int = field(16, Integer(1, MAX_EPOCHS), "epochs to train in total, over all rungs: the fidelity")
+    max_epochs: int | None = field(
         None,
-        1,
-        "epochs at which schedules end: the highest fidelity; none: `epochs`",
-        high=MAX_EPOCHS,
-        optional=True,
+        Integer(1, MAX_EPOCHS, optional=True),
+        "epoch at which schedules end: the highest fidelity; none: `epochs`",
     )
-    steps_per_epoch: int = _integer(20480, 1, "environment steps in one epoch, over all n_envs", high=10**10)
-    seed: int = _integer(0, 0, "every random stream of the trial derives from it", high=(1 << 63) - 1)
-    seeds: int = _integer(1, 1, "seeds that are trained, one after another: `seed` and others", high=1000)
-    aggregate: Literal["mean", "median", "iqm", "worst"] = _word(
-        "mean", ("mean", "median", "iqm", "worst"), "what makes one objective of the seeds' returns"
+    steps_per_epoch: int = field(20480, Integer(1, 10**10), "environment steps in one epoch, over all n_envs")
+    seed: int = field(0, Integer(0, (1 << 63) - 1), "seed from which every rng of the trial derives")
+    seeds: int = field(1, Integer(1, 1000), "number of seeds to train one after another: `seed` and others")
+    aggregate: Literal["mean", "median", "iqm", "worst"] = field(
+        "mean",
+        OneOf(("mean", "median", "iqm", "worst")),
+        "statistic that turns the returns of several seeds into one objective",
     )
-    threads: int = _integer(1, 1, "threads of torch and BLAS", high=1024)
-    eval_episodes: int = _integer(10, 1, "episodes of each evaluation", high=100_000)
-    eval_deterministic: bool = _flag(True, "evaluate the most probable action, not a sample")
+    threads: int = field(1, Integer(1, 1024), "number of threads of torch and BLAS")
+    eval_episodes: int = field(10, Integer(1, 100_000), "episodes of each evaluation")
+    eval_deterministic: bool = field(True, flag, "evaluate the most probable action instead of a sample")
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """The actor and the critic.
 
-    For vectors two multilayer perceptrons of the same shape, which share nothing: `width`, `depth` and
-    `activation`. For images one convolutional network with two heads: `features_dim`.
+    For vector observations they are two separate multilayer perceptrons of the same shape, given by `width`,
+    `depth` and `activation`. For images they are one convolutional network with two heads, given by
+    `features_dim`.
     """
 
-    width: int = _integer(64, 1, "units in each hidden layer, where observations are vectors", high=1 << 14)
-    depth: int = _integer(2, 1, "hidden layers, where observations are vectors", high=64)
-    activation: Literal["tanh", "relu"] = _word(
-        "tanh", ("tanh", "relu"), "activation function, where observations are vectors"
+    group: ClassVar[str] = "model"
+    width: int = field(64, Integer(1, 1 << 14), "units in each hidden layer, for vector observations")
+    depth: int = field(2, Integer(1, 64), "number of hidden layers, for vector observations")
+    activation: Literal["tanh", "relu"] = field(
+        "tanh", OneOf(("tanh", "relu")), "activation function, for vector observations"
     )
-    features_dim: int = _integer(
-        512,
-        1,
-        "units of the dense layer behind the convolutions, where observations are images",
-        high=1 << 16,
+    features_dim: int = field(
+        512, Integer(1, 1 << 16), "units of the dense layer after the convolutions, for image observations"
     )
-    ortho_init: bool = _flag(True, "orthogonal initialisation with gains sqrt(2), 0.01 and 1")
-    log_std_init: float = _real(0.0, -10.0, 4.0, "initial log standard deviation of continuous actions")
+    ortho_init: bool = field(True, flag, "orthogonal initialisation with gains sqrt(2), 0.01 and 1")
+    log_std_init: float = field(0.0, Real(-10.0, 4.0), "initial log standard deviation of continuous actions")
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(_Checked):
+class OptimizerConfig(Checked):
     """Adam (Kingma & Ba 2015)."""
 
-    lr: float = _real(3e-4, 0.0, 10.0, "learning rate", open_low=True)
-    eps: float = _real(1e-5, 1e-30, 1.0, "term that keeps Adam's quotient finite")
+    group: ClassVar[str] = "optimizer"
+    lr: float = field(3e-4, Real(0.0, 10.0, open_low=True), "learning rate")
+    eps: float = field(1e-5, Real(1e-30, 1.0), "term that keeps the denominator of Adam's step above zero")
 
 
 @dataclass(frozen=True)
-class LRScheduleConfig(_Checked):
-    """How the learning rate moves between the first epoch and `task.max_epochs`."""
+class LRScheduleConfig(Checked):
+    """How the learning rate changes between the first epoch and `task.max_epochs`."""
 
-    name: Literal["constant", "linear"] = _word(
-        "constant", ("constant", "linear"), "constant, or linear down to lr * final"
+    group: ClassVar[str] = "lr_schedule"
+    name: Literal["constant", "linear"] = field(
+        "constant", OneOf(("constant", "linear")), "constant, or linear down to lr * final"
     )
-    final: float = _real(0.0, 0.0, 1.0, "share of lr that a linear schedule ends at")
+    final: float = field(0.0, Real(0.0, 1.0), "fraction of lr at the end of a linear schedule")
 
 
 @dataclass(frozen=True)
-class NormalizeConfig(_Checked):
-    """Running normalisation of what the agent sees (details 28 to 31)."""
+class NormalizeConfig(Checked):
+    """Running normalisation of observations and rewards (details 28 to 31)."""
 
-    norm_obs: bool = _flag(False, "normalise observations by running mean and variance")
-    norm_reward: bool = _flag(False, "scale rewards by the deviation of the discounted return")
-    clip_obs: float = _real(10.0, 0.0, math.inf, "bound of a normalised observation", open_low=True)
-    clip_reward: float = _real(10.0, 0.0, math.inf, "bound of a scaled reward", open_low=True)
+    group: ClassVar[str] = "normalize"
+    norm_obs: bool = field(False, flag, "normalise observations by their running mean and variance")
+    norm_reward: bool = field(False, flag, "scale rewards by the standard deviation of the discounted return")
+    clip_obs: float = field(10.0, _POSITIVE, "bound of a normalised observation")
+    clip_reward: float = field(10.0, _POSITIVE, "bound of a scaled reward")
 
 
 @dataclass(frozen=True)
-class PPOConfig(_Checked):
-    """PPO's own hyperparameters (Schulman et al. 2017), in Stable-Baselines3's words."""
+class PPOConfig(Checked):
+    """Hyperparameters of PPO itself (Schulman et al. 2017), with the names of Stable-Baselines3."""
 
-    n_steps: int = _integer(256, 1, "steps of each environment in one rollout", high=10**7)
-    batch_size: int = _integer(64, 1, "samples in one minibatch", high=10**9)
-    n_epochs: int = _integer(10, 1, "passes over one rollout", high=10_000)
-    gamma: float = _real(0.99, 0.0, 1.0, "discount factor")
-    gae_lambda: float = _real(0.95, 0.0, 1.0, "horizon of generalised advantage estimation")
-    clip_range: float = _real(0.2, 0.0, math.inf, "bound of the policy's ratio", open_low=True)
-    clip_range_schedule: Literal["constant", "linear"] = _word(
-        "constant", ("constant", "linear"), "constant, or linear down to 0 at max_epochs"
+    group: ClassVar[str] = "ppo"
+    n_steps: int = field(256, Integer(1, 10**7), "steps of each environment in one rollout")
+    batch_size: int = field(64, Integer(1, 10**9), "samples in one minibatch")
+    n_epochs: int = field(10, Integer(1, 10_000), "passes over each rollout")
+    gamma: float = field(0.99, Real(0.0, 1.0), "discount factor")
+    gae_lambda: float = field(0.95, Real(0.0, 1.0), "lambda of generalised advantage estimation")
+    clip_range: float = field(0.2, _POSITIVE, "bound of the policy ratio's change")
+    clip_range_schedule: Literal["constant", "linear"] = field(
+        "constant", OneOf(("constant", "linear")), "constant, or linear down to 0 at max_epochs"
     )
-    clip_range_vf: float | None = _real(
-        None, 0.0, math.inf, "bound of the value's change; none: off", open_low=True, optional=True
+    clip_range_vf: float | None = field(
+        None, _POSITIVE_OR_NONE, "bound of the value's change; none: no bound"
     )
-    ent_coef: float = _real(0.0, 0.0, math.inf, "weight of the entropy bonus")
-    vf_coef: float = _real(0.5, 0.0, math.inf, "weight of the squared value error")
-    max_grad_norm: float = _real(0.5, 0.0, math.inf, "bound of the gradient's global norm", open_low=True)
-    target_kl: float | None = _real(
-        None, 0.0, math.inf, "stop a rollout's updates at 1.5 times it", open_low=True, optional=True
+    ent_coef: float = field(0.0, Real(0.0, math.inf), "weight of the entropy bonus")
+    vf_coef: float = field(0.5, Real(0.0, math.inf), "weight of the squared value error")
+    max_grad_norm: float = field(0.5, _POSITIVE, "bound of the gradient's global norm")
+    target_kl: float | None = field(
+        None,
+        _POSITIVE_OR_NONE,
+        "KL divergence; updates on a rollout stop at 1.5 times this value; none: they never stop early",
     )
-    normalize_advantage: bool = _flag(True, "standardise advantages in each minibatch")
+    normalize_advantage: bool = field(True, flag, "standardise advantages in each minibatch")
 
 
-GROUPS: dict[str, type[Any]] = {
-    "env": EnvConfig,
-    "task": TaskConfig,
-    "model": ModelConfig,
-    "optimizer": OptimizerConfig,
-    "lr_schedule": LRScheduleConfig,
-    "normalize": NormalizeConfig,
-    "ppo": PPOConfig,
-}
-GROUP_OF: dict[type[Any], str] = {record: group for group, record in GROUPS.items()}
+_RECORDS: tuple[type[Any], ...] = (
+    EnvConfig, TaskConfig, ModelConfig, OptimizerConfig, LRScheduleConfig, NormalizeConfig, PPOConfig,
+)  # fmt: skip
+GROUPS: dict[str, type[Any]] = {record.group: record for record in _RECORDS}
 
-# Other spellings of a quantity, for spaces: a prior over 1 - gamma on a log scale says more than one
-# over gamma, and a number of minibatches divides every rollout where a batch size does not.
+# Other spellings of a hyperparameter, for search spaces. A prior over 1 - gamma on a log scale is better than
+# one over gamma, and a number of minibatches divides every rollout, which a batch size may not.
 OTHER_SPELLINGS: dict[str, dict[str, str]] = {
     "ppo": {
         "one_minus_gamma": "gamma",
@@ -309,9 +183,14 @@ OTHER_SPELLINGS: dict[str, dict[str, str]] = {
         "n_minibatches": "batch_size",
     }
 }
+_SPELLING_RULES: dict[str, Rule] = {
+    "one_minus_gamma": Real(0.0, 1.0),
+    "one_minus_gae_lambda": Real(0.0, 1.0),
+    "n_minibatches": Integer(1, 10**9),
+}
 
-# Hyperparameters that a fork of a trial may change in mid-life: they shape updates, not arrays.
-CHANGEABLE_IN_MID_LIFE: dict[str, tuple[str, ...]] = {
+# Hyperparameters that a fork of a trial may change. They affect updates, but not the shapes of arrays.
+CHANGEABLE_BY_FORK: dict[str, tuple[str, ...]] = {
     "optimizer": ("lr", "eps"),
     "lr_schedule": ("name", "final"),
     "ppo": tuple(item.name for item in dataclasses.fields(PPOConfig)),
@@ -319,27 +198,9 @@ CHANGEABLE_IN_MID_LIFE: dict[str, tuple[str, ...]] = {
 
 
 def field_names(group: str) -> list[str]:
-    """Names of a group's fields, other spellings included."""
+    """Names of all hyperparameters of a group, other spellings included."""
     names = [item.name for item in dataclasses.fields(GROUPS[group])]
     return names + list(OTHER_SPELLINGS.get(group, {}))
-
-
-def check_value(group: str, key: str, value: Any) -> Any:
-    """Apply the rule of one key to one value; return it in its own type.
-
-    Raises:
-        UserError: the key is unknown or the value breaks its rule.
-    """
-    check_key(group, key)
-    name = f"{group}.{key}"
-    if key == "n_minibatches":
-        rule: Rule = _integer(1, 1, "", high=10**9).metadata["rule"]
-    elif key in OTHER_SPELLINGS.get(group, {}):
-        rule = _real(0.5, 0.0, 1.0, "").metadata["rule"]
-    else:
-        (item,) = (f for f in dataclasses.fields(GROUPS[group]) if f.name == key)
-        rule = item.metadata["rule"]
-    return rule(name, value)
 
 
 def check_key(group: str, key: str) -> None:
@@ -351,12 +212,35 @@ def check_key(group: str, key: str) -> None:
 
         close = difflib.get_close_matches(str(key)[:80], field_names(group), n=1)
         hint = f"Did you mean {close[0]}?" if close else f"It has {', '.join(field_names(group))}."
-        raise UserError(f"PPO knows no hyperparameter `{group}.{key}`. {hint}")
+        raise UserError(f"Unknown hyperparameter `{group}.{key}`. {hint}")
+
+
+def rule_of(group: str, key: str) -> Rule:
+    """The rule of one hyperparameter.
+
+    Raises:
+        UserError: if there is no such hyperparameter.
+    """
+    check_key(group, key)
+    if key in OTHER_SPELLINGS.get(group, {}):
+        return _SPELLING_RULES[key]
+    (item,) = (item for item in dataclasses.fields(GROUPS[group]) if item.name == key)
+    rule: Rule = item.metadata["rule"]
+    return rule
+
+
+def check_value(group: str, key: str, value: Any) -> Any:
+    """Apply the rule of one hyperparameter to a value and return the value in its own type.
+
+    Raises:
+        UserError: if there is no such hyperparameter, or if the value breaks its rule.
+    """
+    return rule_of(group, key)(f"{group}.{key}", value)
 
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """Everything that a trial is: seven records whose combination has been checked."""
+    """All hyperparameters of a trial: seven records that are legal together."""
 
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
@@ -367,36 +251,8 @@ class TrialConfig:
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:
-        rollout, steps = self.rollout_steps, self.task.steps_per_epoch
-        weights = self.model.width**2 * (self.model.depth - 1)
-        if weights > _MAX_WEIGHTS:
-            raise UserError(
-                f"`model.width^2 * (model.depth - 1) <= {_MAX_WEIGHTS}` must hold, but got {weights}. "
-                f"Choose a smaller network."
-            )
-        if rollout > _MAX_SAMPLES:
-            raise UserError(
-                f"`env.n_envs * ppo.n_steps <= {_MAX_SAMPLES}` must hold, but got {rollout}. "
-                f"Choose smaller rollouts."
-            )
-        product = f"env.n_envs * ppo.n_steps = {self.env.n_envs} * {self.ppo.n_steps} = {rollout}"
-        if steps % rollout:
-            lower, upper = steps // rollout * rollout, (steps // rollout + 1) * rollout
-            fitting = f"{lower} or {upper}" if lower else f"{upper}"
-            raise UserError(
-                f"Rollouts must fill an epoch: {product} must divide task.steps_per_epoch, but got "
-                f"{steps}. {fitting} would do."
-            )
-        if rollout % self.ppo.batch_size:
-            raise UserError(
-                f"Minibatches must fill a rollout: ppo.batch_size must divide {product}, but got "
-                f"{self.ppo.batch_size}. Choose a divisor, or set ppo.n_minibatches instead."
-            )
-        if self.ppo.normalize_advantage and self.ppo.batch_size == 1:
-            raise UserError(
-                "`ppo.batch_size >= 2` must hold to normalise advantages, but got 1. "
-                "Enlarge it, or set ppo.normalize_advantage to false."
-            )
+        self._check_sizes()
+        self._check_rollouts()
         if self.env.wrapper == "atari" and self.env.vectorization in ("native", "envpool"):
             raise UserError(
                 f"`env.wrapper: atari` wraps gymnasium's environments, but `env.vectorization: "
@@ -408,6 +264,40 @@ class TrialConfig:
                 f"{self.max_epochs}. Schedules end at max_epochs: set it to the highest fidelity."
             )
 
+    def _check_sizes(self) -> None:
+        weights = self.model.width**2 * (self.model.depth - 1)
+        if weights > _MAX_WEIGHTS:
+            raise UserError(
+                f"`model.width^2 * (model.depth - 1) <= {_MAX_WEIGHTS}` must hold, but got {weights}. "
+                f"Choose a smaller network."
+            )
+        if self.rollout_steps > _MAX_SAMPLES:
+            raise UserError(
+                f"`env.n_envs * ppo.n_steps <= {_MAX_SAMPLES}` must hold, but got {self.rollout_steps}. "
+                f"Choose smaller rollouts."
+            )
+
+    def _check_rollouts(self) -> None:
+        rollout, steps, batch_size = self.rollout_steps, self.task.steps_per_epoch, self.ppo.batch_size
+        product = f"env.n_envs * ppo.n_steps = {self.env.n_envs} * {self.ppo.n_steps} = {rollout}"
+        if steps % rollout:
+            lower, upper = steps // rollout * rollout, (steps // rollout + 1) * rollout
+            fitting = f"{lower} or {upper}" if lower else f"{upper}"
+            raise UserError(
+                f"Rollouts must fill an epoch: {product} must divide task.steps_per_epoch, but got "
+                f"{steps}. {fitting} would do."
+            )
+        if rollout % batch_size:
+            raise UserError(
+                f"Minibatches must fill a rollout: ppo.batch_size must divide {product}, but got "
+                f"{batch_size}. Choose a divisor, or set ppo.n_minibatches instead."
+            )
+        if self.ppo.normalize_advantage and batch_size == 1:
+            raise UserError(
+                "`ppo.batch_size >= 2` must hold to normalise advantages, but got 1. "
+                "Enlarge it, or set ppo.normalize_advantage to false."
+            )
+
     @property
     def max_epochs(self) -> int:
         """The epoch at which schedules end."""
@@ -415,12 +305,12 @@ class TrialConfig:
 
     @property
     def rollout_steps(self) -> int:
-        """Environment steps in one rollout."""
+        """Environment steps in one rollout, over all environments."""
         return self.env.n_envs * self.ppo.n_steps
 
     @property
     def rollouts_per_epoch(self) -> int:
-        """Rollouts in one epoch."""
+        """Number of rollouts in one epoch."""
         return self.task.steps_per_epoch // self.rollout_steps
 
     @classmethod
@@ -428,11 +318,11 @@ class TrialConfig:
         """Check a nested mapping and make the records.
 
         Args:
-            mapping: group to key to value; absent keys take the defaults of the records.
+            mapping: group to key to value. Missing keys take the defaults of the records.
 
         Raises:
-            UserError: an unknown group or key, a value that breaks a rule, a combination that
-                cannot run, or one quantity given in two spellings.
+            UserError: if a group or key is unknown, a value breaks its rule, values are illegal together, or
+                one hyperparameter is given in two spellings.
         """
         if not isinstance(mapping, Mapping):
             raise UserError(f"A configuration must map groups to values, but got {mapping!r}.")
@@ -448,8 +338,8 @@ class TrialConfig:
                 check_key(group, key)
                 if isinstance(value, str) and value.startswith("orion~"):
                     raise UserError(
-                        f"`{group}.{key}` is still a prior, {value!r}. Let `orion hunt` fill it in, "
-                        f"or fix it, as with --set {group}.{key}=VALUE."
+                        f"`{group}.{key}` is still a prior, {value!r}. Let `orion hunt` fill it in, or "
+                        f"give a value, as with --set {group}.{key}=VALUE."
                     )
                 groups[group][key] = check_value(group, key, value)
         _respell(groups)
@@ -458,7 +348,7 @@ class TrialConfig:
         return cls(**{group: record(**groups[group]) for group, record in GROUPS.items()})
 
     def to_mapping(self) -> dict[str, dict[str, Any]]:
-        """The nested mapping that `from_mapping` turns back into this record."""
+        """The nested mapping from which `from_mapping` makes this record again."""
         return {
             group: {
                 item.name: getattr(getattr(self, group), item.name) for item in dataclasses.fields(record)
@@ -467,17 +357,20 @@ class TrialConfig:
         }
 
     def identity_mapping(self) -> dict[str, dict[str, Any]]:
-        """What makes a trial the trial it is: everything but how far it is to go.
+        """The hyperparameters that decide which trial this is.
 
-        `task.epochs` is left out, because a promoted trial is the same trial, and `task.threads`,
-        because it is the machine's affair. So are `env.vectorization` where it changes no result, and
-        `task.aggregate`, which says what is made of it.
-        What came later, `env.wrapper`, `model.features_dim` and `task.seeds`, is left out at its default:
-        trials begun before it was there go on.
+        Some hyperparameters are left out:
+
+        - `task.epochs`, because a promoted trial is still the same trial.
+        - `task.threads`, because it depends on the machine.
+        - `task.aggregate`, because it only summarises what was trained.
+        - `env.vectorization` where it changes no result.
+        - `env.wrapper`, `model.features_dim` and `task.seeds` at their defaults. So trials begun before these
+          existed can still be resumed.
         """
         mapping = self.to_mapping()
         for group, key in (("env", "wrapper"), ("model", "features_dim"), ("task", "seeds")):
-            if mapping[group][key] == getattr(GROUPS[group](), key):
+            if mapping[group][key] == getattr(GROUPS[group], key):
                 del mapping[group][key]
         if mapping["env"]["vectorization"] in ("auto", "sync", "async"):
             del mapping["env"]["vectorization"]
@@ -486,11 +379,11 @@ class TrialConfig:
         return mapping
 
     def identity(self) -> str:
-        """A hash, 64 hexadecimal digits, of `identity_mapping`."""
+        """SHA-256 of `identity_mapping`, as 64 hexadecimal digits."""
         return hashlib.sha256(canonical_json(self.identity_mapping()).encode()).hexdigest()
 
     def replace(self, **groups: Mapping[str, Any]) -> TrialConfig:
-        """A copy with some values changed, checked anew: ``config.replace(task={"epochs": 4})``."""
+        """A copy with some values changed and checked again: ``config.replace(task={"epochs": 4})``."""
         mapping = self.to_mapping()
         for group, values in groups.items():
             mapping[group] = {**mapping[group], **values}
@@ -498,7 +391,7 @@ class TrialConfig:
 
 
 def _respell(groups: dict[str, dict[str, Any]]) -> None:
-    """Replace other spellings by their quantity, in place."""
+    """Replace other spellings by the hyperparameter that they mean, in place."""
     for group, spellings in OTHER_SPELLINGS.items():
         values = groups[group]
         for other, name in spellings.items():
@@ -510,14 +403,16 @@ def _respell(groups: dict[str, dict[str, Any]]) -> None:
                     f"both are given. Leave one of them out."
                 )
             value = values.pop(other)
-            if other != "n_minibatches":
-                values[name] = 1.0 - value
-                continue
-            env, ppo = EnvConfig(**groups["env"]), PPOConfig(**values)
-            rollout = env.n_envs * ppo.n_steps
-            if rollout % value:
-                raise UserError(
-                    f"Minibatches must fill a rollout: ppo.n_minibatches must divide env.n_envs * "
-                    f"ppo.n_steps = {env.n_envs} * {ppo.n_steps} = {rollout}, but got {value}."
-                )
-            values[name] = rollout // value
+            values[name] = _batch_size(groups, value) if other == "n_minibatches" else 1.0 - value
+
+
+def _batch_size(groups: dict[str, dict[str, Any]], n_minibatches: int) -> int:
+    n_envs = groups["env"].get("n_envs", EnvConfig.n_envs)
+    n_steps = groups["ppo"].get("n_steps", PPOConfig.n_steps)
+    rollout: int = n_envs * n_steps
+    if rollout % n_minibatches:
+        raise UserError(
+            f"Minibatches must fill a rollout: ppo.n_minibatches must divide env.n_envs * "
+            f"ppo.n_steps = {n_envs} * {n_steps} = {rollout}, but got {n_minibatches}."
+        )
+    return rollout // n_minibatches

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ppo_hpo.spec.canonical import as_read_from_json
-from ppo_hpo.spec.config import CHANGEABLE_IN_MID_LIFE
+from ppo_hpo.spec.config import CHANGEABLE_BY_FORK
 from ppo_hpo.spec.errors import CheckpointError
 
 Nested = Mapping[str, Mapping[str, Any]]
@@ -71,7 +71,7 @@ def check_owner(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | No
 
 def _changeable(name: str) -> bool:
     group, _, key = name.partition(".")
-    return key in CHANGEABLE_IN_MID_LIFE.get(group, ())
+    return key in CHANGEABLE_BY_FORK.get(group, ())
 
 
 def _at(mapping: Nested, name: str) -> Any:

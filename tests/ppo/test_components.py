@@ -56,7 +56,7 @@ def test_a_loader_reaches_into_three_groups() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ActorCritic(layers=2), "PPO knows no hyperparameter `model.layers`. It has width, depth"),
+        (lambda: ActorCritic(layers=2), "Unknown hyperparameter `model.layers`. It has width, depth"),
         (lambda: ActorCritic(widht=64), "`model.widht`. Did you mean width?"),
         (lambda: ActorCritic(width=0), "`model.width >= 1` must hold, but got 0."),
         (lambda: Optimizer(lr=-1.0), "`0 < optimizer.lr <= 10` must hold, but got -1.0."),

@@ -117,11 +117,11 @@ def test_a_number_that_comes_twice_or_is_the_seed_itself_is_left_out(monkeypatch
 
 
 def test_seeds_that_are_searched_are_refused() -> None:
-    from ppo_hpo.spec.space import _check_prior
+    from ppo_hpo.spec.prior import check_prior
 
     for key, prior in (("seeds", "uniform(1, 3, discrete=True)"), ("aggregate", "choices(['mean', 'iqm'])")):
         with pytest.raises(UserError, match=f"`task.{key}` must be the same for every trial"):
-            _check_prior("task", key, prior)
+            check_prior("task", key, prior)
 
 
 def test_a_task_has_one_seed() -> None:

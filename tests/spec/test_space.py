@@ -15,14 +15,14 @@ import pytest
 from ppo_hpo.cli.main import main
 from ppo_hpo.envs.make import probe
 from ppo_hpo.spec import yamlio
-from ppo_hpo.spec.config import CHANGEABLE_IN_MID_LIFE, OTHER_SPELLINGS, EnvConfig, TrialConfig
+from ppo_hpo.spec.config import CHANGEABLE_BY_FORK, OTHER_SPELLINGS, EnvConfig, TrialConfig
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.prior import parse_prior
 from ppo_hpo.spec.space import (
     copy_space,
     fill,
     get_space,
     list_spaces,
-    parse_prior,
     read_space,
     space_path,
     spaces_directory,
@@ -150,7 +150,7 @@ def test_population_based_training_searches_only_what_may_change_in_mid_life() -
     for group, values in get_space("classic-control-pbt").items():
         for key in values:
             meant = OTHER_SPELLINGS.get(group, {}).get(key, key)
-            assert f"{group}.{key}" == "task.epochs" or meant in CHANGEABLE_IN_MID_LIFE[group]
+            assert f"{group}.{key}" == "task.epochs" or meant in CHANGEABLE_BY_FORK[group]
 
 
 # -------------------------------------------------------------------------- fidelities
@@ -376,7 +376,7 @@ def test_priors_run_nothing(tmp_path: Path) -> None:
     [
         ("optimiser: {lr: 1e-3}", "A group must be one of env, task"),
         ("optimiser: 3", "A group must be one of env, task"),
-        ("optimizer: {rate: 1e-3}", "no hyperparameter `optimizer.rate`"),
+        ("optimizer: {rate: 1e-3}", "Unknown hyperparameter `optimizer.rate`"),
         ("optimizer: {lr: -1}", "`0 < optimizer.lr <= 10` must hold"),
         ("optimizer: 3", "Group `optimizer` must map hyperparameters to values"),
         ("optimizer:", "Group `optimizer` must map hyperparameters to values"),

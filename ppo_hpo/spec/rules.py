@@ -1,0 +1,180 @@
+"""Rules for single hyperparameters: which values are legal, and what an error says.
+
+A rule is called with the dotted name of a hyperparameter, for messages, and with the value. It returns the
+value in its own type, or raises a `UserError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ppo_hpo.spec.errors import UserError
+
+Rule = Callable[[str, Any], Any]
+
+
+def field(default: Any, rule: Rule, doc: str) -> Any:
+    """A field of a `Checked` record.
+
+    Args:
+        default: default value.
+        rule: the rule that every value must keep.
+        doc: what the hyperparameter is, for readers of the code.
+    """
+    return dataclasses.field(default=default, metadata={"rule": rule, "doc": doc})
+
+
+class Checked:
+    """Base of the records. It applies the rule of each field whenever a record is made."""
+
+    #: Name of the group in a configuration.
+    group: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = item.metadata["rule"](f"{self.group}.{item.name}", getattr(self, item.name))
+            object.__setattr__(self, item.name, value)
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A whole number from ``low`` to ``high``.
+
+    The upper bounds are far above any useful value. They keep a file of somebody else from asking for memory
+    or processes that no machine has.
+
+    Attributes:
+        low: lowest legal value.
+        high: highest legal value.
+        optional: whether none is legal, too.
+    """
+
+    low: int
+    high: int
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> int | None:
+        """Apply the rule."""
+        if self.optional and _is_none(value):
+            return None
+        # Orion's PBT computes fidelities by powers, so that 45 arrives as 44.99999999999997.
+        if is_number(value) and abs(value - round(value)) <= 1e-12 * abs(value):
+            value = round(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"`{name}` must be a whole number, but got {value!r}.")
+        if value < self.low:
+            raise UserError(f"`{name} >= {self.low}` must hold, but got {_shown(value)}.")
+        if value > self.high:
+            raise UserError(f"`{name} <= {self.high}` must hold, but got {_shown(value)}.")
+        return int(value)
+
+
+@dataclass(frozen=True)
+class Real:
+    """A finite number from ``low`` to ``high``.
+
+    Attributes:
+        low: lowest legal value.
+        high: highest legal value; infinity for no bound.
+        open_low: whether ``low`` itself is not legal.
+        optional: whether none is legal, too.
+    """
+
+    low: float
+    high: float
+    open_low: bool = False
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> float | None:
+        """Apply the rule."""
+        if self.optional and _is_none(value):
+            return None
+        if self.optional and isinstance(value, str):
+            # Choices that mix 'none' and numbers must all be strings: Orion's EvolutionES turns numbers into
+            # strings, and then does not find them among its choices.
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"`{name}` must be a number, but got {value!r}.")
+        if not is_number(value):
+            raise UserError(f"`{name}` must be finite, but got {_shown(value)}.")
+        if value > self.high or value < self.low or (self.open_low and value == self.low):
+            relation = "<" if self.open_low else "<="
+            upper = "" if math.isinf(self.high) else f" <= {self.high:g}"
+            raise UserError(f"`{self.low:g} {relation} {name}{upper}` must hold, but got {value!r}.")
+        return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"`{name}` must be true or false, but got {value!r}.")
+    return value
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    def __call__(self, name: str, value: Any) -> str:
+        """Apply the rule."""
+        if value not in self.words:
+            raise UserError(f"`{name}` must be one of {', '.join(self.words)}, but got {value!r}.")
+        return str(value)
+
+
+def environment_id(name: str, value: Any) -> str:
+    """The id of a gymnasium environment, with or without the module that registers it."""
+    if not isinstance(value, str) or not value:
+        raise UserError(
+            f"`{name}` must be the id of a gymnasium environment, such as CartPole-v1, but got {value!r}."
+        )
+    module, colon, rest = value.rpartition(":")
+    # The module is named as in an absolute import statement. Paths and relative names are not legal.
+    if not rest or (colon and not all(part.isidentifier() for part in module.split("."))):
+        raise UserError(f"`{name}` must be EnvId or module:EnvId, but got {value!r}.")
+    return value
+
+
+def environment_kwargs(name: str, value: Any) -> Mapping[str, Any]:
+    """Keyword arguments of an environment, as plain data."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"`{name}` must map argument names to values, but got {value!r}.")
+    if "max_episode_steps" in value:
+        raise UserError(f"The time limit must be `env.max_episode_steps`, but `{name}` has it: {value!r}.")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        # They are part of config.yaml, of checkpoints and of the trial's identity.
+        raise UserError(
+            f"`{name}` must be plain data (words, finite numbers, lists, mappings), but got {value!r}."
+        ) from None
+    return dict(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number. Booleans are not, nor are integers beyond the range of a float."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: float) -> str:
+    """A number for a message. Python refuses to print the longest integers."""
+    return f"{value.__class__.__name__} beyond 2^64" if 1 << 64 <= abs(value) < math.inf else repr(value)
+
+
+def _is_none(value: Any) -> bool:
+    # In Orion only strings are safe categories, so the string "none" must mean the same as null.
+    return value is None or value == "none"
