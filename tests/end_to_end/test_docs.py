@@ -1,7 +1,9 @@
-"""The pages of docs/ agree with the code."""
+"""The pages of docs/ agree with the code, and their links lead somewhere."""
 
 import dataclasses
 import re
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,16 @@ import pytest
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import GROUPS, OTHER_SPELLINGS, check_value
 
-DOCS = Path(__file__).parents[2] / "docs"
+REPOSITORY = Path(__file__).parents[2]
+DOCS = REPOSITORY / "docs"
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted(DOCS.rglob("*.md")),
+    *sorted((REPOSITORY / "experiments").rglob("README.md")),
+]
+# A link or an image: [text](target).
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def section_of(group: str) -> str:
@@ -38,3 +49,50 @@ def test_every_hyperparameter_is_documented_with_its_default(group: str) -> None
 def test_every_second_spelling_is_documented(group: str) -> None:
     for other, name in OTHER_SPELLINGS[group].items():
         assert re.search(rf"^\| `{other}` \| .* \| `{name}`", section_of(group), re.MULTILINE), other
+
+
+@cache
+def anchors_of(page: Path) -> set[str]:
+    """What may follow the ``#`` of a link to a page, by GitHub's rule."""
+    found: Counter[str] = Counter()
+    anchors = set()
+    for line in without_code(page).splitlines():
+        if heading := re.fullmatch(r"#{1,6} +(.+?) *", line):
+            text = LINK.sub("]", heading[1]).lower()
+            anchor = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+            anchors.add(f"{anchor}-{found[anchor]}" if found[anchor] else anchor)
+            found[anchor] += 1
+    return anchors
+
+
+def without_code(page: Path) -> str:
+    """A page without its indented and fenced blocks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?:(?<=\n\n)|\A)(?:(?: {4}.*)?\n)+", "\n", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_relative_link_resolves(page: Path) -> None:
+    for target in LINK.findall(without_code(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors_of(file), f"{page} links to {target}, which has no such heading"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = {(DOCS / target).resolve() for target in LINK.findall(without_code(DOCS / "README.md"))}
+    assert {page for page in DOCS.rglob("*.md") if page.name != "README.md"} <= index
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if DOCS in page.parents], ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for file, name in re.findall(r"(?:`(test_\w+\.py)`: )?`(test_\w+)`", text):
+        files = REPOSITORY.glob(f"tests/*/{file or '*.py'}")
+        assert any(f"def {name}(" in one.read_text(encoding="utf-8") for one in files), name
+    for path in re.findall(r"`((?:tests|benchmarks|experiments|ppo_hpo)/[\w/.-]+\.\w+)`", text):
+        assert (REPOSITORY / path).is_file(), path
