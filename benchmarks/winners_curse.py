@@ -247,7 +247,7 @@ Written by `python benchmarks/winners_curse.py` on {about["date"]}, commit {abou
 - Repetitions share their runs, so their spread is no confidence interval. **Over all draws**: claimed
   and kept, means over {DRAWS:,} draws of tuning seeds from the same runs.
 - Every score: `winners_curse.json`. `ppo-hpo best NAME --test-seeds 10` says the same of a sweep of your own
-  (`docs/best.md`).
+  (`docs/how-to/best-trials.md`).
 
 Machine: {machine.sentence(about["machine"])}.
 """

@@ -492,7 +492,7 @@ def _exports(winner: Candidate, title: str, export: str | None, policy: str | No
 
         assert winner.directory is not None
         export_policy(winner.directory, policy, winner.config.task.epochs)
-        lines.append(f"policy      {policy}: docs/best.md says how it is loaded")
+        lines.append(f"policy      {policy}: docs/how-to/best-trials.md says how to load it")
     return lines
 
 

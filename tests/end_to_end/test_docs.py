@@ -80,6 +80,7 @@ def test_every_relative_link_resolves(page: Path) -> None:
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page} links to {target}, which does not exist"
         if anchor:
+            file = file / "README.md" if file.is_dir() else file
             assert anchor in anchors_of(file), f"{page} links to {target}, which has no such heading"
 
 

@@ -165,7 +165,7 @@ def test_three_lines_of_the_documentation(trained: Callable[[str], Trained], tmp
     export_policy(trained("continuous").directory, path)
     env = gymnasium.make("Pendulum-v1")
     observation, _ = env.reset(seed=1)
-    page = (Path(__file__).parents[2] / "docs" / "best.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "best-trials.md").read_text(encoding="utf-8")
     begin = page.index("    from ppo_hpo import load_policy")
     lines = [line[4:] for line in page[begin:].splitlines()[:3]]
     names = {"observation": observation}
