@@ -1,4 +1,4 @@
-"""Every way a trial can end, as the table of docs/reference/trial-ends.md has them: with real `orion hunt` processes.
+"""Every way a trial can end, as docs/reference/trial-ends.md lists them: with real `orion hunt` processes.
 
 Trials are of environments from tests/envs.py in which nothing depends on the policy but what is learned, so
 that all of one seed that end well, whatever happened to them, have the very same curve.
