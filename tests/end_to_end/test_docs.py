@@ -1,5 +1,6 @@
 """The pages of docs/ agree with the code, and their links lead somewhere."""
 
+import configparser
 import dataclasses
 import re
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ppo_hpo.cli import main
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import GROUPS, OTHER_SPELLINGS, check_value
 
@@ -97,3 +99,25 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
         assert any(f"def {name}(" in one.read_text(encoding="utf-8") for one in files), name
     for path in re.findall(r"`((?:tests|benchmarks|experiments|ppo_hpo)/[\w/.-]+\.\w+)`", text):
         assert (REPOSITORY / path).is_file(), path
+
+
+def test_every_command_has_a_section() -> None:
+    page = (DOCS / "reference" / "command-line.md").read_text(encoding="utf-8")
+    usage = main.build_parser().format_help()
+    commands = re.findall(r"^    (\w+)(?: |$)", usage, re.MULTILINE)
+    assert {"run", "sweep", "completion"} <= set(commands)
+    assert set(re.findall(r"^## `(\w+)`: ", page, re.MULTILINE)) == set(commands)
+
+
+def test_every_dependency_is_explained() -> None:
+    page = (DOCS / "explanation" / "dependencies.md").read_text(encoding="utf-8")
+    setup = configparser.ConfigParser()
+    setup.read(DOCS.parent / "setup.cfg")
+    extras = setup["options.extras_require"]
+    required = [
+        setup["options"]["install_requires"],
+        *(extras[name] for name in extras if name not in ("test", "lint")),
+    ]
+    for name in re.findall(r"^([\w-]+)", "\n".join(required), re.MULTILINE):
+        assert re.search(rf"\b{name}\b", page, re.IGNORECASE), name
+    assert [name for name in extras if f"`{name}`" not in page] == ["lint"]
