@@ -1,18 +1,18 @@
-"""Checkpoints: data only, written atomically, checked on load, the one before kept.
+"""Checkpoints: plain data, written atomically and checked when they are read.
 
-A checkpoint is one safetensors file: a JSON header and raw arrays, which no reader can execute.
-Its metadata holds a version, whose it is and how far it is, and the SHA-256 of the whole file (taken
-with the digest's own digits set to zero), so that no flipped bit goes unnoticed.
+A checkpoint is one safetensors file: a JSON header and raw arrays. Reading it never runs code. Its metadata
+holds the format's version, the hyperparameters and the epoch it belongs to, and the SHA-256 of the whole
+file. That digest is computed with its own 64 digits set to zero, and reveals every changed bit.
 
-A checkpoint may come from anybody, digest and all. Nothing in it names a file, and every size is bounded
-before memory is taken for it: the file's, the header's, and how many values the header's text may have.
+A checkpoint may come from anybody, with a correct digest. So nothing in it is used as a file name, and its
+size, the size of its header and the number of values in the header are limited before memory is used for
+them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -24,14 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppo_hpo.spec.errors import CheckpointError, TornCheckpoint, UserError
+from ppo_hpo.spec.rules import is_number
 from ppo_hpo.state.files import explain_write_errors, read_bytes, write_atomically
 
 VERSION = 1
 _ZERO_DIGEST = b"0" * 64
 _NAME = re.compile(r"checkpoint-(\d{6})\.safetensors", re.ASCII)
-# Far above any network that this package builds, far below what would hurt a machine.
+# In bytes: far more than any network of this package needs, and far less than would harm a machine.
 MAX_BYTES = 4 << 30
-# Twice the header of 10,000 epochs, which is `config.MAX_EPOCHS`.
+# In bytes: twice the header of a trial of 10,000 epochs, which is `config.MAX_EPOCHS`.
 MAX_HEADER = 16 << 20
 _MAX_VALUES = 600_000
 _MAX_DEPTH = 40
@@ -39,12 +40,12 @@ _MAX_DEPTH = 40
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A task's state at the end of an epoch.
+    """The state of a task at the end of an epoch.
 
     Attributes:
-        epoch: epochs done.
+        epoch: number of epochs trained.
         arrays: name to array.
-        meta: plain data: whose it is, its hyperparameters, its learning curve.
+        meta: plain data, such as hyperparameters, the trial's id and the learning curve.
     """
 
     epoch: int
@@ -56,44 +57,33 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     """Serialise a checkpoint, digest included.
 
     Raises:
-        CheckpointError: it holds a number that is not finite, or more than a reader takes.
+        CheckpointError: if it holds a number that is not finite, or exceeds the limits of `from_bytes`.
     """
     from safetensors.numpy import save
 
     meta = {"version": VERSION, "epoch": checkpoint.epoch, **checkpoint.meta}
     text = json.dumps(meta, allow_nan=False)
-    if (reason := _beyond(text.encode())) or (reason := _not_plain(json.loads(text))):
-        raise CheckpointError(f"What no reader takes is not saved: {reason}.")
-    header = {
-        "ppo_hpo": text,
-        "sha256": _ZERO_DIGEST.decode(),
-    }
+    if reason := _over_limit(text.encode()) or _not_plain(json.loads(text)):
+        raise CheckpointError(f"The checkpoint is not saved: {reason}.")
     arrays = {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"What is not finite is not saved: {name} holds NaN or infinity.")
-    content = save(arrays, metadata=header)
-    digest = hashlib.sha256(content).hexdigest().encode()
-    return _set_digest(content, digest)
+    if bad := _not_finite(arrays):
+        raise CheckpointError(f"The checkpoint is not saved: {bad} holds NaN or infinity.")
+    content = save(arrays, metadata={"ppo_hpo": text, "sha256": _ZERO_DIGEST.decode()})
+    return _set_digest(content, hashlib.sha256(content).hexdigest().encode())
 
 
-def epoch_of(name: str) -> int | None:
-    """The epoch in a checkpoint's file name, or None where it is no such name."""
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def from_bytes(content: bytes, name: str, named: int | None = None) -> Checkpoint:
+def from_bytes(content: bytes, name: str, expected_epoch: int | None = None) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
-        content: the whole file.
-        name: what to call it in an error.
-        named: the epoch in its file's name, which has to be its own; None where it has no such name.
+        content: the complete file.
+        name: the file's name for messages.
+        expected_epoch: the epoch that the checkpoint must have; None for any.
 
     Raises:
-        TornCheckpoint: it is not what was written.
-        CheckpointError: it is of another version, or holds a number that is not finite.
+        TornCheckpoint: if the file is not what was written.
+        CheckpointError: if it has another version or epoch, is not a checkpoint of ppo_hpo, or holds a number
+            that is not finite.
     """
     from safetensors.numpy import load
 
@@ -107,26 +97,44 @@ def from_bytes(content: bytes, name: str, named: int | None = None) -> Checkpoin
             raise ValueError
         version, epoch = meta.pop("version"), int(meta.pop("epoch"))
     except (KeyError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
-        raise CheckpointError(f"{name} is no checkpoint of ppo_hpo.") from None
+        raise CheckpointError(f"{name} is not a checkpoint of ppo_hpo.") from None
     if version != VERSION:
         raise CheckpointError(
             f"{name} has version {version}, but this ppo_hpo reads version {VERSION}. "
-            f"Continue it with the release that wrote it."
+            f"Resume it with the release that wrote it."
         )
-    if named not in (None, epoch):
-        raise CheckpointError(f"{name} is the checkpoint of another epoch, {epoch}: it was renamed.")
+    if expected_epoch not in (None, epoch):
+        raise CheckpointError(f"{name} is the checkpoint of another epoch, {epoch}: the file was renamed.")
     try:
         arrays = load(content)
-    except Exception as error:  # what there is depends on the release of safetensors and of numpy
+    except Exception as error:  # The error types depend on the releases of safetensors and numpy.
         raise CheckpointError(f"{name} cannot be read: {error}.") from None
-    for key, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{name} is not finite: {key} holds NaN or infinity.")
+    if bad := _not_finite(arrays):
+        raise CheckpointError(f"{name} is not finite: {bad} holds NaN or infinity.")
     return Checkpoint(epoch, arrays, meta)
 
 
+def read(path: Path, max_bytes: int = MAX_BYTES) -> Checkpoint:
+    """Read one checkpoint file.
+
+    Args:
+        path: the file. It must be a regular file, not a link to one.
+        max_bytes: size in bytes above which the file is refused unread.
+
+    Raises:
+        CheckpointError: if the file cannot be read or used.
+    """
+    return from_bytes(read_bytes(path, max_bytes), str(path), epoch_of(path.name))
+
+
+def epoch_of(name: str) -> int | None:
+    """The epoch in the file name of a checkpoint; None if it is another file's name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def arrays_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of names, types, shapes and bytes: equal for two states that are equal to the bit."""
+    """SHA-256 of names, types, shapes and bytes. It is equal for two states that are equal to the bit."""
     total = hashlib.sha256()
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
@@ -136,12 +144,20 @@ def arrays_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
 
 
 class Storage:
-    """Checkpoints of one trial in one directory: the newest, and the one before it."""
+    """The checkpoints of one trial in one directory: the latest one and the one before it."""
 
     def __init__(
         self, directory: str | os.PathLike[str], write: Callable[[Path, bytes], None] | None = None
     ) -> None:
-        """Checkpoints in ``directory``, written by ``write``, which is `write_atomically` or as good."""
+        """Keep checkpoints in a directory.
+
+        Args:
+            directory: the directory; it is created when the first checkpoint is saved.
+            write: writes a file atomically; default: `write_atomically`.
+
+        Raises:
+            UserError: if ``directory`` is a URL.
+        """
         if "://" in str(directory):
             raise UserError(
                 f"A storage must be a directory, but got {str(directory)!r}. For a remote store give "
@@ -153,12 +169,16 @@ class Storage:
     def __repr__(self) -> str:
         return f"Storage({str(self.directory)!r})"
 
+    def path_of(self, epoch: int) -> Path:
+        """The file of one epoch's checkpoint."""
+        return self.directory / f"checkpoint-{epoch:06d}.safetensors"
+
     def paths(self) -> list[Path]:
-        """The checkpoints that are there, newest first.
+        """The files of all checkpoints, the latest first.
 
         Raises:
-            UserError: the directory cannot be read. That is not the same as an empty one, from which a
-                trial would start again.
+            UserError: if the directory cannot be read. This must not look like an empty directory, because a
+                trial without checkpoints starts from scratch.
         """
         try:
             found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
@@ -166,25 +186,24 @@ class Storage:
             return []
         except OSError as error:
             raise UserError(
-                f"{self.directory} cannot be read: {error.strerror}. Mend its permissions or its file "
+                f"{self.directory} cannot be read: {error.strerror}. Fix its permissions or its file "
                 f"system, and run the trial again."
             ) from None
         return sorted(found, key=lambda path: path.name, reverse=True)
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint whole, or not at all, and then drop those before the previous one.
+        """Write a checkpoint atomically, and then remove all but the one before it.
+
+        Returns:
+            Its file.
 
         Raises:
-            UserError: it cannot be written, as on a full disk; the checkpoints before it are whole.
+            UserError: if it cannot be written, for example on a full disk. Earlier checkpoints are kept.
         """
         return self.put(checkpoint.epoch, to_bytes(checkpoint))
 
-    def path_of(self, epoch: int) -> Path:
-        """The file of one epoch's checkpoint."""
-        return self.directory / f"checkpoint-{epoch:06d}.safetensors"
-
     def put(self, epoch: int, content: bytes) -> Path:
-        """The same as `save`, of a checkpoint that is serialised already."""
+        """Like `save`, for a checkpoint that is already serialised."""
         path = self.path_of(epoch)
         with explain_write_errors(path):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -200,18 +219,18 @@ class Storage:
         on_refused: Callable[[CheckpointError], None] = lambda error: None,
         max_bytes: int = MAX_BYTES,
     ) -> Checkpoint | None:
-        """The newest checkpoint that is whole.
+        """Read the latest usable checkpoint.
 
         Args:
-            check: raises `CheckpointError` for one that does not belong here.
-            on_refused: told of each that is passed over for an older one, and why.
-            max_bytes: bytes that one can have; what is larger is refused unread.
+            check: raises `CheckpointError` for a checkpoint that must not be used; default: all may be used.
+            on_refused: called with the reason for each refused checkpoint, if an older one is used instead.
+            max_bytes: size in bytes above which a file is refused unread.
 
         Returns:
-            The checkpoint, or None where there is none at all.
+            The checkpoint, or None if there is no checkpoint at all.
 
         Raises:
-            CheckpointError: there are checkpoints, but none that can be used.
+            CheckpointError: if there are checkpoints, but none is usable.
         """
         refused: list[CheckpointError] = []
         for path in self.paths():
@@ -229,72 +248,58 @@ class Storage:
         return None
 
 
-def read(path: Path, max_bytes: int = MAX_BYTES) -> Checkpoint:
-    """Read one checkpoint file.
-
-    Args:
-        path: of the file; it must be a file, and no link to one.
-        max_bytes: bytes that it can have.
-
-    Raises:
-        CheckpointError: it cannot be read or used.
-    """
-    return from_bytes(read_bytes(path, max_bytes), str(path), epoch_of(path.name))
-
-
 def _header(content: bytes, name: str) -> dict[str, Any]:
-    """The metadata of a safetensors file, without looking at its arrays."""
+    """The metadata of a safetensors file, read without looking at its arrays."""
     length = int.from_bytes(content[:8], "little")
     try:
         if len(content) < 8 or length > len(content) - 8:
             raise ValueError
-        if reason := _beyond(content[8 : 8 + min(length, MAX_HEADER + 1)]):
-            raise CheckpointError(f"{name} is no checkpoint of ppo_hpo: {reason}.")
+        if reason := _over_limit(content[8 : 8 + min(length, MAX_HEADER + 1)]):
+            raise CheckpointError(f"{name} is not a checkpoint of ppo_hpo: {reason}.")
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
         if not isinstance(metadata, dict):
             raise ValueError
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise TornCheckpoint(f"{name} is torn, or no checkpoint of ppo_hpo.") from None
+        raise TornCheckpoint(f"{name} is torn, or not a checkpoint of ppo_hpo.") from None
     return metadata
 
 
-def _beyond(text: bytes) -> str:
-    """In words, why JSON text is not even parsed; empty where it is."""
+def _over_limit(text: bytes) -> str:
+    """Why JSON text is refused before it is parsed; empty if it is accepted."""
     if len(text) > MAX_HEADER:
         return f"its header is larger than {MAX_HEADER} bytes"
-    # Of three bytes of text can become hundreds of memory: each value costs one of these signs.
+    # Three bytes of text can become hundreds of bytes of memory. Each value costs one of these characters.
     if text.count(b",") + text.count(b"[") + text.count(b"{") > _MAX_VALUES:
         return f"its header has more than {_MAX_VALUES} values"
     return ""
 
 
 def _not_plain(value: Any) -> str:
-    """In words, why parsed JSON is no data that every reader can take; empty where it is."""
+    """Why parsed JSON is refused; empty if it is accepted."""
     waiting = [(value, 0)]
     while waiting:
         item, depth = waiting.pop()
         if depth > _MAX_DEPTH:
             return f"it is nested more than {_MAX_DEPTH} deep"
-        if isinstance(item, dict):
-            waiting += [(part, depth + 1) for part in item.values()]
-        elif isinstance(item, list):
-            waiting += [(part, depth + 1) for part in item]
-        elif isinstance(item, int | float):
-            try:
-                finite = math.isfinite(item)
-            except OverflowError:
-                finite = False
-            if not finite:
-                return "it holds a number that is not finite"
+        if isinstance(item, dict | list):
+            parts = item.values() if isinstance(item, dict) else item
+            waiting += [(part, depth + 1) for part in parts]
+        elif isinstance(item, int | float) and not isinstance(item, bool) and not is_number(item):
+            return "it holds a number that is not finite"
     return ""
 
 
+def _not_finite(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Name of the first array with NaN or infinity; empty if there is none."""
+    return next((name for name, array in arrays.items() if not np.isfinite(array).all()), "")
+
+
 def _set_digest(content: bytes, digest: bytes) -> bytes:
-    """The file with other digits in the place of its digest."""
+    """A copy of the file with other digits in the place of its digest."""
     mark = b'"sha256":"'
-    # The last one in the header is ours: quotes inside the JSON text before it are escaped.
+    # The last such text in the header is the digest: quotes in the JSON text before it are escaped.
     end = 8 + int.from_bytes(content[:8], "little")
     at = content.rfind(mark, 8, end)
     if at < 0:

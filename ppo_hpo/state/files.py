@@ -35,7 +35,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
+                raise OSError(errno.EINVAL, "it is not a regular file")
             if status.st_size > max_bytes:
                 raise CheckpointError(f"{path} is larger than {max_bytes} bytes: it is not read.")
             return file.read(status.st_size)

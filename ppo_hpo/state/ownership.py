@@ -1,4 +1,4 @@
-"""Whose a checkpoint is: its own trial's, a parent's of a fork, or somebody else's."""
+"""Deciding whether a checkpoint belongs to a trial: it may be its own, its parent's, or a stranger's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Nested = Mapping[str, Mapping[str, Any]]
 
 
 def describe_differences(there: Nested, here: Nested) -> str:
-    """In words, which hyperparameters differ between a checkpoint and a trial; empty where none does."""
+    """In words, which hyperparameters of a checkpoint and a trial differ; empty if none does."""
     return ", ".join(
         f"{name} is {_at(there, name)!r} there and {_at(here, name)!r} here"
         for name in differing_names(there, here)
@@ -22,28 +22,28 @@ def describe_differences(there: Nested, here: Nested) -> str:
 
 def differing_names(there: Nested, here: Nested) -> list[str]:
     """Dotted names of the hyperparameters that differ."""
-    # Through JSON, because one side comes from a file.
+    # One side was read from a file, so the other must look as if it had been.
     there, here = (as_read_from_json(side) for side in (there, here))
     names = {f"{group}.{key}" for side in (there, here) for group, values in side.items() for key in values}
     return [name for name in sorted(names) if _at(there, name) != _at(here, name)]
 
 
 def check_owner(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | None, where: str) -> None:
-    """Refuse another trial's checkpoint, unless Orion put it here for a fork.
+    """Refuse the checkpoint of another trial, unless this trial is a fork of that one.
 
-    Population-based training proposes a child with other hyperparameters and copies its parent's
-    directory for it. So a checkpoint that another trial wrote is a parent's; one that this very
-    trial wrote, or that somebody without a trial's id finds, must have the same hyperparameters.
+    Population-based training proposes a child with other hyperparameters and copies its parent's directory
+    for it. So a checkpoint that another trial wrote is the parent's. It may differ in hyperparameters that a
+    fork may change. If this trial wrote it, or if this trial has no id, all hyperparameters must be equal.
 
     Args:
-        meta: of the checkpoint.
-        epoch: of the checkpoint.
+        meta: the checkpoint's plain data.
+        epoch: the checkpoint's epoch.
         here: this trial's hyperparameters.
-        uid: this trial's id.
-        where: for the message, where the checkpoint lies.
+        uid: this trial's id; None outside of Orion.
+        where: where the checkpoint is, for messages.
 
     Raises:
-        CheckpointError: it does not belong here.
+        CheckpointError: if the checkpoint does not belong to this trial.
     """
     try:
         there, owner, lineage = meta["hyperparameters"], meta["uid"], meta["lineage"]
@@ -60,10 +60,10 @@ def check_owner(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | No
         return
     advice = "Use another directory, or the hyperparameters it was trained with."
     if uid is not None and owner is not None and uid != owner:
-        rigid = [name for name in differing_names(there, here) if not _changeable(name)]
-        if not rigid:
+        fixed = [name for name in differing_names(there, here) if not _changeable(name)]
+        if not fixed:
             return
-        advice = f"A fork cannot change {', '.join(rigid)} in mid-life."
+        advice = f"A fork cannot change {', '.join(fixed)}."
     raise CheckpointError(
         f"The checkpoint of epoch {epoch} in {where} belongs to other hyperparameters: {text}. {advice}"
     )

@@ -1,10 +1,12 @@
-"""What each process has spent on a trial, written down as it goes: ``work.jsonl`` in the trial's directory.
+"""The work log: what each process has spent on a trial, in ``work.jsonl`` in the trial's directory.
 
-Orion learns what a trial cost from the process that completes it, and nothing of those that failed, were
-interrupted or killed before. Each of them appends a line when it comes to the trial, after each epoch, and
-when it ends by itself. All numbers of a line are the process's since it began, so its last line says all; of
-one that was killed the epoch under way is missing, and nothing else. Lines are appended, not renamed into
-place: what is written survives the process, and a power cut costs some lines of a count, no result.
+Orion learns the cost of a trial only from the process that completes it. Processes that failed, were
+interrupted or were killed would be forgotten. So each process appends a line when it begins a trial, after
+each epoch, and when it ends. All numbers of a line count from the process's begin, so its last line says
+everything. A killed process only misses the epoch that it did not finish.
+
+Lines are appended in place, without the atomic rename of other files. They survive the process. A power cut
+can lose some lines of this log, but no result.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppo_hpo.spec.errors import CheckpointError
+from ppo_hpo.state.files import explain_write_errors, read_bytes
 
 FILE = "work.jsonl"
 _MAX_BYTES, _MAX_LINE, _LARGEST = 64 << 20, 4 << 10, 1e15
@@ -28,17 +31,18 @@ class Line:
     """What one process has spent on one seed of a trial so far.
 
     Attributes:
-        trial: Orion's id of the trial, empty by hand: Orion copies a parent's directory to its children.
-        process: which process, by host, number and time.
-        part: which seed, where there are several.
-        state: ``began`` and ``epoch`` while it runs, also of one that was killed then; else how it ended.
-        began: epochs that the trial had when the process came.
-        epoch: epochs that it has now.
-        epoch_steps: training steps of an epoch.
+        trial: Orion's id of the trial; empty outside of Orion. Orion copies a parent's directory to its
+            children, so the lines of several trials can be in one file.
+        process: the process, by host, pid and time.
+        part: the seed's directory; empty if the trial has one seed.
+        state: ``began`` or ``epoch`` while the process runs, and for one that was killed; else how it ended.
+        began: number of epochs that the trial had when the process began.
+        epoch: number of epochs that it has now.
+        epoch_steps: environment steps of one epoch.
         steps: training steps taken, repeated ones included.
         eval_steps: steps taken in evaluations, repeated ones included.
-        wall_seconds: since the process came.
-        cpu_seconds: of the process, or of its thread.
+        wall_seconds: seconds since the process began the trial.
+        cpu_seconds: CPU seconds of the process, or of its thread.
     """
 
     trial: str
@@ -55,23 +59,18 @@ class Line:
 
 
 def append(directory: Path, line: Line) -> None:
-    """Write a line down.
+    """Append a line to the log of a trial.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: if the file cannot be written.
     """
-    from ppo_hpo.state.files import explain_write_errors
-
     path = directory / FILE
     with explain_write_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(line)) + "\n")
 
 
 def read(directory: Path, trial: str) -> list[Line]:
-    """The last line of each process and seed, of this trial alone; torn and foreign lines are left out."""
-    # A report imports no numpy until it has something to count.
-    from ppo_hpo.state.files import read_bytes
-
+    """The last line of each process and seed of one trial. Invalid lines and other trials' are left out."""
     try:
         content = read_bytes(directory / FILE, _MAX_BYTES)
     except CheckpointError:
@@ -88,7 +87,7 @@ def read(directory: Path, trial: str) -> list[Line]:
 
 
 def wasted_steps(lines: Sequence[Line]) -> int:
-    """Training steps of a trial that are in none of its epochs: done twice, or in epochs that did not end."""
+    """Training steps that are in no epoch of the trial: steps done twice, or in epochs that did not end."""
     total = 0
     for part in {line.part for line in lines}:
         own = [line for line in lines if line.part == part]

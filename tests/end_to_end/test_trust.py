@@ -224,7 +224,7 @@ def test_hostile_checkpoints_are_refused_quickly(tmp_path: Path) -> None:
             assert error.isprintable()
     assert "a link read" in said
     assert str(said["a link read"]).endswith("cannot be read: it is a link.")
-    assert str(said["a pipe read"]).endswith("cannot be read: it is no regular file.")
+    assert str(said["a pipe read"]).endswith("cannot be read: it is not a regular file.")
     assert "its header has more than 600000 values" in str(said["many values read"])
     assert "its header is larger than 16777216 bytes" in str(said["long header read"])
     assert "not finite: w holds NaN" in str(said["not finite read"])

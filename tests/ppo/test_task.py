@@ -495,7 +495,7 @@ def test_a_fork_goes_on_from_its_parent_with_other_hyperparameters(tmp_path: Pat
     assert again.epoch == 3
     assert again.lineage == child.lineage
     wider = config.replace(model={"width": 9})
-    with pytest.raises(CheckpointError, match=r"cannot change model\.width in mid-life"):
+    with pytest.raises(CheckpointError, match=r"cannot change model\.width\."):
         PPO.from_config(wider, "cpu", storage=tmp_path / "parent", uid="other")
 
 

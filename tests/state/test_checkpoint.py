@@ -118,7 +118,7 @@ def test_every_single_flipped_bit_is_noticed() -> None:
                 from_bytes(bytes(damaged), "it")
             reasons.add(str(error.value))
     assert reasons == {
-        "it is torn, or no checkpoint of ppo_hpo.",
+        "it is torn, or not a checkpoint of ppo_hpo.",
         "it is torn or was changed: its checksum does not match.",
     }
 
@@ -144,13 +144,13 @@ def test_what_is_not_finite_is_refused(bad: float, dtype: Any) -> None:
     arrays = {"good": np.ones(3, dtype), "actor.weight": np.array([0.0, bad], dtype)}
     with pytest.raises(CheckpointError, match=r"it is not finite: actor.weight holds NaN or infinity"):
         from_bytes(forge({"version": VERSION, "epoch": 1}, arrays), "it")
-    with pytest.raises(CheckpointError, match=r"not finite is not saved: actor.weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"is not saved: actor.weight holds NaN"):
         to_bytes(Checkpoint(1, arrays, {}))
 
 
 def test_another_version_is_named() -> None:
     with pytest.raises(
-        CheckpointError, match=r"it has version 2, but this ppo_hpo reads version 1\. Continue"
+        CheckpointError, match=r"it has version 2, but this ppo_hpo reads version 1\. Resume"
     ):
         from_bytes(forge({"version": VERSION + 1, "epoch": 1}, {"w": np.ones(1)}), "it")
 
@@ -158,14 +158,14 @@ def test_another_version_is_named() -> None:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ({"epoch": 1}, "no checkpoint of ppo_hpo"),
-        ({"version": 1}, "no checkpoint of ppo_hpo"),
-        ({"version": 1, "epoch": "x"}, "no checkpoint of ppo_hpo"),
-        ({"version": 1, "epoch": None}, "no checkpoint of ppo_hpo"),
-        ({"version": 1, "epoch": float("inf")}, "no checkpoint of ppo_hpo"),
-        ([1, 2], "no checkpoint of ppo_hpo"),
-        ("no json", "no checkpoint of ppo_hpo"),
-        ("[" * 100_000, "no checkpoint of ppo_hpo"),
+        ({"epoch": 1}, "not a checkpoint of ppo_hpo"),
+        ({"version": 1}, "not a checkpoint of ppo_hpo"),
+        ({"version": 1, "epoch": "x"}, "not a checkpoint of ppo_hpo"),
+        ({"version": 1, "epoch": None}, "not a checkpoint of ppo_hpo"),
+        ({"version": 1, "epoch": float("inf")}, "not a checkpoint of ppo_hpo"),
+        ([1, 2], "not a checkpoint of ppo_hpo"),
+        ("no json", "not a checkpoint of ppo_hpo"),
+        ("[" * 100_000, "not a checkpoint of ppo_hpo"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -383,7 +383,7 @@ def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path:
     # Not a mode: the superuser reads in spite of it.
     loop = tmp_path / "trial"
     loop.symlink_to(loop)
-    with pytest.raises(UserError, match=r"trial cannot be read: Too many levels of symbolic links\. Mend"):
+    with pytest.raises(UserError, match=r"trial cannot be read: Too many levels of symbolic links\. Fix"):
         Storage(loop).load()
     assert Storage(tmp_path / "missing").paths() == []
 

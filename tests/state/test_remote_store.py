@@ -198,7 +198,7 @@ def test_a_torn_one_in_the_store_is_passed_over(url: str, tmp_path: Path) -> Non
     name, told = "checkpoint-000002.safetensors", list[str]()
     for damaged, reason in (
         (to_bytes(some(2))[:-1], "torn"),
-        (to_bytes(some(7)), "another epoch, 7: it was renamed"),
+        (to_bytes(some(7)), "another epoch, 7: the file was renamed"),
     ):
         store.put("trials", "key", name, content=damaged)
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
