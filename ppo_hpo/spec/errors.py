@@ -1,4 +1,4 @@
-"""What goes wrong by the user's hand, and what merely stops a trial."""
+"""The exceptions of this package."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ _LONGEST = 2000
 
 
 class UserError(ValueError):
-    """Input that breaks a rule: the message says the rule, the value and what to do.
+    """Input that breaks a rule. The message names the rule, the value and what to do.
 
-    The command line prints it as one line and exits with code 2. Parts of it may come from somebody
-    else's file: control characters are shown as escapes, and the middle of what is overlong is left out.
+    The command line prints the message as one line and exits with code 2. Parts of a message may come from
+    somebody else's file. So control characters are escaped, and the middle of an overlong message is left
+    out.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,36 +24,42 @@ class UserError(ValueError):
 
 
 class MachineError(UserError):
-    """Something that this machine lacks: no trial would get any further here, whatever its values."""
+    """This machine lacks something that every trial needs, such as a package, a device or a reachable store.
+
+    No trial can succeed here, whatever its hyperparameters are.
+    """
 
 
 class DeterministicFailure(UserError):
-    """An error that came twice at the very same step: a trial repeats itself, so it would come each time."""
+    """A trial failed twice at the same step. Trials are deterministic, so another retry would fail again."""
 
 
 class OutOfMemory(UserError):
-    """There was not enough memory, on the machine or on its GPU."""
+    """The machine or its GPU did not have enough memory."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is torn, foreign, of other hyperparameters or not finite."""
+    """A checkpoint or another file of a trial cannot be read or used.
+
+    Such a checkpoint is torn, holds numbers that are not finite, or belongs to other hyperparameters.
+    """
 
 
 class TornCheckpoint(CheckpointError):
-    """A checkpoint that is not what was written: it will never be of use, to nobody."""
+    """A checkpoint differs from what was written. It can never be used again."""
 
 
 class BadResume(RuntimeError):
-    """A task that failed was asked to go on; a new one has to be made from its checkpoint."""
+    """A task was asked to resume after it failed. Make a new task from its checkpoint instead."""
 
 
 class Interrupted(BaseException):
     """A signal asked the trial to stop.
 
-    Not an ``Exception``, so that no ``except Exception`` on the way out can swallow it.
+    This is not an ``Exception``, so ``except Exception`` does not catch it on the way out.
 
     Attributes:
-        signum: the number of the signal.
+        signum: number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -61,13 +68,13 @@ class Interrupted(BaseException):
 
 
 class LostLock(BaseException):
-    """Another process has the trial now: this one must not write its files any more.
+    """Another process writes the trial now, so this process must not write its files any more.
 
-    Not an ``Exception``, for the same reason.
+    This is not an ``Exception``, for the same reason as `Interrupted`.
 
     Attributes:
-        number: that this process had as the trial's writer.
-        reason: how it came to that.
+        number: number of this process's claim on the trial.
+        reason: how the claim was lost.
     """
 
     def __init__(self, number: int, reason: str) -> None:

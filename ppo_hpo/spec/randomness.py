@@ -1,8 +1,7 @@
-"""Random streams as functions of (seed, purpose, epoch).
+"""Every rng and seed of a trial, as a function of (seed, purpose, epoch).
 
-No random state is ever saved: what a stream yields follows from where it is asked for, which is
-why a continued trial draws what an undisturbed one draws. Streams come from
-`numpy.random.SeedSequence`, whose children are independent by construction.
+No rng state is ever saved. What an rng draws follows from its seed, purpose and epoch, so a resumed trial
+draws the same numbers as one that never stopped. `numpy.random.SeedSequence` makes these rngs independent.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import numpy as np
 
 Purpose = Literal["init", "train", "action", "shuffle", "eval", "tune", "test"]
 
-# The numbers are part of every result: a changed number changes every trial.
+# These numbers are part of every result: changing one changes every trial.
 _PURPOSES: dict[Purpose, int] = {
     "init": 0, "train": 1, "action": 2, "shuffle": 3, "eval": 4, "tune": 5, "test": 6,
 }  # fmt: skip
 
-# Environments take one integer. Training seeds lie below this bound and evaluation seeds above it,
-# so that no trial can ever be judged on an episode it was trained on.
+# Environments take one integer as seed. Training seeds are below this bound and evaluation seeds are not, so
+# no trial is ever evaluated on an episode that it was trained on.
 _EVALUATION_SEEDS_FROM = 2**30
 
 
@@ -28,12 +27,12 @@ def _sequence(seed: int, purpose: Purpose, epoch: int) -> np.random.SeedSequence
 
 
 def make_rng(seed: int, purpose: Purpose, epoch: int = 0) -> np.random.Generator:
-    """The generator for one purpose in one epoch."""
+    """The rng for one purpose in one epoch."""
     return np.random.Generator(np.random.PCG64(_sequence(seed, purpose, epoch)))
 
 
 def integer_seed(seed: int, purpose: Purpose, epoch: int = 0) -> int:
-    """One 63-bit integer for libraries that seed themselves."""
+    """A seed of 63 bits, for libraries that take an integer."""
     return int(_sequence(seed, purpose, epoch).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -44,10 +43,10 @@ def training_seeds(seed: int, epoch: int, n: int) -> list[int]:
 
 
 def evaluation_seeds(n: int) -> list[int]:
-    """Seeds in ``[2**30, 2**31)`` for ``n`` evaluation episodes: the same for every trial and epoch.
+    """Seeds in ``[2**30, 2**31)`` for ``n`` evaluation episodes, the same for every trial and epoch.
 
-    Trials are compared on the same episodes (common random numbers), which takes the luck of the
-    starting states out of the comparison.
+    All trials are compared on the same episodes (common random numbers). So no trial is better only because
+    of luckier initial states.
     """
     words = _sequence(0, "eval", 0).generate_state(n, np.uint32)
     return [_EVALUATION_SEEDS_FROM + int(word) % _EVALUATION_SEEDS_FROM for word in words]

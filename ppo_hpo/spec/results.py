@@ -1,25 +1,25 @@
 """From a learning curve to an objective, and from there to Orion's result file.
 
-The file is a JSON list of ``{"name", "type", "value"}`` at the path in ``ORION_RESULTS_PATH``, with
-one entry of type ``objective`` and any number of type ``statistic``. Any language can write it.
+The file is a JSON list of ``{"name", "type", "value"}`` at the path in ``ORION_RESULTS_PATH``. It has one
+entry of type ``objective`` and any number of type ``statistic``. A program in any language can write it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import statistics as stats
 from collections.abc import Mapping, Sequence
+from statistics import fmean, median, pstdev
 from typing import Any
 
 Row = Mapping[str, Any]
 
-# What a float holds, and so little less that no sum of a few overflows.
+# Below the largest float by so much that no sum of a few such numbers overflows.
 _LARGEST = 1e300
-# Statistics of one evaluation, in the names of the curve's columns.
+# Statistics of one evaluation, named like the columns of the curve.
 _EVALUATION = ("return_mean", "return_std", "return_median", "episode_length")
-# Of several seeds: what is added up, and what holds for a trial where it holds for one of them.
-_ADDED = (
+# Statistics of a trial of several seeds: those that are summed, and those that are true if any seed's is.
+_SUMMED = (
     "env_steps", "env_steps_here", "env_steps_not_trained", "eval_steps", "eval_steps_here", "wall_seconds",
     "cpu_seconds", "retries",
 )  # fmt: skip
@@ -27,7 +27,7 @@ _ANY = ("diverged", "stopped", "continued", "forked")
 
 
 def evaluation_columns(returns: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
-    """What a row of the curve says of one evaluation: population statistics over its episodes."""
+    """The columns of a curve's row for one evaluation, with population statistics of its episodes."""
     import numpy as np
 
     return {
@@ -42,12 +42,12 @@ def evaluation_columns(returns: Sequence[float], lengths: Sequence[int]) -> dict
 
 
 def is_row(row: Any) -> bool:
-    """Whether this is a row of a learning curve, and every number of it finite: it may come from a file."""
+    """Whether this is a valid row of a learning curve, with finite numbers only. Any JSON may be given."""
     if not isinstance(row, Mapping):
         return False
-    wanted = {"epoch", "env_steps", "eval_steps", *_EVALUATION}
-    return wanted <= row.keys() and all(
-        (value is None and key not in wanted)
+    required = {"epoch", "env_steps", "eval_steps", *_EVALUATION}
+    return required <= row.keys() and all(
+        (value is None and key not in required)
         or (isinstance(value, int | float) and type(value) is not bool and abs(value) < _LARGEST)
         for key, value in row.items()
     )
@@ -56,13 +56,13 @@ def is_row(row: Any) -> bool:
 def objective(curve: Sequence[Row], epochs: int, *, diverged: bool) -> float:
     """What Orion minimises: the negative mean return after ``epochs``.
 
-    A trial that diverged scores as the worst evaluation of its life, the untrained policy's
-    included: Orion sorts raw floats, and a NaN among them would be promoted.
+    A diverged trial gets the worst evaluation of its life, that of the untrained policy included. Orion sorts
+    raw floats, and would promote a NaN.
 
     Args:
-        curve: rows of the learning curve, the first for the untrained policy.
-        epochs: the epoch to judge.
-        diverged: whether the trial diverged before it got there.
+        curve: rows of the learning curve; the first is of the untrained policy.
+        epochs: the epoch that counts.
+        diverged: whether the trial diverged before this epoch.
     """
     rows = [row for row in curve if row["epoch"] <= epochs]
     if diverged:
@@ -72,7 +72,7 @@ def objective(curve: Sequence[Row], epochs: int, *, diverged: bool) -> float:
 
 
 def statistics(curve: Sequence[Row], epochs: int, *, diverged: bool) -> dict[str, float]:
-    """What is known of the trial beside its objective; see `_EVALUATION` for the first four."""
+    """The statistics of a trial's last evaluation up to ``epochs``, for Orion."""
     last = [row for row in curve if row["epoch"] <= epochs][-1]
     return {
         **{name: float(last[name]) for name in _EVALUATION},
@@ -82,73 +82,78 @@ def statistics(curve: Sequence[Row], epochs: int, *, diverged: bool) -> dict[str
 
 
 def aggregate(scores: Sequence[float], how: str) -> float:
-    """One number for the returns of several seeds, higher being better.
+    """One score for the returns of several seeds. Higher is better.
 
     Args:
-        scores: one for each seed.
-        how: ``mean``, ``median``, ``worst``, or ``iqm``, the interquartile mean: of what is left when the
-            lowest and the highest quarter are cut off, each rounded down to whole seeds, as
-            ``scipy.stats.trim_mean(scores, 0.25)`` and rliable (https://arxiv.org/abs/2108.13264) do. With
-            fewer than four seeds nothing is cut off.
+        scores: the return of each seed.
+        how: ``mean``, ``median``, ``worst``, or ``iqm`` for the interquartile mean. The latter leaves out the
+            lowest and the highest quarter, each rounded down to whole seeds, like
+            ``scipy.stats.trim_mean(scores, 0.25)`` and rliable (https://arxiv.org/abs/2108.13264). With fewer
+            than four seeds nothing is left out.
     """
     ordered = sorted(scores)
     if how == "worst":
         return ordered[0]
     if how == "median":
-        return stats.median(ordered)
+        return median(ordered)
     cut = len(ordered) // 4 if how == "iqm" else 0
-    return stats.fmean(ordered[cut : len(ordered) - cut])
+    return fmean(ordered[cut : len(ordered) - cut])
 
 
 def combine(
     objectives: Sequence[float], each: Sequence[Mapping[str, float]], how: str
 ) -> tuple[float, dict[str, float]]:
-    """What several seeds come to.
+    """Combine the results of several seeds into one.
 
     Args:
-        objectives: of each seed.
-        each: their statistics, of the same names.
+        objectives: the objective of each seed.
+        each: the statistics of each seed, all with the same names.
         how: see `aggregate`.
 
     Returns:
-        The objective, and the statistics: sums of what was spent, the epochs that every seed has, and means
-        of the rest; and in addition ``seeds``, their number, ``seed_N``, the return that the N-th counts
-        with, and ``seeds_std``, the (population) standard deviation of those.
+        The objective and the statistics. Steps and seconds are summed, ``epochs`` is the number that every
+        seed has, and other statistics are means. New statistics are ``seeds``, the number of seeds;
+        ``seed_N``, the return of the N-th seed; and ``seeds_std``, the population standard deviation of these
+        returns.
     """
     scores = [-value for value in objectives]
     found: dict[str, float] = {}
     for name in each[0]:
         values = [one[name] for one in each]
-        if name in _ADDED:
+        if name in _SUMMED:
             found[name] = sum(values)
         elif name in _ANY:
             found[name] = max(values)
         elif name == "epochs":
             found[name] = min(values)
         elif name == "steps_per_second":
-            # Seeds that were done before have none.
-            found[name] = stats.fmean([value for value in values if value] or [0.0])
+            # It is 0 for seeds that were complete before this process began.
+            found[name] = fmean([value for value in values if value] or [0.0])
         else:
-            found[name] = stats.fmean(values)
-    found |= {"seeds": float(len(scores)), "seeds_std": stats.pstdev(scores)}
+            found[name] = fmean(values)
+    found |= {"seeds": float(len(scores)), "seeds_std": pstdev(scores)}
     found |= {f"seed_{number}": score for number, score in enumerate(scores, 1)}
     return -aggregate(scores, how), found
 
 
 def combine_curves(curves: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
-    """The learning curve of several seeds, as far as each has one: sums of steps, means of the rest."""
+    """One learning curve for several seeds, as long as the shortest: sums of steps, means of the rest."""
     return [
         {
             "epoch": rows[0]["epoch"],
             **{name: sum(row[name] for row in rows) for name in ("env_steps", "eval_steps")},
-            **{name: stats.fmean(row[name] for row in rows) for name in _EVALUATION},
+            **{name: fmean(row[name] for row in rows) for name in _EVALUATION},
         }
         for rows in zip(*curves, strict=False)
     ]
 
 
 def seeds_text(values: Mapping[str, float]) -> str:
-    """What each seed of a trial came to, in words; empty where there is only one."""
+    """The return of each seed of a trial in words; empty if there is only one seed.
+
+    Args:
+        values: statistics of the trial, see `combine`.
+    """
     number = int(values.get("seeds", 1))
     if number == 1:
         return ""
@@ -157,10 +162,14 @@ def seeds_text(values: Mapping[str, float]) -> str:
 
 
 def entries(objective_value: float, extra: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The list that Orion reads.
+    """The list of results that Orion reads.
+
+    Args:
+        objective_value: the objective.
+        extra: statistics by name.
 
     Raises:
-        ValueError: a number is not finite, which Orion would store and sort by.
+        ValueError: if a number is not finite, because Orion would store it and sort by it.
     """
     values = {"objective": objective_value, **extra}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -173,5 +182,5 @@ def entries(objective_value: float, extra: Mapping[str, float]) -> list[dict[str
 
 
 def to_bytes(results: Sequence[Mapping[str, Any]]) -> bytes:
-    """The result file."""
+    """The content of the result file."""
     return (json.dumps(list(results), indent=1) + "\n").encode()

@@ -1,10 +1,9 @@
-"""Which seeds a trial trains, and which ones are kept back to test it.
+"""Which seeds a trial trains, and which seeds are kept for testing it.
 
-Everything derives from `task.seed`. The first tuning seed is `task.seed` itself, so that a trial of one seed
-is what it always was, and is the first seed of a trial of several. The others are random numbers below a
-bound, and test seeds are random numbers above it, so that no number is both; one that is `task.seed` is left
-out. Both lists begin the same however long they are, and neither depends on a hyperparameter: configurations
-are compared on equal seeds.
+All derive from `task.seed`. The first tuning seed is `task.seed` itself, so a trial of several seeds begins
+with the seed of a trial of one. The other tuning seeds are random numbers below a bound and test seeds are
+random numbers above it, so no number is both. `task.seed` itself is never drawn. A longer list begins like a
+shorter one, and no hyperparameter changes a list: configurations are compared on equal seeds.
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from typing import Literal
 from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import TrialConfig
 
-# Where they begin; each kind has as many numbers as lie between the two.
+# The lowest tuning seed and the lowest test seed. Each kind has as many numbers as lie between the two.
 _TUNING_FROM, _TEST_FROM = 2**31, 2**32
 
 
 def tuning_seeds(config: TrialConfig) -> list[int]:
-    """The `task.seeds` seeds that a trial trains, in their order; the first is `task.seed`."""
+    """The `task.seeds` seeds that a trial trains, in this order. The first is `task.seed`."""
     seed = config.task.seed
     return [seed, *_draw(seed, "tune", _TUNING_FROM, config.task.seeds - 1)]
 
 
 def fresh_seeds(config: TrialConfig, n: int) -> list[int]:
-    """``n`` seeds that no trial of this configuration trains, however many `task.seeds` are."""
+    """``n`` seeds for testing, which no trial of this configuration trains, whatever `task.seeds` is."""
     return _draw(config.task.seed, "test", _TEST_FROM, n)
 
 
 def split_by_seed(config: TrialConfig) -> dict[str, TrialConfig]:
-    """The trials of one seed that a trial consists of, by the folder in its directory that is theirs.
+    """Split a trial of several seeds into trials of one seed.
 
     Returns:
-        ``seed-1``, ``seed-2``, ... in the order in which they are trained; of a trial of one seed itself, as
-        ``""``: its own directory.
+        Name of a directory in the trial's directory to configuration: ``seed-1``, ``seed-2``, ..., in the
+        order of training. For a trial of one seed ``{"": config}``, which means the trial's own directory.
     """
     if config.task.seeds == 1:
         return {"": config}
@@ -45,7 +44,7 @@ def split_by_seed(config: TrialConfig) -> dict[str, TrialConfig]:
 
 
 def _draw(seed: int, purpose: Literal["tune", "test"], low: int, n: int) -> list[int]:
-    """``n`` different numbers from ``low`` to below ``low + 2**31``, none of them ``seed``."""
+    """``n`` different numbers from ``low`` to below ``low + 2**31``, without ``seed``."""
     found: dict[int, None] = {}
     index = 0
     while len(found) < n:

@@ -1,4 +1,4 @@
-"""A directory of the user's own on this machine, for what processes tell each other while they run."""
+"""A private directory of the user on this machine, for files that processes share while they run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from collections.abc import Sequence
 
 
 def open_user_dir(variables: Sequence[str]) -> int:
-    """Open ``ppo-hpo-UID``, made where it is missing; return its descriptor.
+    """Open the directory ``ppo-hpo-UID``; it is created if it does not exist.
 
     Args:
-        variables: of the environment; the first that names a directory says where, else it is in ``/tmp``.
+        variables: names of environment variables. The first that holds a directory is the parent directory;
+            default: ``/tmp``.
+
+    Returns:
+        A file descriptor of the directory.
 
     Raises:
-        PermissionError: it is somebody else's, or open to others.
-        OSError: it cannot be made.
+        PermissionError: if the directory belongs to another user, or if others may use it.
+        OSError: if it cannot be created.
     """
     bases = [*(os.environ.get(name, "") for name in variables), "/tmp"]
     path = os.path.join(next(filter(os.path.isdir, bases), "/tmp"), f"ppo-hpo-{os.geteuid()}")

@@ -1,6 +1,6 @@
-"""YAML as people write it: data only, `1e-4` is a number, and no key stands twice.
+"""Reading and writing YAML: plain data only, `1e-4` is a number, and no key may be given twice.
 
-Files may come from anybody: tags and aliases are not read, and how much of what there may be is bounded.
+Files may come from anybody. So tags and aliases are refused, and sizes are limited.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import yaml
 
 from ppo_hpo.spec.errors import UserError
 
-# Configurations are a page long; what is larger is not a configuration.
+# Far above any configuration, which is about a page long.
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 10_000
 _MAX_DEPTH = 30
@@ -23,8 +23,8 @@ _MAX_DIGITS = 100
 class _Loader(yaml.SafeLoader):
     """YAML 1.1's safe loader with the number syntax of YAML 1.2.
 
-    PyYAML reads `1e-4` as a string, because YAML 1.1 wants `1.0e-4`; everybody means a number. Dates stay
-    words: no hyperparameter is one.
+    PyYAML reads `1e-4` as a string, because YAML 1.1 requires `1.0e-4`, but people mean a number. Dates stay
+    strings, because no hyperparameter is a date.
     """
 
     values = depth = 0
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in keys:
             if not isinstance(key, str):
-                raise UserError(f"Line {node.start_mark.line + 1}: keys must be words, but got {key!r}.")
+                raise UserError(f"Line {node.start_mark.line + 1}: keys must be strings, but got {key!r}.")
             if key in seen:
                 raise UserError(f"Line {node.start_mark.line + 1}: key `{key}` is given twice.")
             seen.add(key)
@@ -43,14 +43,14 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         line = event.start_mark.line + 1
-        # An alias lets a kilobyte stand for gigabytes; configurations have no use for it.
+        # With aliases a kilobyte can stand for gigabytes. Configurations do not need them.
         if isinstance(event, yaml.AliasEvent):
             raise UserError(f"Line {line}: YAML aliases (*name) are not read. Write the value out.")
         if event.tag is not None:
             raise UserError(f"Line {line}: YAML tags ({event.tag}) are not read. Write the plain value.")
         self.values += 1
         if self.values > _MAX_VALUES:
-            raise UserError(f"Line {line}: more than {_MAX_VALUES} values are no configuration.")
+            raise UserError(f"Line {line}: a configuration has at most {_MAX_VALUES} values.")
         if self.depth >= _MAX_DEPTH:
             raise UserError(f"Line {line}: values are nested more than {_MAX_DEPTH} deep.")
         self.depth += 1
@@ -61,13 +61,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes words that `_Loader` would read as numbers."""
+    """Quotes strings that `_Loader` would read as numbers."""
 
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        # Written so that it reads a long row of digits once, not once from each of them.
+        # This form reads a long row of digits once only, and not once from each digit.
         re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
         list("-+.0123456789"),
     )
@@ -87,7 +87,7 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
         )
     if len(digits) > _MAX_DIGITS:
         raise UserError(
-            f"Line {node.start_mark.line + 1}: a number of {len(digits)} digits is no hyperparameter."
+            f"Line {node.start_mark.line + 1}: a number of {len(digits)} digits is too long. At most {_MAX_DIGITS} are read."
         )
     return int(text)
 
@@ -111,15 +111,14 @@ def parse(text: str, source: str) -> Any:
     """Parse YAML text.
 
     Args:
-        text: the YAML.
-        source: what to call it in an error.
+        text: the YAML text.
+        source: name of the source, for messages.
 
     Raises:
-        UserError: the text is not YAML, or uses a tag, an alias or a key twice, or holds more than any
-            configuration does.
+        UserError: if the text is not valid YAML, has a tag, an alias or the same key twice, or is too large.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # a safe loader, see above
+        return yaml.load(text, Loader=_Loader)  # `_Loader` is a safe loader.
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -131,14 +130,14 @@ def load(path: Path) -> Any:
     """Read one YAML file.
 
     Raises:
-        UserError: there is no such file, or it cannot be read or parsed.
+        UserError: if the file does not exist, or cannot be read or parsed.
     """
     try:
-        # Pipes and devices tell no size, so that only reading shows how much is there.
+        # Pipes and devices have no size, so only reading shows how much they hold.
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
-            raise UserError(f"{path} is larger than {_MAX_BYTES} bytes: it is no configuration.")
+            raise UserError(f"{path} is larger than {_MAX_BYTES} bytes: a configuration is smaller.")
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -147,5 +146,5 @@ def load(path: Path) -> Any:
 
 
 def dump(value: Any) -> str:
-    """Write plain data as YAML, keys in the order given."""
+    """Plain data as YAML text, with keys in the given order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False)
