@@ -87,7 +87,8 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
         )
     if len(digits) > _MAX_DIGITS:
         raise UserError(
-            f"Line {node.start_mark.line + 1}: a number of {len(digits)} digits is too long. At most {_MAX_DIGITS} are read."
+            f"Line {node.start_mark.line + 1}: a number of {len(digits)} digits is too long. "
+            f"At most {_MAX_DIGITS} are read."
         )
     return int(text)
 

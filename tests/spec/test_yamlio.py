@@ -172,7 +172,7 @@ def test_huge_file_is_not_parsed(tmp_path: Path) -> None:
     path = tmp_path / "huge.yaml"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # sparse: a terabyte that takes no room
-    with pytest.raises(UserError, match=r"huge.yaml is larger than 1048576 bytes: a configuration is smaller"):
+    with pytest.raises(UserError, match=r"larger than 1048576 bytes: a configuration is smaller"):
         yamlio.load(path)
 
 

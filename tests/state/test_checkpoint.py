@@ -149,9 +149,7 @@ def test_what_is_not_finite_is_refused(bad: float, dtype: Any) -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(
-        CheckpointError, match=r"it has version 2, but this ppo_hpo reads version 1\. Resume"
-    ):
+    with pytest.raises(CheckpointError, match=r"it has version 2, but this ppo_hpo reads version 1\. Resume"):
         from_bytes(forge({"version": VERSION + 1, "epoch": 1}, {"w": np.ones(1)}), "it")
 
 
