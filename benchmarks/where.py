@@ -28,7 +28,7 @@ from typing import Any  # noqa: E402
 import machine  # noqa: E402
 
 from ppo_hpo.envs import vector  # noqa: E402
-from ppo_hpo.ppo import learner, task, train  # noqa: E402
+from ppo_hpo.ppo import collect, environments, learner, numpy_engine, task, train  # noqa: E402
 from ppo_hpo.spec import yamlio  # noqa: E402
 from ppo_hpo.spec.config import TrialConfig  # noqa: E402
 from ppo_hpo.spec.space import space_path  # noqa: E402
@@ -39,16 +39,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PRESETS = ("cartpole", "acrobot", "pendulum", "mountain-car-continuous")
 # What is timed: name in the table, owner of the function, its name.
 PARTS: list[tuple[str, Any, str]] = [
-    ("collecting", train, "collect"),
+    ("collecting", collect.Collector, "collect"),
     ("  environments", vector.SyncEnvs, "step"),
-    ("  acting", learner.fast.NumpyEngine, "act"),
-    ("  values and log-probabilities", learner.fast.NumpyEngine, "values"),
-    ("  values and log-probabilities", learner.fast.NumpyEngine, "log_probs"),
+    ("  acting", numpy_engine.NumpyEngine, "act"),
+    ("  values and log-probabilities", numpy_engine.NumpyEngine, "values"),
+    ("  values and log-probabilities", numpy_engine.NumpyEngine, "log_probs"),
     ("advantages", train, "gae"),
     ("update", learner.Learner, "update"),
-    ("  gradients", learner.fast.NumpyEngine, "backward"),
+    ("  gradients", numpy_engine.NumpyEngine, "backward"),
     ("  Adam", learner.FlatAdam, "step"),
-    ("evaluation", task.PPO, "_evaluate"),
+    ("evaluation", environments.Environments, "_evaluation"),
     ("checkpoint", task.PPO, "_save"),
     ("curve and log", runner._Trial, "_keep_records"),
 ]

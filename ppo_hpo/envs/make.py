@@ -185,7 +185,7 @@ def probe(config: EnvConfig) -> EnvInfo:
         env.close()
 
 
-def refuse_what_does_not_fit(config: TrialConfig, info: EnvInfo, *, own_network: bool = False) -> None:
+def check_hyperparameters_fit(config: TrialConfig, info: EnvInfo, *, own_network: bool = False) -> None:
     """Refuse hyperparameters that the environment's observations have no use for.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The general engine: any network, any device, gradients by torch's autograd."""
+"""The general engine: any network on any device, with gradients by torch's autograd."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ppo_hpo.ppo import losses
+from ppo_hpo.ppo.engine import MinibatchStats
 from ppo_hpo.ppo.rollout import Float32, Samples
 from ppo_hpo.spec.config import PPOConfig
 
-# Images that go through a network at once outside of minibatches: 512 of 4 x 84 x 84 fill 100 MB on their
-# way.
+# Images that pass through a network at once outside of minibatches. 512 of 4 x 84 x 84 fill 100 MB there.
 _IMAGES_AT_ONCE = 512
 
-Kept = tuple[Tensor, Tensor]
+#: Policy output and values of one batch.
+Outputs = tuple[Tensor, Tensor]
+#: A loss of the critic: ``(value [B], returns [B]) -> scalar``.
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -34,10 +36,11 @@ class Batch(NamedTuple):
 
 
 class AutogradEngine:
-    """Acts, rates and differentiates through torch.
+    """Runs and differentiates any network through torch.
 
     Attributes:
-        keeps: whether the network has `policy_and_value`: what acting computes then serves the values too.
+        reuses_outputs: whether the network has `policy_and_value`. Then acting computes the values too,
+            and `act_with_outputs` and `evaluate_outputs` replace `act`, `log_probs` and `values`.
     """
 
     name = "autograd"
@@ -45,40 +48,46 @@ class AutogradEngine:
     def __init__(
         self, module: nn.Module, device: torch.device, *, continuous: bool, criterion: Criterion | None
     ) -> None:
+        """Use a network that is already on its device.
+
+        Args:
+            module: network with `policy`, `value` and, for continuous actions, `log_std`.
+            device: torch device that holds the network.
+            continuous: whether actions are continuous.
+            criterion: loss of the critic; None is the mean squared error.
+        """
         self._module = module
-        self._both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = getattr(
-            module, "policy_and_value", None
-        )
-        self.keeps = self._both is not None
+        self._policy_and_value: Callable[[Tensor], Outputs] | None = getattr(module, "policy_and_value", None)
+        self.reuses_outputs = self._policy_and_value is not None
         self._device = device
         self._continuous = continuous
         self._criterion = criterion
 
+    # ------------------------------------------------------------------ acting
+
     @torch.inference_mode()
     def act(self, obs: NDArray[Any], noise: Float32 | None) -> NDArray[Any]:
-        """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode."""
+        """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode without noise."""
         return self._choose(self._policy(self._tensor(obs)), noise)
 
     @torch.inference_mode()
-    def act_and_keep(self, obs: NDArray[Any], noise: Float32) -> tuple[NDArray[Any], Kept]:
+    def act_with_outputs(self, obs: NDArray[Any], noise: Float32) -> tuple[NDArray[Any], Outputs]:
         """Actions for observations ``[N, D]``, and the network's outputs, which stay on the device."""
-        assert self._both is not None
-        kept = self._both(self._tensor(obs))
-        return self._choose(kept[0], noise), kept
+        assert self._policy_and_value is not None
+        outputs = self._policy_and_value(self._tensor(obs))
+        return self._choose(outputs[0], noise), outputs
 
     @torch.inference_mode()
-    def rate_kept(self, kept: list[Kept], action: NDArray[Any]) -> tuple[Float32, Float32]:
-        """Log-probabilities and values ``[T * N]`` of what T times `act_and_keep` gave, with its actions."""
-        output, value = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        log_prob, _ = self._rate(output, self._tensor(action))
-        return log_prob.cpu().numpy(), value.cpu().numpy()
+    def evaluate_outputs(self, outputs: list[Outputs], action: NDArray[Any]) -> tuple[Float32, Float32]:
+        """Log-probabilities and values ``[T * N]`` of actions ``[T * N, ...]``.
 
-    def _choose(self, output: Tensor, noise: Float32 | None) -> NDArray[Any]:
-        if noise is not None:
-            drawn = self._tensor(noise)
-            output = output + drawn * self._log_std.exp() if self._continuous else output + drawn
-        action = output if self._continuous else output.argmax(-1)
-        return action.cpu().numpy()
+        Args:
+            outputs: what T calls of `act_with_outputs` returned.
+            action: the actions that they returned.
+        """
+        output, value = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        log_prob, _ = self._evaluate(output, self._tensor(action))
+        return log_prob.cpu().numpy(), value.cpu().numpy()
 
     @torch.inference_mode()
     def values(self, obs: NDArray[Any]) -> Float32:
@@ -90,17 +99,26 @@ class AutogradEngine:
     def log_probs(self, obs: NDArray[Any], action: NDArray[Any]) -> Float32:
         """Log-probabilities ``[B]`` of actions ``[B]`` or ``[B, A]``."""
         output = torch.cat([self._policy(self._tensor(part)) for part in _portions(obs)])
-        log_prob, _ = self._rate(output, self._tensor(action))
+        log_prob, _ = self._evaluate(output, self._tensor(action))
         return log_prob.cpu().numpy()
 
+    def _choose(self, output: Tensor, noise: Float32 | None) -> NDArray[Any]:
+        if noise is not None:
+            drawn = self._tensor(noise)
+            output = output + drawn * self._log_std.exp() if self._continuous else output + drawn
+        action = output if self._continuous else output.argmax(-1)
+        return action.cpu().numpy()
+
+    # ---------------------------------------------------------------- learning
+
     def load(self, samples: Samples) -> Batch:
-        """All samples on the device, which they reach once for all passes."""
+        """The samples as tensors on the device."""
         return Batch(*(self._tensor(array) for array in samples))
 
     def shuffled(self, batch: Batch, order: NDArray[np.int64], ppo: PPOConfig) -> Iterator[Batch]:
-        """The samples in ``order``, a minibatch at a time: gathered once, then sliced.
+        """Minibatches of the samples in ``order``: gathered once, then sliced.
 
-        Images are gathered for each minibatch, so that they are not held twice.
+        Images are gathered for each minibatch, so that memory never holds them twice.
         """
         index = self._tensor(order)
         images = batch.obs.ndim > 2
@@ -113,16 +131,16 @@ class AutogradEngine:
 
     def loss(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> losses.LossParts:
         """The loss of one minibatch, and its parts."""
-        if self._both is None:
-            log_prob, entropy = self._rate(self._policy(batch.obs), batch.action)
+        if self._policy_and_value is None:
+            log_prob, entropy = self._evaluate(self._policy(batch.obs), batch.action)
             value = self._value(batch.obs)
         else:
-            output, value = self._both(batch.obs)
-            log_prob, entropy = self._rate(output, batch.action)
+            output, value = self._policy_and_value(batch.obs)
+            log_prob, entropy = self._evaluate(output, batch.action)
         if self._criterion is None:
-            critic = losses.value_loss(value, batch.old_value, batch.returns, ppo.clip_range_vf)
+            critic_loss = losses.value_loss(value, batch.old_value, batch.returns, ppo.clip_range_vf)
         else:
-            critic = self._criterion(value, batch.returns)
+            critic_loss = self._criterion(value, batch.returns)
         advantage = batch.advantage
         if ppo.normalize_advantage:
             advantage = losses.normalize_advantage(advantage)
@@ -130,24 +148,27 @@ class AutogradEngine:
             log_prob,
             batch.old_log_prob,
             advantage,
-            critic,
+            critic_loss,
             entropy,
             clip_range=clip_range,
             ent_coef=ppo.ent_coef,
             vf_coef=ppo.vf_coef,
         )
 
-    def backward(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> Tensor:
-        """Add the loss's gradient to the parameters'; return the parts of the loss, ``[5]``."""
+    def backward(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> MinibatchStats:
+        """Add the gradient of the loss to the parameters' gradients; the statistics stay on the device."""
         parts = self.loss(batch, ppo, clip_range)
         parts.loss.backward()  # type: ignore[no-untyped-call]
-        return torch.stack([part.detach() for part in parts[1:]])
+        return MinibatchStats(*(part.detach() for part in parts[1:]))
 
     @staticmethod
-    def mean(rows: list[Tensor], norms: list[Tensor | float]) -> list[float]:
-        """Means over minibatches; on a GPU this is where the host first waits for it."""
+    def mean(stats: list[MinibatchStats], norms: list[Any]) -> tuple[MinibatchStats, float]:
+        """Means over minibatches, as numbers. On a GPU this is where the host first waits for it."""
         norm = torch.stack([torch.as_tensor(norm) for norm in norms]).double().mean()
-        return [*torch.stack(rows).double().mean(0).tolist(), float(norm)]
+        table = torch.stack([torch.stack(row) for row in stats])
+        return MinibatchStats(*table.double().mean(0).tolist()), float(norm)
+
+    # ----------------------------------------------------------------- network
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -162,14 +183,15 @@ class AutogradEngine:
     def _log_std(self) -> Tensor:
         return self._module.log_std  # type: ignore[return-value]
 
-    def _rate(self, output: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, output: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities ``[B]`` of actions under the policy's output, and entropies ``[B]``."""
         if self._continuous:
             return losses.diagonal_gaussian(output, self._log_std, action)
         return losses.categorical(output, action)
 
 
 def _portions(obs: NDArray[Any]) -> list[NDArray[Any]]:
-    """Vectors all at once; images some at a time: what a convolution makes of them is much larger."""
+    """Split images into portions, since convolutions make them much larger. Vectors stay in one piece."""
     if obs.ndim <= 2:
         return [obs]
     return [obs[at : at + _IMAGES_AT_ONCE] for at in range(0, len(obs), _IMAGES_AT_ONCE)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo, make
 from ppo_hpo.envs.vector import number_of, put_obs
 from ppo_hpo.ppo.normalize import ObservationNormalizer
-from ppo_hpo.ppo.rollout import Policy, sampling_noise
+from ppo_hpo.ppo.rollout import Float32, sampling_noise
 from ppo_hpo.spec.config import EnvConfig
 
 
@@ -32,6 +34,13 @@ class Evaluation:
         return sum(self.lengths)
 
 
+class Actor(Protocol):
+    """What can be evaluated: a `Learner`, or anything else that acts."""
+
+    def act(self, obs: NDArray[Any], noise: Float32 | None) -> NDArray[Any]:
+        """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode without noise."""
+
+
 class Evaluator:
     """One environment for each episode, so that one forward pass serves all that still run."""
 
@@ -51,7 +60,7 @@ class Evaluator:
 
     def __call__(
         self,
-        policy: Policy,
+        policy: Actor,
         normalizer: ObservationNormalizer,
         stream: np.random.Generator | None,
     ) -> Evaluation:

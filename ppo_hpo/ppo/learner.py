@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ppo_hpo.ppo import numpy_engine
 from ppo_hpo.ppo.adam import FlatAdam
 from ppo_hpo.ppo.autograd import AutogradEngine, Criterion
+from ppo_hpo.ppo.engine import Engine, MinibatchStats
 from ppo_hpo.ppo.networks import MLPActorCritic
+from ppo_hpo.ppo.numpy_engine import NumpyEngine, parameter_order
 from ppo_hpo.ppo.rollout import Float32, Samples
 from ppo_hpo.spec.config import OptimizerConfig, PPOConfig
 
@@ -24,13 +26,13 @@ class UpdateStats:
     """Means over the minibatches of one rollout's update.
 
     Attributes:
-        policy_loss: the clipped surrogate's.
-        value_loss: the critic's, unweighted.
-        entropy: of the policy.
-        approx_kl: between the policy that acted and the one that was updated.
+        policy_loss: clipped surrogate, to be minimised.
+        value_loss: loss of the critic, before its weight `vf_coef`.
+        entropy: mean entropy of the policy.
+        approx_kl: estimated KL divergence of the updated policy from the one that acted.
         clip_fraction: share of samples whose ratio was clipped.
-        grad_norm: before clipping.
-        n_updates: optimizer steps taken; fewer than planned where `target_kl` stopped them.
+        grad_norm: norm of the gradient before clipping.
+        n_updates: optimizer steps taken; fewer than planned where `target_kl` stopped the update.
     """
 
     policy_loss: float
@@ -41,15 +43,20 @@ class UpdateStats:
     grad_norm: float
     n_updates: int
 
+    def finite(self) -> bool:
+        """Whether the losses and the entropy are finite numbers."""
+        return bool(np.isfinite((self.policy_loss, self.value_loss, self.entropy)).all())
+
 
 class Learner:
-    """Acts, rates and learns, on one device.
+    """A network that acts, evaluates and learns, on one device.
 
     Attributes:
-        module: the network, with `policy`, `value` and `log_std`.
-        optimizer: Adam over the module's parameters, which are views into its buffer.
-        device: where both live.
-        engine: ``numpy`` or ``autograd``; see `_choose`.
+        module: network with `policy`, `value` and, for continuous actions, `log_std`.
+        optimizer: Adam; the module's parameters are views into its buffer.
+        device: torch device that holds the network and its optimizer.
+        engine: ``numpy`` or ``autograd``; see `_numpy_engine_fits`.
+        reuses_outputs: whether acting computes the values too; see `AutogradEngine`.
     """
 
     def __init__(
@@ -63,47 +70,49 @@ class Learner:
         criterion: Criterion | None = None,
         engine: str = "auto",
     ) -> None:
-        """Put a network and its optimizer on a device.
+        """Move a network to a device and make its optimizer.
 
         Args:
-            module: the network.
-            optimizer: Adam's hyperparameters.
-            ppo: of the update.
-            device: where to.
+            module: network.
+            optimizer: hyperparameters of Adam.
+            ppo: hyperparameters of the update.
+            device: torch device that holds the network and its optimizer.
             continuous: whether actions are continuous.
-            criterion: the critic's loss in the place of the mean squared error.
-            engine: ``auto``, or ``autograd`` to take the general one where the fast one could be had.
+            criterion: loss of the critic; None is the mean squared error.
+            engine: ``auto`` chooses the numpy engine where it can; ``autograd`` never does.
         """
         if device.type == "cuda":
-            # Left alone, cuDNN takes gradients of convolutions that add up in any order: a trial that goes
-            # on would not end where it would have ended.
+            # Left alone, cuDNN chooses gradients of convolutions that add up in any order. A resumed trial
+            # would then end elsewhere than one that never stopped.
             torch.backends.cudnn.deterministic = True
         self.module = module.to(device)
         self.device = device
         self._ppo = ppo
+        self._on = functools.partial(
+            Learner, module, optimizer, ppo, continuous=continuous, criterion=criterion, engine=engine
+        )
         self._autograd = AutogradEngine(module, device, continuous=continuous, criterion=criterion)
-        named = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        is_fast = engine == "auto" and _is_fast(module, device, criterion)
-        if is_fast:
+        by_hand = engine == "auto" and _numpy_engine_fits(module, device, criterion)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if by_hand:
             assert isinstance(module, MLPActorCritic)
-            parameters = numpy_engine.parameter_order(module)
-        self._names = [named[id(p)] for p in parameters]
-        self.optimizer = FlatAdam(parameters, optimizer.lr, optimizer.eps)
-        self._engine: Any = self._autograd
-        if is_fast:
+            trained = parameter_order(module)
+        name_of = {id(p): name for name, p in module.named_parameters()}
+        self._names = [name_of[id(p)] for p in trained]
+        self.optimizer = FlatAdam(trained, optimizer.lr, optimizer.eps)
+        self._engine: Engine = self._autograd
+        if by_hand:
             assert isinstance(module, MLPActorCritic)
-            self._engine = numpy_engine.NumpyEngine(
-                module, self.optimizer.flat, self.optimizer.grad, continuous=continuous
-            )
+            flat, grad = self.optimizer.flat, self.optimizer.grad
+            self._engine = NumpyEngine(module, flat, grad, continuous=continuous)
         self.engine: str = self._engine.name
-        self.keeps: bool = self._engine.keeps
-        if self.keeps:
-            self.act_and_keep, self.rate_kept = self._engine.act_and_keep, self._engine.rate_kept
-        # The rollout asks for these thousands of times: no step in between.
-        self.act: Callable[[Float32, Float32 | None], NDArray[Any]] = self._engine.act
-        self.values: Callable[[Float32], Float32] = self._engine.values
-        self.log_probs: Callable[[Float32, NDArray[Any]], Float32] = self._engine.log_probs
+        self.reuses_outputs = not by_hand and self._autograd.reuses_outputs
+        self.act_with_outputs = self._autograd.act_with_outputs
+        self.evaluate_outputs = self._autograd.evaluate_outputs
+        # A rollout calls these thousands of times, so nothing stands between.
+        self.act: Callable[[NDArray[Any], Float32 | None], NDArray[Any]] = self._engine.act
+        self.values: Callable[[NDArray[Any]], Float32] = self._engine.values
+        self.log_probs: Callable[[NDArray[Any], NDArray[Any]], Float32] = self._engine.log_probs
 
     def loss(self, samples: Samples, clip_range: float) -> float:
         """The loss of some samples, without learning from them."""
@@ -111,44 +120,59 @@ class Learner:
             batch = self._autograd.load(samples)
             return float(self._autograd.loss(batch, self._ppo, clip_range).loss)
 
-    def minibatches(self, samples: Samples, stream: np.random.Generator) -> Iterator[Any]:
-        """Each pass's minibatches, in turn: all samples in a new random order, ``batch_size`` at a time."""
+    def minibatches(self, samples: Samples, rng: np.random.Generator) -> Iterator[Any]:
+        """The minibatches of all passes: each pass takes all samples in a new random order."""
         loaded = self._engine.load(samples)
         for _ in range(self._ppo.n_epochs):
-            order = stream.permutation(len(samples.obs))
+            order = rng.permutation(len(samples.obs))
             yield from self._engine.shuffled(loaded, order, self._ppo)
 
-    def update(
-        self, samples: Samples, stream: np.random.Generator, lr: float, clip_range: float
-    ) -> UpdateStats:
-        """Improve the networks on one rollout: ``n_epochs`` passes over its minibatches.
+    def update(self, samples: Samples, rng: np.random.Generator, lr: float, clip_range: float) -> UpdateStats:
+        """Improve the network on one rollout: ``n_epochs`` passes over its minibatches.
 
-        With ``target_kl`` the first minibatch whose estimated divergence exceeds 1.5 times it ends
-        the update, before its own step is taken.
+        With ``target_kl`` the update ends at the first minibatch whose estimated KL divergence exceeds 1.5
+        times it, before the optimizer step of that minibatch.
+
+        Args:
+            samples: the rollout.
+            rng: random numbers that shuffle the samples.
+            lr: learning rate.
+            clip_range: bound on the ratio of probabilities.
         """
         ppo, optimizer, backward = self._ppo, self.optimizer, self._engine.backward
         optimizer.lr = lr
-        rows: list[Any] = []
-        norms: list[Any] = []
-        for minibatch in self.minibatches(samples, stream):
-            row = backward(minibatch, ppo, clip_range)
-            if ppo.target_kl is not None and float(row[3]) > 1.5 * ppo.target_kl:
+        taken: list[MinibatchStats] = []
+        norms: list[Tensor | float] = []
+        for minibatch in self.minibatches(samples, rng):
+            stats = backward(minibatch, ppo, clip_range)
+            if ppo.target_kl is not None and float(stats.approx_kl) > 1.5 * ppo.target_kl:
                 optimizer.grad.zero_()
-                if not rows:  # the very first one stopped the update: it is all there is to report
-                    return _stats(self._engine.mean([row], [0.0]), 0)
+                if not taken:  # the very first minibatch ended the update: it is all there is to report
+                    return self._means([stats], [0.0], n_updates=0)
                 break
             norms.append(optimizer.step(ppo.max_grad_norm))
-            rows.append(row)
-        return _stats(self._engine.mean(rows, norms), len(rows))
+            taken.append(stats)
+        return self._means(taken, norms, n_updates=len(taken))
+
+    def _means(self, stats: list[MinibatchStats], norms: list[Tensor | float], n_updates: int) -> UpdateStats:
+        means, grad_norm = self._engine.mean(stats, norms)
+        return UpdateStats(**means._asdict(), grad_norm=grad_norm, n_updates=n_updates)
+
+    def to(self, device: torch.device) -> Learner:
+        """A learner on another device, with this one's network and state; this one is of no use after."""
+        state = {name: tensor.detach().clone() for name, tensor in self.state().items()}
+        moved = self._on(device=device)
+        moved.load(state)
+        return moved
 
     def finite(self) -> bool:
-        """Whether every parameter is a finite number."""
+        """Whether every parameter and every moment of the optimizer is a finite number."""
         return self.optimizer.finite()
 
     # ------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters, buffers and the optimizer's moments by name; the tensors themselves."""
+        """Parameters, buffers and the optimizer's moments by name: the live tensors."""
         state = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for moment, views in self.optimizer.moments().items():
             for name, view in zip(self._names, views, strict=True):
@@ -156,12 +180,12 @@ class Learner:
         state["optimizer.n_steps"] = torch.tensor(self.optimizer.n_steps)
         return state
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave; every name and shape must fit.
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state` returned. Where anything does not fit, nothing is loaded.
 
         Raises:
             KeyError: a tensor is missing.
-            ValueError: a tensor has another shape. Nothing was taken over.
+            ValueError: a tensor has another shape.
         """
         own = self.state()
         for name, tensor in own.items():
@@ -175,16 +199,10 @@ class Learner:
         self.optimizer.n_steps = int(state["optimizer.n_steps"])
 
 
-def _stats(means: list[float], n_updates: int) -> UpdateStats:
-    policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm = means
-    return UpdateStats(policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm, n_updates)
+def _numpy_engine_fits(module: nn.Module, device: torch.device, criterion: Criterion | None) -> bool:
+    """The only place that decides between the engines.
 
-
-def _is_fast(module: nn.Module, device: torch.device, criterion: Criterion | None) -> bool:
-    """The one place that decides between the engines.
-
-    The fast one knows the gradients of one network and one loss, on the CPU and in single precision;
-    everything else takes the general one.
+    The numpy engine has the gradients of one network and one loss, on the CPU and in single precision.
     """
     return (
         type(module) is MLPActorCritic

@@ -1,11 +1,13 @@
-"""The fast engine: a multilayer perceptron on the CPU, its gradient worked out by hand, in numpy.
+"""The fast engine: a multilayer perceptron on the CPU, with hand-written gradients in numpy.
 
-For the small networks of PPO most of autograd's time is bookkeeping. Here actor and critic, which have the
-same shape, run as one stack ``[2, width, B]``; the arrays are allocated once and share their memory with the
-torch module's parameters. In the update samples lie along the last axis, ``[width, B]`` and ``[A, B]``:
-biases and sums over actions then run along contiguous memory. At these sizes each call of numpy costs as much
-as its arithmetic, so what can be done once for a whole pass is done in `NumpyEngine.shuffled`.
-`tests/ppo/test_numpy_engine.py` holds every gradient to autograd's.
+For the small networks of PPO autograd spends most of its time on bookkeeping. Here actor and critic, which
+have the same shape, run as one stack ``[2, width, B]``. The arrays are allocated once and share their memory
+with the parameters of the torch module.
+
+In the update the samples lie along the last axis, ``[width, B]`` and ``[A, B]``. Biases and sums over actions
+then run along contiguous memory. At these sizes a call of numpy costs as much as its arithmetic, so
+`NumpyEngine.shuffled` does once for a whole pass what it can. `tests/ppo/test_numpy_engine.py` compares every
+gradient with autograd's.
 """
 
 from __future__ import annotations
@@ -19,22 +21,26 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ppo_hpo.ppo.engine import MinibatchStats
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.rollout import Float32, Samples
 from ppo_hpo.spec.config import PPOConfig
 
 _HALF_LOG_TWO_PI = np.float32(0.5 * math.log(2.0 * math.pi))
 _ONE = np.float32(1.0)
-# What the methods `sum` and `mean` of an array end in, without the way there.
+# The methods `sum` and `mean` of an array end in this function; calling it at once is faster.
 _sum = np.add.reduce
+# The entries of a sample that are one number each. They are the last rows of what `NumpyEngine.load` returns.
+_SCALARS = Samples._fields[2:]
+_ADVANTAGE = _SCALARS.index("advantage") - len(_SCALARS)
 
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Views into one flat buffer, of the parameters or of their gradients.
+    """Views into one flat buffer of the parameters, or of their gradients.
 
     Attributes:
-        weights: ``[2, out, in]`` for each hidden layer, the actor's and the critic's.
+        weights: ``[2, out, in]`` for each hidden layer: the actor's, then the critic's.
         biases: ``[2, out, 1]`` for each hidden layer.
         policy_weight: ``[A, width]``.
         policy_bias: ``[A, 1]``.
@@ -53,14 +59,14 @@ class _Parameters:
 
 
 class Minibatch(NamedTuple):
-    """Some samples, as `backward` takes them.
+    """Samples in the form that `NumpyEngine.backward` takes.
 
     Attributes:
         obs: ``[D, B]``.
-        action: ``[A, B]`` reals, or ones where the action was taken and zeros elsewhere.
+        action: ``[A, B]`` reals, or one-hot columns where actions are discrete.
         old_log_prob: ``[B]``.
         old_value: ``[B]``.
-        advantage: ``[B]``, standardised where that is asked for.
+        advantage: ``[B]``, standardised where `normalize_advantage` is set.
         returns: ``[B]``.
     """
 
@@ -72,13 +78,29 @@ class Minibatch(NamedTuple):
     returns: Float32
 
 
+class _Surrogate(NamedTuple):
+    """The clipped surrogate of one minibatch.
+
+    Attributes:
+        policy_loss: the loss.
+        approx_kl: estimated KL divergence.
+        clip_fraction: share of samples whose ratio was clipped.
+        d_log_prob: ``[B]`` gradient of the loss with respect to the log-probabilities.
+    """
+
+    policy_loss: float
+    approx_kl: float
+    clip_fraction: float
+    d_log_prob: Float32
+
+
 def parameter_order(module: MLPActorCritic) -> list[nn.Parameter]:
-    """The module's parameters in the order of the flat buffer: by layer, the actor's beside the critic's."""
+    """The parameters in the order of the flat buffer: layer by layer, the actor's beside the critic's."""
     actor = [layer for layer in module.actor if isinstance(layer, nn.Linear)]
     critic = [layer for layer in module.critic if isinstance(layer, nn.Linear)]
     order: list[Any] = []
-    for one, other in zip(actor[:-1], critic[:-1], strict=True):
-        order += [one.weight, other.weight, one.bias, other.bias]
+    for a, c in zip(actor[:-1], critic[:-1], strict=True):
+        order += [a.weight, c.weight, a.bias, c.bias]
     order += [actor[-1].weight, actor[-1].bias, critic[-1].weight, critic[-1].bias]
     return order + ([] if module.log_std is None else [module.log_std])
 
@@ -104,24 +126,23 @@ def _views(flat: Float32, module: MLPActorCritic) -> _Parameters:
 
 
 class NumpyEngine:
-    """Acts, rates and differentiates an `MLPActorCritic` in numpy, on the CPU."""
+    """Runs and differentiates an `MLPActorCritic` in numpy, on the CPU."""
 
     name = "numpy"
-    keeps = False
 
     def __init__(
         self, module: MLPActorCritic, flat: torch.Tensor, grad: torch.Tensor, *, continuous: bool
     ) -> None:
-        """Look at the network's memory.
+        """Share the memory of a network.
 
         Args:
-            module: the network.
-            flat: its parameters in `parameter_order`, which they are views into.
-            grad: their gradients likewise.
+            module: network, whose parameters are views into ``flat``.
+            flat: all parameters in `parameter_order`.
+            grad: their gradients, in the same order.
             continuous: whether actions are continuous.
         """
         self._parameters = p = _views(flat.numpy(), module)
-        # The weights and biases of the actor's and of the critic's hidden layers, as `_hidden` wants them.
+        # Weights and biases of the hidden layers in the form that `_hidden` takes: actor's, then critic's.
         self._hidden_layers = [
             [(w[which].T, b[which, :, 0]) for w, b in zip(p.weights, p.biases, strict=True)]
             for which in (0, 1)
@@ -137,7 +158,7 @@ class NumpyEngine:
     # ------------------------------------------------------------------ acting
 
     def act(self, obs: Float32, noise: Float32 | None) -> NDArray[Any]:
-        """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode."""
+        """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode without noise."""
         weight, bias = self._policy_layer
         output: Float32 = self._hidden(obs, 0) @ weight
         output += bias
@@ -184,7 +205,7 @@ class NumpyEngine:
     # ---------------------------------------------------------------- learning
 
     def load(self, samples: Samples) -> Float32:
-        """All samples as the columns of one array, so that one gathering serves all of them."""
+        """The samples as columns of one array, so that one call gathers all their entries."""
         if self._continuous:
             action = samples.action.T
         else:
@@ -194,22 +215,23 @@ class NumpyEngine:
         )
 
     def shuffled(self, samples: Float32, order: NDArray[np.int64], ppo: PPOConfig) -> list[Minibatch]:
-        """The samples in ``order``, a minibatch at a time: gathered once, then sliced."""
+        """Minibatches of the samples in ``order``: gathered once, then sliced."""
         gathered = samples.take(order, axis=1)
         size, n_actions = ppo.batch_size, len(self._parameters.policy_weight)
-        n_obs = len(gathered) - n_actions - len(Minibatch._fields[2:])
+        scalars = len(gathered) - len(_SCALARS)
+        actions = scalars - n_actions
         if ppo.normalize_advantage:
-            _standardize(gathered[-2].reshape(-1, size))
+            _standardize(gathered[_ADVANTAGE].reshape(-1, size))
         minibatches = []
         for start in range(0, len(order), size):
             part = gathered[:, start : start + size]
-            minibatches.append(Minibatch(part[:n_obs], part[n_obs:-4], *part[-4:]))
+            minibatches.append(Minibatch(part[:actions], part[actions:scalars], *part[scalars:]))
         return minibatches
 
-    def backward(self, batch: Minibatch, ppo: PPOConfig, clip_range: float) -> list[float]:
-        """Set the gradient of the loss; return its parts: policy, value, entropy, KL, clip fraction.
+    def backward(self, batch: Minibatch, ppo: PPOConfig, clip_range: float) -> MinibatchStats:
+        """Set the gradient of the loss, which is `losses.ppo_loss`.
 
-        The loss is `losses.ppo_loss`; the names of gradients are ``d_`` and what they are with respect to.
+        ``d_x`` is the gradient of the loss with respect to ``x``.
         """
         p, layers = self._parameters, self._workspace(batch.obs.shape[1])
         below = batch.obs
@@ -224,8 +246,8 @@ class NumpyEngine:
         value = p.value_weight[0] @ top[1]
         value += p.value_bias[0, 0]
 
-        rate = self._rate_gaussian if self._continuous else self._rate_categorical
-        parts, d_output = rate(output, batch, ppo, clip_range)
+        policy_loss = self._gaussian_loss if self._continuous else self._categorical_loss
+        surrogate, entropy, d_output = policy_loss(output, batch, ppo, clip_range)
         value_loss, d_value = self._value_loss(value, batch, ppo)
 
         g = self._grad
@@ -237,12 +259,14 @@ class NumpyEngine:
         np.matmul(p.policy_weight.T, d_output, out=d_top[0])
         np.multiply(p.value_weight.T, d_value, out=d_top[1])
         self._backward_hidden(batch.obs, layers)
-        return [parts[0], value_loss, *parts[1:]]
+        return MinibatchStats(
+            surrogate.policy_loss, value_loss, entropy, surrogate.approx_kl, surrogate.clip_fraction
+        )
 
     def _backward_hidden(self, obs: Float32, layers: list[tuple[Float32, Float32]]) -> None:
-        """Carry the gradient with respect to the last hidden layer down to the first.
+        """Propagate the gradient from the last hidden layer down to the first.
 
-        Overwrites each layer's output with its slope: the layer above has used it already.
+        This overwrites the output of each layer with its slope; the layer above has used it already.
         """
         p, g = self._parameters, self._grad
         if len(self._ones) != obs.shape[1]:
@@ -261,10 +285,8 @@ class NumpyEngine:
             if index:
                 np.matmul(p.weights[index].transpose(0, 2, 1), d, out=layers[index - 1][1])
 
-    def _surrogate(
-        self, log_prob: Float32, batch: Minibatch, clip_range: float
-    ) -> tuple[float, float, float, Float32]:
-        """Policy loss, KL, clip fraction, and the gradient with respect to ``log_prob``, ``[B]``."""
+    @staticmethod
+    def _surrogate(log_prob: Float32, batch: Minibatch, clip_range: float) -> _Surrogate:
         log_ratio = log_prob - batch.old_log_prob
         ratio = np.exp(log_ratio)
         plain = ratio * batch.advantage
@@ -275,33 +297,38 @@ class NumpyEngine:
         beyond = ratio - _ONE
         kl = float(_sum(beyond - log_ratio) / n)
         fraction = float(np.count_nonzero(np.abs(beyond) > clip_range) / n)
-        # Where the clipped term is the smaller one, it is constant.
+        # Where the clipped term is the smaller one, it does not depend on the ratio.
         d_log_prob = plain * (plain <= clipped)
         d_log_prob *= -_ONE / n
-        return policy_loss, kl, fraction, d_log_prob
+        return _Surrogate(policy_loss, kl, fraction, d_log_prob)
 
-    def _rate_categorical(
+    def _categorical_loss(
         self, logits: Float32, batch: Minibatch, ppo: PPOConfig, clip_range: float
-    ) -> tuple[list[float], Float32]:
+    ) -> tuple[_Surrogate, float, Float32]:
+        """The surrogate, the mean entropy, and the gradient with respect to the logits ``[A, B]``."""
         n = logits.shape[1]
         log_p = _log_softmax(logits)
         probabilities = np.exp(log_p)
         weighted = probabilities * log_p
-        policy_loss, kl, fraction, d_log_prob = self._surrogate(_sum(log_p * batch.action), batch, clip_range)
+        surrogate = self._surrogate(_sum(log_p * batch.action), batch, clip_range)
         # d log p_a / d logits = onehot(a) - p;   dH / d logits = -p (log p + H)
         entropy = -float(_sum(weighted, axis=None) / np.float32(n))
         if ppo.ent_coef:
             d_logits = weighted - probabilities * _sum(weighted)
             d_logits *= np.float32(ppo.ent_coef / n)
-            d_logits += (batch.action - probabilities) * d_log_prob
+            d_logits += (batch.action - probabilities) * surrogate.d_log_prob
         else:
             d_logits = batch.action - probabilities
-            d_logits *= d_log_prob
-        return [policy_loss, entropy, kl, fraction], d_logits
+            d_logits *= surrogate.d_log_prob
+        return surrogate, entropy, d_logits
 
-    def _rate_gaussian(
+    def _gaussian_loss(
         self, mean: Float32, batch: Minibatch, ppo: PPOConfig, clip_range: float
-    ) -> tuple[list[float], Float32]:
+    ) -> tuple[_Surrogate, float, Float32]:
+        """The surrogate, the mean entropy, and the gradient with respect to the means ``[A, B]``.
+
+        Sets the gradient with respect to ``log_std`` as well.
+        """
         log_std = self._parameters.log_std
         inverse = np.exp(-log_std)
         scaled = (batch.action - mean) * inverse
@@ -309,19 +336,20 @@ class NumpyEngine:
         constant = float(_sum(log_std, axis=None)) + len(log_std) * float(_HALF_LOG_TWO_PI)
         log_prob = np.float32(-0.5) * _sum(squared)
         log_prob -= np.float32(constant)
-        policy_loss, kl, fraction, d_log_prob = self._surrogate(log_prob, batch, clip_range)
+        surrogate = self._surrogate(log_prob, batch, clip_range)
         # d log p / d mean = scaled / std;   d log p / d log std = scaled^2 - 1;   dH / d log std = 1
         squared -= _ONE
-        squared *= d_log_prob
+        squared *= surrogate.d_log_prob
         _sum(squared, axis=1, keepdims=True, out=self._grad.log_std)
         self._grad.log_std[:] -= np.float32(ppo.ent_coef)
         scaled *= inverse
-        scaled *= d_log_prob
+        scaled *= surrogate.d_log_prob
         entropy = constant + 0.5 * len(log_std)
-        return [policy_loss, entropy, kl, fraction], scaled
+        return surrogate, entropy, scaled
 
     @staticmethod
     def _value_loss(value: Float32, batch: Minibatch, ppo: PPOConfig) -> tuple[float, Float32]:
+        """The critic's loss, and the gradient of its weighted share with respect to the values ``[B]``."""
         n = len(value)
         error = value - batch.returns
         if ppo.clip_range_vf is None:
@@ -332,20 +360,20 @@ class NumpyEngine:
             change = value - batch.old_value
             clipped = batch.old_value + _bounded(change, -bound, bound) - batch.returns
             clipped *= clipped
-            # Where the clipped error is the larger one, it is constant; within the bound both are the
-            # same but for rounding, which must not decide.
+            # Where the clipped error is the larger one, it does not depend on the value. Within the bound
+            # both errors differ by rounding only, which must not decide.
             error *= (squared >= clipped) | (np.abs(change) <= np.float32(bound))
             total = float(_sum(np.maximum(squared, clipped)))
         error *= np.float32(2.0 * ppo.vf_coef / n)
         return total / n, error
 
     @staticmethod
-    def mean(rows: list[list[float]], norms: list[Any]) -> list[float]:
+    def mean(stats: list[MinibatchStats], norms: list[Any]) -> tuple[MinibatchStats, float]:
         """Means over minibatches."""
-        return [*np.mean(rows, axis=0).tolist(), float(np.mean(norms))]
+        return MinibatchStats(*np.mean(stats, axis=0).tolist()), float(np.mean(norms))
 
     def _workspace(self, n: int) -> list[tuple[Float32, Float32]]:
-        """For each hidden layer its output and the gradient with respect to it, ``[2, width, n]``."""
+        """For each hidden layer two arrays ``[2, width, n]``: its output, and the gradient for it."""
         if n not in self._buffers:
             widths = [weight.shape[1] for weight in self._parameters.weights]
             self._buffers[n] = [
@@ -355,20 +383,20 @@ class NumpyEngine:
 
 
 def _log_softmax(logits: Float32) -> Float32:
-    """Over the first axis of ``[A, B]``."""
+    """Log-softmax over the first axis of ``[A, B]``."""
     shifted: Float32 = logits - np.maximum.reduce(logits)
     shifted -= np.log(_sum(np.exp(shifted)))
     return shifted
 
 
 def _bounded(array: Float32, low: float, high: float) -> Float32:
-    """What `numpy.clip` gives, in a fifth of its time."""
+    """The same as `numpy.clip`, in a fifth of its time."""
     result: Float32 = np.maximum(array, np.float32(low))
     return np.minimum(result, np.float32(high), out=result)
 
 
 def _standardize(rows: Float32) -> None:
-    """Give each of ``[M, B]`` rows, in place, mean 0 and standard deviation 1 (the sample's, with B - 1)."""
+    """Standardise each row of ``[M, B]`` in place, by the sample's deviation (with B - 1)."""
     size = np.float32(rows.shape[1])
     rows -= _sum(rows, axis=1, keepdims=True) / size
     deviation = np.sqrt(_sum(rows * rows, axis=1, keepdims=True) / (size - _ONE))

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ppo_hpo.envs.make import EnvInfo, probe
+from ppo_hpo.ppo.agent import build_network, build_normalizer
 from ppo_hpo.ppo.device import resolve_device
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import after_convolutions
-from ppo_hpo.ppo.normalize import EPSILON, ObservationNormalizer
-from ppo_hpo.ppo.task import build_network
+from ppo_hpo.ppo.normalize import EPSILON
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError
 from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, from_bytes, to_bytes
@@ -78,13 +78,12 @@ class Policy(nn.Module):
         """
         super().__init__()
         self.config, self.info, self.epoch = config, info, epoch
-        rules = config.normalize
-        dim = 0 if info.images else info.obs_dim
-        self._normalizer = ObservationNormalizer(dim, enabled=rules.norm_obs, clip=rules.clip_obs)
+        self._normalizer = build_normalizer(config, info)
         moments = {name: arrays[f"{_NORMALIZER}{name}"] for name in ("mean", "var", "count")}
         for name in ("mean", "var"):
-            if moments[name].shape != (dim,):
-                raise ValueError(f"{name} has shape {moments[name].shape}, but {(dim,)} is needed")
+            needed = self._normalizer.moments.mean.shape
+            if moments[name].shape != needed:
+                raise ValueError(f"{name} has shape {moments[name].shape}, but {needed} is needed")
         self._normalizer.moments.load(moments)
         _refuse_other_sizes(config, info, arrays)
         network = build_network(config, info)

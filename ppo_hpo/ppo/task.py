@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -12,60 +11,75 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from ppo_hpo.envs.make import EnvInfo, probe, refuse_what_does_not_fit
-from ppo_hpo.envs.vector import VectorEnv, vectorize
+from ppo_hpo.envs.make import probe
+from ppo_hpo.ppo.agent import Agent, build_agent, describe
 from ppo_hpo.ppo.autograd import Criterion
-from ppo_hpo.ppo.components import (
-    ActorCritic,
-    Groups,
-    LRSchedule,
-    Optimizer,
-    RolloutLoader,
-    merge,
-    open_priors,
-)
+from ppo_hpo.ppo.checkpointing import Progress, load_newest, load_state, to_checkpoint
+from ppo_hpo.ppo.components import ActorCritic, Hyperparameters, LRSchedule, Optimizer, RolloutLoader
 from ppo_hpo.ppo.device import limited_threads, resolve_device
-from ppo_hpo.ppo.evaluate import Evaluation, Evaluator
+from ppo_hpo.ppo.environments import Environments
 from ppo_hpo.ppo.events import Events, Metrics
-from ppo_hpo.ppo.gae import gae
 from ppo_hpo.ppo.guard import BadResumeGuard
-from ppo_hpo.ppo.learner import Learner
-from ppo_hpo.ppo.networks import MLPActorCritic, NatureCNN
-from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.ppo.rollout import Rollout, Samples
-from ppo_hpo.ppo.train import Agent, Diverged, scheduled, train_epoch
+from ppo_hpo.ppo.train import Diverged, advantages, scheduled_rates
 from ppo_hpo.spec import randomness, results
-from ppo_hpo.spec.config import OTHER_SPELLINGS, TrialConfig, check_value, field_names
-from ppo_hpo.spec.errors import BadResume, CheckpointError, UserError
-from ppo_hpo.state import ownership
-from ppo_hpo.state.checkpoint import MAX_HEADER, Checkpoint, Storage, arrays_digest
-
-State = dict[str, Any]
-_GAMMA = 0.99
+from ppo_hpo.spec.config import TrialConfig, check_value
+from ppo_hpo.spec.errors import BadResume, UserError
+from ppo_hpo.state.checkpoint import Storage
 
 
 class PPO:
     """Proximal Policy Optimization (https://arxiv.org/abs/1707.06347) on one environment.
 
-    Make it, supply its open hyperparameters with `init`, and `fit`:
+    Make a task, supply its open hyperparameters with `init`, and `fit` it:
 
         task = PPO(ActorCritic(), RolloutLoader("CartPole-v1"), Optimizer(lr=3e-4), LRSchedule(), "cpu")
         task.init()
         task.fit(4)
         print(task.report())
 
+    Nothing is built before `init`. Four defaults differ from those of other PPO implementations: 5 passes,
+    minibatches of 32, a clip range of 10 and a gradient norm of 1000. They are those of Olympus, whose
+    interface this is. None leaves such a hyperparameter open, so that it is searched.
+
+    Args:
+        model: `ActorCritic`, or a network of your own with ``policy(obs)``, ``value(obs)`` and, for
+            continuous actions, ``log_std``.
+        dataloader: environment, and the size of a rollout.
+        optimizer: hyperparameters of Adam.
+        lr_scheduler: schedule of the learning rate.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a torch device.
+        ppo_epoch: `ppo.n_epochs`, passes over one rollout.
+        ppo_batch_size: `ppo.batch_size`, samples in one minibatch.
+        ppo_clip_param: `ppo.clip_range`, bound on the ratio of probabilities.
+        ppo_max_grad_norm: `ppo.max_grad_norm`, bound on the norm of the gradient.
+        criterion: loss of the critic, ``(value [B], returns [B]) -> scalar``; None is the mean squared error.
+        storage: directory of the checkpoints, or a storage; None keeps no checkpoints.
+        logger: logger that gets a line for each epoch; None is the logger ``ppo_hpo``.
+        ppo: further fixed hyperparameters of the group `ppo`.
+        normalize: fixed hyperparameters of the group `normalize`.
+        task: fixed hyperparameters of the group `task`, such as ``seed`` and ``max_epochs``.
+        engine: ``auto`` uses hand-written gradients where they exist (`ppo_hpo.ppo.numpy_engine`);
+            ``autograd`` never does. Each resumes checkpoints of the other, though not bit for bit.
+
     Attributes:
-        device: where the networks are trained.
-        events: what observers subscribe to.
-        metrics: the learning curve.
-        model: the network; before `init`, the component it will be made from.
-        config: the hyperparameters, after `init`.
+        device: torch device that holds the network and its optimizer.
+        events: moments that observers subscribe to.
+        metrics: learning curve.
+        config: hyperparameters, after `init`.
+        info: description of the environment, after `init`.
         epoch: epochs done.
-        diverged: whether a loss or a parameter became NaN or infinite.
-        lineage: where a forked trial came from, oldest first; empty for all others.
+        diverged: whether a loss, a parameter or a return became NaN or infinite.
+        lineage: forks that led to this task, oldest first; empty for a trial that is no fork.
         bad_state: whether something failed; see `BadResumeGuard`.
+        before_step: called before each step of the training environments; what it raises stops `fit`.
+        should_stop: called with the learning curve after each evaluation, and before the epoch is saved,
+            so that its decision can be written down before anybody resumes from there. True ends `fit`.
+
+    Raises:
+        UserError: a value breaks its rule, or there is no such device.
     """
 
     def __init__(
@@ -88,90 +102,29 @@ class PPO:
         task: Mapping[str, Any] | None = None,
         engine: Literal["auto", "autograd"] = "auto",
     ) -> None:
-        """Put the parts together; nothing is built yet.
-
-        The four defaults that PPO's other implementations set otherwise (5 passes, batches of 32, a
-        clip range of 10, a gradient norm of 1000) are those of Olympus, whose interface this is. None leaves
-        one open, so that it is searched.
-
-        Args:
-            model: `ActorCritic`, or a network of your own with ``policy(obs)``, ``value(obs)`` and,
-                for continuous actions, ``log_std``.
-            dataloader: the environment, and how much of it makes a rollout.
-            optimizer: Adam's hyperparameters.
-            lr_scheduler: the learning rate's schedule.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a torch device.
-            ppo_epoch: `ppo.n_epochs`, passes over one rollout.
-            ppo_batch_size: `ppo.batch_size`, samples in one minibatch.
-            ppo_clip_param: `ppo.clip_range`.
-            ppo_max_grad_norm: `ppo.max_grad_norm`.
-            criterion: ``(value [B], returns [B]) -> scalar`` in the place of the mean squared error.
-            storage: where checkpoints go, a directory; None keeps none.
-            logger: gets a line for each epoch; None is the logger ``ppo_hpo``.
-            ppo: further fixed hyperparameters of the group `ppo`.
-            normalize: those of the group `normalize`.
-            task: those of the group `task`, such as ``seed`` and ``max_epochs``.
-            engine: ``auto`` takes hand-written gradients where they are known (`ppo.numpy_engine`);
-                ``autograd`` never does. Both go on from each other's checkpoints, though not to the bit.
-
-        Raises:
-            UserError: a value that breaks its rule, or a device that is not there.
-        """
-        for value, kind, name in (
-            (model, (ActorCritic, nn.Module), "model"),
-            (dataloader, RolloutLoader, "dataloader"),
-            (optimizer, Optimizer, "optimizer"),
-            (lr_scheduler, LRSchedule, "lr_scheduler"),
-        ):
-            if not isinstance(value, kind):
-                raise UserError(f"`{name}` must be a component of ppo_hpo, but got {value!r}.")
+        if not isinstance(model, ActorCritic | nn.Module):
+            raise UserError(f"`model` must be an ActorCritic or a torch module, but got {model!r}.")
         own = {
-            "n_epochs": ppo_epoch,
-            "batch_size": ppo_batch_size,
-            "clip_range": ppo_clip_param,
-            "max_grad_norm": ppo_max_grad_norm,
-        }
+            "n_epochs": ppo_epoch, "batch_size": ppo_batch_size,
+            "clip_range": ppo_clip_param, "max_grad_norm": ppo_max_grad_norm,
+        }  # fmt: skip
         fixed = {key: value for key, value in own.items() if value is not None}
-        self._components = (dataloader, optimizer, lr_scheduler)
-        self._model: ActorCritic | nn.Module = model
-        parts = [component.fixed for component in self._components]
-        if isinstance(model, ActorCritic):
-            parts.append(model.fixed)
-        groups: Groups = {
-            "ppo": {**fixed, **(ppo or {})},
-            "normalize": dict(normalize or {}),
-            "task": dict(task or {}),
-        }
-        for group, values in groups.items():
-            for key, value in values.items():
-                check_value(group, key, value)
-        self._fixed = merge(*parts, groups)
+        groups = {"ppo": fixed | dict(ppo or {}), "normalize": normalize or {}, "task": task or {}}
+        self._hyperparameters = Hyperparameters(model, dataloader, optimizer, lr_scheduler, groups)
         if engine not in ("auto", "autograd"):
             raise UserError(f"`engine` must be auto or autograd, but got {engine!r}.")
+        self._model, self._criterion, self._engine = model, criterion, engine
         self.device = resolve_device(device)
-        self.events = Events()
-        self.metrics = Metrics()
-        self.epoch = 0
-        self.diverged = False
-        self.bad_state = False
-        self.lineage: list[dict[str, Any]] = []
-        self._criterion = criterion
-        self._engine = engine
         self._storage = storage if isinstance(storage, Storage | None) else Storage(storage)
         self._log = logger or logging.getLogger("ppo_hpo")
-        self._fidelity: str | None = None
-        self._uid: str | None = None
+        self.events, self.metrics = Events(), Metrics()
+        self.before_step: Callable[[], None] = lambda: None
+        self.should_stop: Callable[[Sequence[results.Row]], bool] = lambda curve: False
+        self.epoch, self.diverged, self.bad_state = 0, False, False
+        self.lineage: list[dict[str, Any]] = []
         self._agent: Agent | None = None
-        self._envs: VectorEnv | None = None
-        self._evaluator: Evaluator | None = None
         self._resumed = False
-        self._seconds_before = 0.0
-        self._diverged_steps = 0
-        #: Called before each environment step; what it raises stops `fit` there.
-        self.tick: Callable[[], None] = lambda: None
-        #: Called with the learning curve after each evaluation, before the epoch is saved: so what it
-        #: decides can be written down before anybody could go on from there. True ends `fit`.
-        self.judge: Callable[[Sequence[results.Row]], bool] = lambda curve: False
+        self._seconds_before, self._diverged_steps = 0.0, 0
 
     @classmethod
     def from_config(
@@ -185,56 +138,40 @@ class PPO:
         model: nn.Module | None = None,
         engine: Literal["auto", "autograd"] = "auto",
     ) -> PPO:
-        """A task that is fixed throughout and ready to `fit`; for the arguments see the constructor."""
+        """Make a task with every hyperparameter fixed, ready to `fit`.
+
+        ``device``, ``storage``, ``logger`` and ``engine`` are as in the constructor, ``uid`` as in `init`.
+
+        Args:
+            config: hyperparameters of the trial.
+            model: network of your own; None is the one that ``config`` describes.
+        """
         groups = config.to_mapping()
         env = dict(groups["env"])
         task = cls(
-            model or ActorCritic(**groups["model"]),
-            RolloutLoader(env.pop("id"), **env),
-            Optimizer(**groups["optimizer"]),
-            LRSchedule(**groups["lr_schedule"]),
-            device,
-            None,
-            None,
-            None,
-            None,
-            storage=storage,
-            logger=logger,
-            ppo=groups["ppo"],
-            normalize=groups["normalize"],
-            task=groups["task"],
-            engine=engine,
-        )
+            model or ActorCritic(**groups["model"]), RolloutLoader(env.pop("id"), **env),
+            Optimizer(**groups["optimizer"]), LRSchedule(**groups["lr_schedule"]), device,
+            ppo_epoch=None, ppo_batch_size=None, ppo_clip_param=None, ppo_max_grad_norm=None,
+            ppo=groups["ppo"], normalize=groups["normalize"], task=groups["task"],
+            storage=storage, logger=logger, engine=engine,
+        )  # fmt: skip
         task.init(gamma=config.ppo.gamma, uid=uid)
         return task
 
-    # ------------------------------------------------------------------- making
-
     def get_space(self, **fidelities: str) -> dict[str, dict[str, str]]:
-        """Priors for what is not fixed yet, in the form that Orion's ``build_experiment`` takes.
+        """Priors of what is not fixed yet, in the form that Orion's ``build_experiment`` takes.
 
         Args:
-            **fidelities: ``epochs="fidelity(1, 16, base=4)"``; schedules then end at its highest.
+            **fidelities: ``epochs="fidelity(1, 16, base=4)"``. Schedules then end at the highest fidelity.
 
         Raises:
-            UserError: a fidelity that PPO has not, or a bad one.
+            UserError: PPO has no such fidelity, or its prior is wrong.
         """
-        from ppo_hpo.spec.space import Space, spaces_directory, with_fidelities
-
-        keys = [(group, key) for group in ("ppo", "normalize") for key in field_names(group)]
-        space: Groups = open_priors(keys, self._fixed)
-        for component in self._components:
-            space = merge(space, component.get_space())
-        if isinstance(self._model, ActorCritic):
-            space = merge(space, self._model.get_space())
-        given = with_fidelities(Space("PPO", spaces_directory(), {}, {}), fidelities)
-        if given.max_epochs is not None:
-            self._fidelity = str(given.max_epochs)
-        return {k: v for k, v in merge(space, given.priors).items() if v}
+        return self._hyperparameters.get_space(fidelities)
 
     def init(
         self,
-        gamma: float = _GAMMA,
+        gamma: float = Hyperparameters.DEFAULT_GAMMA,
         optimizer: Mapping[str, Any] | None = None,
         lr_schedule: Mapping[str, Any] | None = None,
         model: Mapping[str, Any] | None = None,
@@ -244,144 +181,74 @@ class PPO:
         normalize: Mapping[str, Any] | None = None,
         task: Mapping[str, Any] | None = None,
     ) -> None:
-        """Supply what is open, build everything, and go on from the last checkpoint, if there is one.
+        """Supply what is open, build everything, and resume from the last checkpoint, if there is one.
 
-        ``task.init(**trial.params)`` takes what Orion proposes for `get_space`'s space. What nobody
-        supplies takes the default of its record in `ppo_hpo.spec.config`.
+        ``task.init(**trial.params)`` takes what Orion proposes for the space of `get_space`. Whatever nobody
+        supplies takes its default in `ppo_hpo.spec.config`.
 
         Args:
-            gamma: discount factor, unless ``ppo`` or the constructor has one.
+            gamma: discount factor, where neither ``ppo`` nor the constructor has one.
             optimizer: `lr`, `eps`.
             lr_schedule: `name`, `final`.
             model: `width`, `depth`, `activation`, `features_dim`, `ortho_init`, `log_std_init`.
-            uid: the trial's id, for the log, and to tell a fork from a mistake.
-            ppo: PPO's own hyperparameters.
+            uid: id of the trial, for the log and to tell a fork from a mistake.
+            ppo: hyperparameters of PPO itself.
             normalize: `norm_obs`, `norm_reward`, `clip_obs`, `clip_reward`.
             task: `epochs`, `max_epochs`, `seed`, ...
 
         Raises:
-            UserError: a hyperparameter that breaks a rule, an environment that is not supported, or
-                a storage that holds another trial's checkpoints.
+            UserError: a hyperparameter breaks a rule, the environment is not supported, or the storage holds
+                checkpoints of another trial.
+            BadResume: the task is initialised already, or failed before.
         """
         with BadResumeGuard(self):
             if self._agent is not None:
-                raise BadResume("This task is initialised already. Make a new one to start again.")
+                raise BadResume("This task is initialised already. Make a new task to start again.")
             supplied = {
                 "optimizer": optimizer, "lr_schedule": lr_schedule, "model": model, "ppo": ppo,
                 "normalize": normalize, "task": task,
             }  # fmt: skip
-            given: Groups = {g: dict(values) for g, values in supplied.items() if values}
-            self._refuse_changes_of_fixed(given)
-            groups = merge(self._fixed, given)
-            if self._fidelity is not None:
-                groups.setdefault("task", {}).setdefault("max_epochs", int(self._fidelity))
-            own = groups.setdefault("ppo", {})
-            if "gamma" not in own and "one_minus_gamma" not in own:
-                own["gamma"] = gamma
-            elif gamma not in (_GAMMA, own.get("gamma")):
-                raise UserError(f"`ppo.gamma` is given twice: init got gamma={gamma!r} beside {own!r}.")
-            self._build(TrialConfig.from_mapping(groups), uid)
+            groups = {group: dict(values) for group, values in supplied.items() if values}
+            self.config, self._uid = self._hyperparameters.complete(gamma, groups), uid
+            self.info = probe(self.config.env)
+            self._environments = Environments(self.config, self.info)
+            network = self._model if isinstance(self._model, nn.Module) else None
+            self._agent = build_agent(
+                self.config, self.info, self.device, network, self._criterion, self._engine
+            )
             self._resume()
-
-    def _refuse_changes_of_fixed(self, given: Groups) -> None:
-        for group, values in given.items():
-            for key in values:
-                meant = OTHER_SPELLINGS.get(group, {}).get(key, key)
-                fixed = self._fixed.get(group, {})
-                if meant in fixed and (key != meant or values[key] != fixed[meant]):
-                    raise UserError(
-                        f"`{group}.{meant}` was fixed to {fixed[meant]!r} when the task was made, but init "
-                        f"got {key}={values[key]!r}. Leave it open there (None) to set it here."
-                    )
-
-    def _build(self, config: TrialConfig, uid: str | None) -> None:
-        if self._criterion is not None and config.ppo.clip_range_vf is not None:
-            raise UserError(
-                f"`ppo.clip_range_vf` belongs to the squared error and must be none with a criterion "
-                f"of your own, but got {config.ppo.clip_range_vf!r}."
-            )
-        if config.task.seeds != 1:
-            raise UserError(
-                f"`task.seeds` must be 1 for a PPO task, but got {config.task.seeds}. Several seeds are the "
-                f"trial runner's: ppo-hpo run, or ppo_hpo.objective."
-            )
-        self.config = config
-        self._uid = uid
-        self.info: EnvInfo = probe(config.env)
-        own = None if isinstance(self._model, ActorCritic) else self._model
-        refuse_what_does_not_fit(config, self.info, own_network=own is not None)
-        learner = self._learner(own or build_network(config, self.info))
-        rules = config.normalize
-        self._agent = Agent(
-            learner,
-            ObservationNormalizer(
-                0 if self.info.images else self.info.obs_dim, enabled=rules.norm_obs, clip=rules.clip_obs
-            ),
-            RewardScaler(
-                config.env.n_envs, config.ppo.gamma, enabled=rules.norm_reward, clip=rules.clip_reward
-            ),
-        )
-
-    def _learner(self, module: nn.Module) -> Learner:
-        return Learner(
-            module,
-            self.config.optimizer,
-            self.config.ppo,
-            self.device,
-            continuous=self.info.continuous,
-            criterion=self._criterion,
-            engine=self._engine,
-        )
-
-    def _resume(self) -> None:
-        if self._storage is None:
-            return
-        checkpoint = self._storage.load(
-            self._check_ours,
-            lambda error: self._log.warning("refused: %s", error),
-            MAX_HEADER + 8 + sum(array.nbytes for array in self._arrays().values()),
-        )
-        if checkpoint is None:
-            return
-        self._take_over(checkpoint)
-        self._resumed = True
-        self.events.emit("resumed", self, epoch=self.epoch)
 
     @property
     def agent(self) -> Agent:
-        """The network, its optimizer and the normalisers.
-
-        Raises:
-            RuntimeError: `init` was not called.
-        """
+        """The network, its optimizer and the normalisers; a RuntimeError before `init`."""
         if self._agent is None:
-            raise RuntimeError("The task has to be initialised first: call init(...).")
+            raise RuntimeError("The task must be initialised first: call init(...).")
         return self._agent
 
     @property
     def model(self) -> ActorCritic | nn.Module:
-        """The network; before `init`, what it will be made from."""
+        """The network; before `init`, the component it will be made from."""
         return self._model if self._agent is None else self._agent.learner.module
 
     # ----------------------------------------------------------------- training
 
     def fit(self, epochs: int, context: Mapping[str, Any] | None = None) -> None:
-        """Train until ``epochs`` are done in all, those before a checkpoint included.
+        """Train until ``epochs`` epochs are done in all, those before a checkpoint included.
 
-        Each epoch ends with an evaluation, a row of the curve and a checkpoint. A caller may also go
-        from one epoch to the next: ``fit(1)``, ``fit(2)``, ... is the same as ``fit(n)``.
+        Each epoch ends with an evaluation, a row of the learning curve and a checkpoint. ``fit(1)``,
+        ``fit(2)``, ... give the same as ``fit(n)``.
 
         Args:
-            epochs: the epoch to be at; nothing happens where it is reached already.
+            epochs: epoch to reach. Nothing happens where it is reached already.
             context: handed to the observers of `start_fit` and `end_fit`.
 
         Raises:
-            UserError: beyond `task.max_epochs`, where schedules have ended; or a checkpoint that
-                cannot be written.
+            UserError: ``epochs`` is beyond `task.max_epochs`, where schedules end, or a checkpoint cannot be
+                written.
             BadResume: the task failed before.
         """
         epochs = check_value("task", "epochs", epochs)
-        config, agent = self.config_or_fail(), self.agent
+        agent, config = self.agent, self.config
         if epochs > config.max_epochs:
             raise UserError(
                 f"`epochs <= task.max_epochs` must hold, since schedules end there, but got {epochs} "
@@ -391,111 +258,51 @@ class PPO:
         quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
         with BadResumeGuard(self), limited_threads(config.task.threads), quiet:
             self.events.emit("start_fit", self, epochs=epochs, context=context)
-            self._open()
+            self._environments.open()
             if not self.metrics.curve:
-                self._evaluate_untrained()
-            while self.epoch < epochs and not self.diverged:
-                self.events.emit("start_epoch", self, epoch=self.epoch)
-                started = time.perf_counter()
-                assert self._envs is not None
-                try:
-                    summary = train_epoch(
-                        agent, self._envs, self.info, config, self.epoch, self._on_rollout, self.tick
-                    )
-                except Diverged as reason:
-                    self._diverge(str(reason), reason.env_steps)
-                    break
-                evaluation = self._evaluate(self.epoch + 1)
-                if not evaluation.finite:
-                    self._diverge("an evaluation return is not finite", config.task.steps_per_epoch)
-                    break
-                if self._finish_epoch(summary, evaluation, time.perf_counter() - started):
-                    break
+                self.metrics.curve.append(self._environments.evaluate_untrained(agent))
+                self._save()
+            stop = self.diverged
+            while self.epoch < epochs and not stop:
+                stop = self._run_epoch(agent)
             self.events.emit("end_fit", self, epochs=epochs, context=context)
 
-    def config_or_fail(self) -> TrialConfig:
-        """The hyperparameters.
-
-        Raises:
-            RuntimeError: `init` was not called.
-        """
-        _ = self.agent
-        return self.config
-
-    @property
-    def vectorization(self) -> str:
-        """What steps the training environments, where `env.vectorization` is ``auto`` as well."""
-        self._open()
-        assert self._envs is not None
-        return self._envs.name
-
-    def _open(self) -> None:
-        if self._envs is None:
-            config = self.config
-            self._envs = vectorize(config.env, self.info, config.task.threads)
-            seeds = randomness.evaluation_seeds(config.task.eval_episodes)
-            limit = self.info.time_limit or config.task.steps_per_epoch
-            self._evaluator = Evaluator(config.env, self.info, seeds, limit)
+    def _run_epoch(self, agent: Agent) -> bool:
+        """Train, evaluate and save one epoch; return whether it is the last one of `fit`."""
+        self.events.emit("start_epoch", self, epoch=self.epoch)
+        started = time.perf_counter()
+        try:
+            row = self._environments.train(agent, self.epoch, self._on_rollout, self.before_step)
+        except Diverged as reason:
+            self.diverged, self._diverged_steps = True, reason.env_steps
+            self._log.warning("diverged in %s. The trial stops and scores as its worst evaluation.", reason)
+            self.events.emit("diverged", self, reason=str(reason))
+            return True
+        seconds = time.perf_counter() - started
+        self.epoch += 1
+        self.metrics.curve.append(row)
+        self.metrics.seconds[self.epoch] = seconds
+        stop = self.should_stop(self.metrics.curve)
+        self._save()
+        self._log.info(
+            "epoch %d/%d  %s steps  return %.1f +- %.1f  %.0f steps/s",
+            self.epoch, self.config.max_epochs, f"{row['env_steps']:,}",
+            row["return_mean"], row["return_std"], self.config.task.steps_per_epoch / seconds,
+        )  # fmt: skip
+        self.events.emit("end_epoch", self, epoch=self.epoch, row=self.metrics.latest)
+        return stop
 
     def _on_rollout(self, index: int, rollout: Rollout) -> None:
         self.events.emit("end_rollout", self, epoch=self.epoch, index=index, rollout=rollout)
 
-    def _evaluate(self, epoch: int) -> Evaluation:
-        assert self._evaluator is not None
-        agent, task = self.agent, self.config.task
-        noise = None if task.eval_deterministic else randomness.make_rng(task.seed, "eval", epoch)
-        return self._evaluator(agent.learner, agent.normalizer, noise)
-
-    def _evaluate_untrained(self) -> None:
-        evaluation = self._evaluate(0)
-        if not evaluation.finite:
-            raise UserError(
-                f"`env.id: {self.config.env.id}` gives returns that are not finite even before "
-                f"training: {evaluation.returns}. Mend the environment's rewards."
-            )
-        self.metrics.curve.append(self._row({}, evaluation))
-        self._save()
-
-    def _finish_epoch(self, summary: dict[str, Any], evaluation: Evaluation, seconds: float) -> bool:
-        """Save it; return whether `judge` says that it was the last."""
-        summary.pop("collecting_seconds")
-        self.epoch += 1
-        self.metrics.curve.append(self._row(summary, evaluation))
-        self.metrics.seconds[self.epoch] = seconds
-        stop = self.judge(self.metrics.curve)
-        self._save()
-        row = self.metrics.latest
-        self._log.info(
-            "epoch %d/%d  %s steps  return %.1f +- %.1f  %.0f steps/s",
-            self.epoch,
-            self.config.max_epochs,
-            f"{row['env_steps']:,}",
-            row["return_mean"],
-            row["return_std"],
-            self.config.task.steps_per_epoch / seconds,
-        )
-        self.events.emit("end_epoch", self, epoch=self.epoch, row=row)
-        return stop
-
-    def _row(self, summary: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
-        row = {
-            "epoch": self.epoch,
-            "env_steps": self.epoch * self.config.task.steps_per_epoch,
-            **results.evaluation_columns(evaluation.returns, evaluation.lengths),
-            **summary,
-        }
-        # A row that came back from a file must equal one that never went there.
-        return dict(json.loads(json.dumps(row, allow_nan=False)))
-
-    def _diverge(self, reason: str, env_steps: int) -> None:
-        self.diverged = True
-        self._diverged_steps = env_steps
-        self._log.warning("diverged in %s: stopped; it scores as the worst of its evaluations", reason)
-        self.events.emit("diverged", self, reason=reason)
+    @property
+    def vectorization(self) -> str:
+        """How the training environments are stepped; where `env.vectorization` is ``auto``, what it chose."""
+        return self._environments.open().name
 
     @property
     def env_steps(self) -> int:
-        """Environment steps trained in the whole life of the trial; evaluations are not in it."""
+        """Environment steps of training in the whole life of the trial, without those of evaluations."""
         return self.epoch * self.config.task.steps_per_epoch + self._diverged_steps
 
     @property
@@ -505,17 +312,17 @@ class PPO:
 
     # ------------------------------------------------- single steps of the method
 
-    def compute_returns(self, value: np.ndarray[Any, Any], actions: Rollout) -> np.ndarray[Any, Any]:
-        """What the critic learns to predict: advantages plus values, ``[T, N]``.
+    def compute_returns(self, value: NDArray[Any], actions: Rollout) -> NDArray[Any]:
+        """Returns ``[T, N]`` that the critic learns to predict: advantages plus values.
 
         Args:
             value: ``[N]`` values of the observations that follow the last step.
             actions: the rollout.
         """
-        return self._advantage(actions, value) + actions.value
+        return advantages(actions, value, self.config.ppo) + actions.value
 
-    def ppo(self, current_state: np.ndarray[Any, Any], replay_vector: Rollout) -> dict[str, float]:
-        """One update of the networks: advantages, then epochs of clipped minibatch steps.
+    def ppo(self, current_state: NDArray[Any], replay_vector: Rollout) -> dict[str, float]:
+        """Update the network once: advantages, then epochs of clipped minibatch steps.
 
         Args:
             current_state: ``[N, D]`` normalised observations that follow the rollout.
@@ -525,262 +332,118 @@ class PPO:
             Means over the minibatches; see `ppo_hpo.ppo.learner.UpdateStats`.
         """
         with BadResumeGuard(self):
-            learner, config = self.agent.learner, self.config
-            advantage = self._advantage(replay_vector, learner.values(current_state))
-            samples = replay_vector.samples(advantage, advantage + replay_vector.value)
-            progress = self.epoch / config.max_epochs
-            optimizer, schedule = config.optimizer, config.lr_schedule
-            lr = scheduled(schedule.name, optimizer.lr, optimizer.lr * schedule.final, progress)
-            clip = scheduled(config.ppo.clip_range_schedule, config.ppo.clip_range, 0.0, progress)
-            stream = randomness.make_rng(config.task.seed, "shuffle", self.epoch)
-            return vars(learner.update(samples, stream, lr, clip)).copy()
+            learner, config, rollout = self.agent.learner, self.config, replay_vector
+            advantage = advantages(rollout, learner.values(current_state), config.ppo)
+            samples = rollout.samples(advantage, advantage + rollout.value)
+            rng = randomness.make_rng(config.task.seed, "shuffle", self.epoch)
+            rates = scheduled_rates(config, self.epoch)
+            return vars(learner.update(samples, rng, *rates)).copy()
 
     def eval_loss(self, batch: Samples) -> float:
-        """The loss of one batch of samples (see `Rollout.samples`), without learning from it."""
+        """The loss of a batch of samples (see `Rollout.samples`), without learning from it."""
         return self.agent.learner.loss(batch, self.config.ppo.clip_range)
-
-    def _advantage(self, rollout: Rollout, last_value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        ppo = self.config.ppo
-        return gae(
-            rollout.reward, rollout.value, rollout.next_value(last_value),
-            rollout.terminated, rollout.done, ppo.gamma, ppo.gae_lambda,
-        )  # fmt: skip
 
     # -------------------------------------------------------------------- state
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The network's parameters."""
+        """The parameters of the network."""
         return self.agent.learner.module.parameters()
 
     def state_dict(
-        self, destination: State | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> State:
-        """Everything that a new task with the same hyperparameters needs to go on, bit for bit.
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Everything that a new task with the same hyperparameters needs to resume, bit for bit.
 
         Args:
-            destination: put the entries into this mapping.
-            prefix: of every name.
-            keep_vars: hand out the live tensors instead of copies.
+            destination: mapping to put the entries into; None makes a new one.
+            prefix: put in front of every name.
+            keep_vars: return the live tensors of the network and its optimizer instead of copies.
 
         Returns:
-            ``model.*``, ``optimizer.*``, ``observation_normalizer.*`` and ``reward_scaler.*``:
-            tensors; ``progress``: plain data.
+            Tensors ``model.*``, ``optimizer.*``, ``observation_normalizer.*`` and ``reward_scaler.*``, and
+            ``progress``, which is plain data.
         """
         with BadResumeGuard(self):
-            agent = self.agent
-            state: State = {} if destination is None else destination
-            for name, tensor in agent.learner.state().items():
+            state: dict[str, Any] = {} if destination is None else destination
+            for name, tensor in self.agent.state().items():
                 state[prefix + name] = tensor if keep_vars else tensor.detach().clone()
-            for part, moments in self._moments():
-                for name, array in moments.state().items():
-                    state[f"{prefix}{part}.{name}"] = torch.from_numpy(np.asarray(array))
-            state[prefix + "progress"] = self._progress()
+            state[prefix + "progress"] = self._progress().to_plain()
             return state
 
-    def load_state_dict(self, state: State, strict: bool = True) -> list[str]:
-        """Take over what `state_dict` gave.
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> list[str]:
+        """Load what `state_dict` returned.
 
         Args:
-            state: of a task with the same hyperparameters.
-            strict: demand the same hyperparameters, every entry and no other. Without it, what fits is
-                taken: entries that are missing, unknown or of another shape are left out.
+            state: state of a task with the same hyperparameters.
+            strict: require the same hyperparameters, every entry and no other. Without it, entries that are
+                missing, unknown or of another shape are skipped.
 
         Returns:
-            The names that were left out; empty when strict.
+            Names of the skipped entries; empty when strict.
 
         Raises:
             CheckpointError: the state does not belong to this task.
         """
         with BadResumeGuard(self):
-            try:
-                return self._load(state, strict)
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                reason = " ".join(str(error).split())
-                raise CheckpointError(
-                    f"The state does not fit this task ({type(error).__name__}: {reason})."
-                ) from None
+            progress, skipped = load_state(state, self.agent, self.config, strict=strict)
+            self._continue_from(progress)
+            return skipped
 
-    def _load(self, state: State, strict: bool) -> list[str]:
-        progress = state.get("progress") if isinstance(state, Mapping) else None
-        if not isinstance(progress, Mapping):
-            raise CheckpointError("The state has no `progress`: it is not a task's state dict.")
-        tensors = {k: torch.as_tensor(v) for k, v in state.items() if k != "progress"}
-        epoch, curve = int(progress["epoch"]), [dict(row) for row in progress["curve"]]
-        lineage, seconds = [dict(item) for item in progress["lineage"]], float(progress["seconds"])
-        if [row["epoch"] for row in curve] not in ([], list(range(epoch + 1))) or (epoch and not curve):
-            raise CheckpointError(f"The state's learning curve does not lead to its epoch, {epoch}.")
-        if not all(results.is_row(row) for row in curve):
-            raise CheckpointError("The state's learning curve has a row that is none.")
-        bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-        if bad:
-            raise CheckpointError(f"The state is not finite: {', '.join(bad)}.")
-        left_out: list[str] = []
-        if strict:
-            other = ownership.describe_differences(
-                progress["hyperparameters"], self.config.identity_mapping()
-            )
-            if other:
-                raise CheckpointError(f"The state belongs to other hyperparameters: {other}.")
-            if unknown := set(tensors) - set(self.state_dict(keep_vars=True)):
-                raise CheckpointError(f"The state has unknown entries: {', '.join(sorted(unknown))}.")
-        else:
-            tensors, left_out = self._fitting(tensors)
-        self.agent.learner.load(tensors)
-        for part, moments in self._moments():
-            moments.load({name: tensors[f"{part}.{name}"].numpy() for name in ("mean", "var", "count")})
-        self.epoch, self.metrics.curve, self.lineage = epoch, curve, lineage
-        self._seconds_before = seconds
-        return left_out
+    def _continue_from(self, progress: Progress) -> None:
+        self.epoch, self.metrics.curve, self.lineage = progress.epoch, progress.curve, progress.lineage
+        self._seconds_before = progress.seconds
 
     def resumed(self) -> bool:
-        """Whether `init` went on from a checkpoint."""
+        """Whether `init` resumed from a checkpoint."""
         return self._resumed
 
-    def _moments(self) -> tuple[tuple[str, Any], tuple[str, Any]]:
-        agent = self.agent
-        return (
-            ("observation_normalizer", agent.normalizer.moments),
-            ("reward_scaler", agent.scaler.moments),
-        )
-
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "curve": [dict(row) for row in self.metrics.curve],
-            "hyperparameters": self.config.identity_mapping(),
-            "identity": self.config.identity(),
-            "lineage": [dict(item) for item in self.lineage],
-            "seconds": self.seconds,
-            "uid": self._uid,
-        }
+    def _progress(self) -> Progress:
+        config = self.config
+        return Progress(
+            self.epoch, self.metrics.curve, config.identity_mapping(), config.identity(),
+            self.lineage, self.seconds, self._uid,
+        )  # fmt: skip
 
     def _save(self) -> None:
-        if self._storage is None:
-            return
-        progress = self._progress()
-        epoch = progress.pop("epoch")
-        self._storage.save(Checkpoint(epoch, self._arrays(), progress))
+        if self._storage is not None:
+            self._storage.save(to_checkpoint(self.agent, self._progress()))
 
-    def _arrays(self) -> dict[str, NDArray[Any]]:
-        state = self.state_dict(keep_vars=True)
-        del state["progress"]
-        return {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
-
-    def _take_over(self, checkpoint: Checkpoint) -> None:
-        progress = {"epoch": checkpoint.epoch, **checkpoint.meta}
-        own = self.config.identity_mapping()
-        born = None
-        if changed := ownership.describe_differences(progress["hyperparameters"], own):
-            # `belonging.check` let it pass: a fork. The agent was made with the child's hyperparameters.
-            born = {
-                "uid": progress["uid"],
-                "identity": progress["identity"],
-                "epoch": checkpoint.epoch,
-                "changed": changed,
-            }
-            progress["hyperparameters"] = own
-        self.load_state_dict({**checkpoint.arrays, "progress": progress})
-        if born is not None:
-            # Of what is here now, not of what the file said: it shows that nothing was lost on the way.
-            self.lineage.append(born | {"state_sha256": arrays_digest(self._arrays())})
-            self._log.info("forked at epoch %d from %s: %s", self.epoch, born["uid"], changed)
-
-    def _check_ours(self, checkpoint: Checkpoint) -> None:
-        where = "memory" if self._storage is None else str(self._storage.directory)
-        own = self.config.identity_mapping()
-        ownership.check_owner(checkpoint.meta, checkpoint.epoch, own, self._uid, where)
-
-    def _fitting(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """This task's own entries, replaced by those given ones that fit; and what did not."""
-        own = {name: value for name, value in self.state_dict().items() if name != "progress"}
-        fits = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
-        return {**own, **fits}, sorted((set(own) | set(tensors)) - set(fits))
-
-    # ------------------------------------------------------------------ telling
+    def _resume(self) -> None:
+        progress = load_newest(self._storage, self.agent, self.config, self._uid, self._log)
+        if progress is not None:
+            self._continue_from(progress)
+            self._resumed = True
+            self.events.emit("resumed", self, epoch=self.epoch)
 
     def report(self, epochs: int | None = None) -> dict[str, float]:
         """The objective, to be minimised, and the statistics of the evaluation it rests on.
 
         Args:
-            epochs: the epoch to judge, at most the one reached; None is the one reached.
+            epochs: epoch to report, at most the one reached; None is the one reached.
+
+        Raises:
+            RuntimeError: there is no evaluation yet.
         """
-        epochs = self.epoch if epochs is None else min(epochs, self.epoch)
-        if not self.metrics.curve:
-            raise RuntimeError("There is nothing to report yet: call fit(...) first.")
-        curve, diverged = self.metrics.curve, self.diverged
-        return {
-            "objective": results.objective(curve, epochs, diverged=diverged),
-            **results.statistics(curve, epochs, diverged=diverged),
-        }
+        reached = self.epoch if epochs is None else min(epochs, self.epoch)
+        return self.metrics.report(reached, diverged=self.diverged)
 
     def summary(self) -> str:
-        """What is trained on what, and where, for people to read."""
+        """Environment, network, epochs and update, in words."""
         if self._agent is None:
-            return f"PPO, not initialised yet: {self._model!r}, {self._components!r}"
-        info, config = self.info, self.config
-        count = sum(parameter.numel() for parameter in self.parameters())
-        sides = " x ".join(map(str, info.obs_shape))
-        observations = f"images of {sides}" if info.images else f"{info.obs_dim} observations"
-        limit = f"at most {info.time_limit} steps" if info.time_limit else "no time limit"
-        lines = [
-            f"environment  {info.id}: {observations}, {info.action_dim} {info.kind} "
-            f"actions, {limit}; {config.env.n_envs} side by side",
-            f"network      {type(self.model).__name__}, {count:,} parameters, on {self.device}, "
-            f"gradients by {self.agent.learner.engine}",
-            f"epoch        {self.epoch} of {config.max_epochs} done, "
-            f"{config.task.steps_per_epoch:,} steps each, in rollouts of {config.rollout_steps:,}",
-            f"update       {config.ppo.n_epochs} passes in batches of {config.ppo.batch_size}, "
-            f"lr {config.optimizer.lr:g} ({config.lr_schedule.name}), clip {config.ppo.clip_range:g}",
-        ]
-        return "\n".join(lines)
+            return f"PPO, not initialised yet: {self._model!r}, {self._hyperparameters.components!r}"
+        return describe(self._agent, self.config, self.info, self.epoch)
 
     def set_device(self, device: str | torch.device) -> None:
-        """Move the network and its optimizer; further epochs run there.
+        """Move the network and its optimizer to another device.
 
         Raises:
             UserError: there is no such device.
         """
         self.device = resolve_device(device)
         if self._agent is not None:
-            learner = self._agent.learner
-            state = {name: value.detach().clone() for name, value in learner.state().items()}
-            self._agent.learner = self._learner(learner.module)
-            self._agent.learner.load(state)
+            self._agent.learner = self._agent.learner.to(self.device)
 
     def finish(self) -> None:
         """Close the environments. `fit` opens them again."""
-        if self._envs is not None:
-            self._envs.close()
-            self._envs = None
-        if self._evaluator is not None:
-            self._evaluator.close()
-            self._evaluator = None
-
-
-def build_network(config: TrialConfig, info: EnvInfo) -> nn.Module:
-    """The one place that decides which network is trained: images take the convolutional one."""
-    model = config.model
-    common: dict[str, Any] = {
-        "continuous": info.continuous,
-        "ortho_init": model.ortho_init,
-        "log_std_init": model.log_std_init,
-        "seed": randomness.integer_seed(config.task.seed, "init"),
-    }
-    if info.images:
-        return NatureCNN(
-            info.obs_shape,
-            info.action_dim,
-            channels_last=info.channels_last,
-            features_dim=model.features_dim,
-            **common,
-        )
-    return MLPActorCritic(
-        info.obs_dim,
-        info.action_dim,
-        width=model.width,
-        depth=model.depth,
-        activation=model.activation,
-        **common,
-    )
+        if self._agent is not None:
+            self._environments.close()

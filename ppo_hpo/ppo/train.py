@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo
 from ppo_hpo.envs.vector import VectorEnv
+from ppo_hpo.ppo.agent import Agent
+from ppo_hpo.ppo.collect import Collector
 from ppo_hpo.ppo.gae import explained_variance, gae
-from ppo_hpo.ppo.learner import Learner
-from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
-from ppo_hpo.ppo.rollout import Episodes, Rollout, collect
+from ppo_hpo.ppo.rollout import Episodes, Float32, Rollout
 from ppo_hpo.spec import randomness
-from ppo_hpo.spec.config import TrialConfig
-
-
-@dataclass
-class Agent:
-    """All that training changes."""
-
-    learner: Learner
-    normalizer: ObservationNormalizer
-    scaler: RewardScaler
-
-    def finite(self) -> bool:
-        """Whether every parameter and every running statistic is a finite number."""
-        moments = (self.normalizer.moments, self.scaler.moments)
-        return self.learner.finite() and all(
-            bool(np.isfinite(part.mean).all() and np.isfinite(part.var).all()) for part in moments
-        )
+from ppo_hpo.spec.config import PPOConfig, TrialConfig
 
 
 class Diverged(Exception):
-    """A loss or a parameter is not a finite number any more.
+    """A loss, a parameter, a running statistic or a return is not a finite number any more.
 
     Attributes:
-        env_steps: steps of the epoch that were spent.
+        env_steps: environment steps of the epoch that were spent.
     """
 
     def __init__(self, message: str, env_steps: int) -> None:
@@ -47,9 +31,11 @@ class Diverged(Exception):
         self.env_steps = env_steps
 
 
-def scheduled(name: str, start: float, end: float, progress: float) -> float:
-    """A schedule's value at ``progress`` in [0, 1], counted in epochs of `max_epochs`."""
-    return start if name == "constant" else start + (end - start) * progress
+class Rates(NamedTuple):
+    """Values of the two schedules: the learning rate, and the bound on the policy's ratio."""
+
+    lr: float
+    clip_range: float
 
 
 def train_epoch(
@@ -59,78 +45,90 @@ def train_epoch(
     config: TrialConfig,
     epoch: int,
     on_rollout: Callable[[int, Rollout], None] = lambda index, rollout: None,
-    tick: Callable[[], None] = lambda: None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Train for one epoch, ``steps_per_epoch`` environment steps.
+    """Train for one epoch of ``steps_per_epoch`` environment steps.
 
     Args:
         agent: what is trained, in place.
-        envs: the training environments; they are reset with this epoch's seeds.
-        info: of the environment.
-        config: the trial.
-        epoch: epochs done before this one; together with the seed it decides every random number.
-        on_rollout: called after each rollout's update.
-        tick: called before each step.
+        envs: training environments; they are reset with this epoch's seeds.
+        info: description of the environment.
+        config: hyperparameters of the trial.
+        epoch: epochs done before this one. With the seed it determines every random number.
+        on_rollout: called with its index and the rollout after each rollout's update.
+        before_step: called before each step of the environments.
 
     Returns:
-        Means over the epoch's rollouts, and the training episodes that ended.
+        The epoch's part of the learning curve; see `_summary`.
 
     Raises:
         Diverged: a loss or a parameter became NaN or infinite.
     """
     ppo, seed = config.ppo, config.task.seed
-    noise = randomness.make_rng(seed, "action", epoch)
-    shuffle = randomness.make_rng(seed, "shuffle", epoch)
-    episodes = Episodes()
-    episodes.begin(config.env.n_envs)
-    agent.scaler.reset()
-    raw_obs = envs.reset(randomness.training_seeds(seed, epoch, config.env.n_envs))
-    agent.normalizer.update(raw_obs)
-    obs = agent.normalizer(raw_obs)
+    shuffle_rng = randomness.make_rng(seed, "shuffle", epoch)
+    env_seeds = randomness.training_seeds(seed, epoch, config.env.n_envs)
+    collector = Collector(
+        agent, envs, info, env_seeds, randomness.make_rng(seed, "action", epoch), before_step
+    )  # fmt: skip
     rows: list[dict[str, float]] = []
-    collecting = 0.0
-
     for index in range(config.rollouts_per_epoch):
-        progress = (epoch + index / config.rollouts_per_epoch) / config.max_epochs
-        optimizer, schedule = config.optimizer, config.lr_schedule
-        lr = scheduled(schedule.name, optimizer.lr, optimizer.lr * schedule.final, progress)
-        clip_range = scheduled(ppo.clip_range_schedule, ppo.clip_range, 0.0, progress)
-
-        started = time.perf_counter()
-        rollout, obs = collect(
-            agent.learner, envs, info, obs, ppo.n_steps,
-            agent.normalizer, agent.scaler, noise, episodes, tick,
-        )  # fmt: skip
-        collecting += time.perf_counter() - started
-        next_value = rollout.next_value(agent.learner.values(obs))
-        advantage = gae(
-            rollout.reward, rollout.value, next_value,
-            rollout.terminated, rollout.done, ppo.gamma, ppo.gae_lambda,
-        )  # fmt: skip
+        rates = scheduled_rates(config, epoch + index / config.rollouts_per_epoch)
+        rollout = collector.collect(ppo.n_steps)
+        advantage = advantages(rollout, agent.learner.values(collector.obs), ppo)
         returns = advantage + rollout.value
-        samples = rollout.samples(advantage, returns)
-        stats = agent.learner.update(samples, shuffle, lr, clip_range)
+        # Epochs of shuffled minibatches, with one optimizer step for each.
+        stats = agent.learner.update(rollout.samples(advantage, returns), shuffle_rng, *rates)
 
-        row = asdict(stats) | {"lr": lr, "clip_range": clip_range}
-        losses = (stats.policy_loss, stats.value_loss, stats.entropy)
-        if not (np.isfinite(losses).all() and agent.finite()):
-            spent = (index + 1) * config.rollout_steps
-            raise Diverged(f"rollout {index + 1} of epoch {epoch + 1}", spent)
-        row["explained_variance"] = explained_variance(rollout.value, returns)
-        rows.append(row)
+        if not (stats.finite() and agent.finite()):
+            env_steps = (index + 1) * config.rollout_steps
+            raise Diverged(f"rollout {index + 1} of epoch {epoch + 1}", env_steps)
+        variance = {"explained_variance": explained_variance(rollout.value, returns)}
+        rows.append(asdict(stats) | rates._asdict() | variance)
         on_rollout(index, rollout)
+    return _summary(rows, collector.episodes)
 
+
+def scheduled_rates(config: TrialConfig, epochs: float) -> Rates:
+    """The schedules' values after so many epochs, whole or not. Schedules end at `task.max_epochs`."""
+    progress = epochs / config.max_epochs
+    optimizer, schedule, ppo = config.optimizer, config.lr_schedule, config.ppo
+    return Rates(
+        lr=scheduled(schedule.name, optimizer.lr, optimizer.lr * schedule.final, progress),
+        clip_range=scheduled(ppo.clip_range_schedule, ppo.clip_range, 0.0, progress),
+    )
+
+
+def scheduled(name: str, start: float, end: float, progress: float) -> float:
+    """The value of a schedule, ``constant`` or ``linear``, at ``progress`` in [0, 1]."""
+    return start if name == "constant" else start + (end - start) * progress
+
+
+def advantages(rollout: Rollout, last_value: Float32, ppo: PPOConfig) -> NDArray[np.float64]:
+    """Advantages ``[T, N]`` of a rollout.
+
+    Args:
+        rollout: T steps of N environments.
+        last_value: ``[N]`` values of the observations that follow the last step.
+        ppo: hyperparameters `gamma` and `gae_lambda`.
+    """
+    return gae(
+        rollout.reward, rollout.value, rollout.next_value(last_value),
+        rollout.terminated, rollout.done, ppo.gamma, ppo.gae_lambda,
+    )  # fmt: skip
+
+
+def _summary(rows: list[dict[str, float]], episodes: Episodes) -> dict[str, Any]:
+    """One row of the learning curve: means over rollouts, the last rates, and the training episodes."""
     summary: dict[str, Any] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
-    summary |= {key: rows[-1][key] for key in ("lr", "clip_range")}
+    summary |= {key: rows[-1][key] for key in Rates._fields}
     summary["n_updates"] = int(sum(row["n_updates"] for row in rows))
     summary["train_episodes"] = len(episodes.returns)
     summary["train_return"] = _mean(episodes.returns)
     summary["train_length"] = _mean([float(length) for length in episodes.lengths])
-    summary["collecting_seconds"] = collecting
     return summary
 
 
 def _mean(values: list[float]) -> float | None:
-    """Mean of the finite values; None, which JSON can say, where there is none."""
+    """Mean of the finite values; None, which JSON can write, where there is none."""
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else None

@@ -75,7 +75,7 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
         UserError: the environment cannot be made or is not supported, the directory cannot be
             written or has a trial of another number of seeds, or the device's name is none.
     """
-    from ppo_hpo.envs.make import probe, refuse_what_does_not_fit
+    from ppo_hpo.envs.make import check_hyperparameters_fit, probe
 
     gpu_slots.device_name(device)
     try:
@@ -99,7 +99,7 @@ def check(config: TrialConfig, directory: Path, device: str) -> EnvInfo:
             f"`task.seeds` is {config.task.seeds}. Use another directory."
         )
     info = probe(config.env)
-    refuse_what_does_not_fit(config, info)
+    check_hyperparameters_fit(config, info)
     return info
 
 
@@ -349,7 +349,7 @@ class _Trial:
         from ppo_hpo.ppo.task import PPO
 
         task = PPO.from_config(config, device, storage=storage, logger=log, uid=self.orion.trial_id)
-        task.tick = tick
+        task.before_step = tick
         if not task.lineage:
             storage.register()
         start = task.epoch if task.resumed() else None
@@ -360,7 +360,7 @@ class _Trial:
         if (stop := median_stop.read(directory, config)) is not None:
             aim = stop.epoch  # whatever this process was asked for: it is what became of the trial
         elif self.options.stop_poor and not task.lineage:
-            task.judge = self._judge(directory, config, write)
+            task.should_stop = self._judge(directory, config, write)
         _announce(task, aim, start, self.orion.experiment, log)
         with explain_write_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)

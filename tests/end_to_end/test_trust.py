@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -23,11 +24,13 @@ from hypothesis import strategies as st
 
 from ppo_hpo import PPO
 from ppo_hpo.cli.main import main
+from ppo_hpo.ppo.checkpointing import load_checkpoint
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import GROUPS, TrialConfig, field_names
 from ppo_hpo.spec.errors import CheckpointError, UserError
 from ppo_hpo.spec.results import evaluation_columns
 from ppo_hpo.spec.space import fill, read_space
+from ppo_hpo.state import ownership
 from ppo_hpo.state.checkpoint import VERSION, Checkpoint, Storage, from_bytes, to_bytes
 from tests.runs import run_quietly
 
@@ -337,13 +340,16 @@ def wrong_states(good: dict[str, Any]) -> dict[str, tuple[Checkpoint, str]]:
         "no curve": (checkpoint(good, curve=[]), "does not lead to its epoch"),
         "a curve of words": (
             checkpoint(good, curve=[rows[0], rows[1] | {"return_mean": "x"}]),
-            "a row that is none",
+            "contains an invalid row",
         ),
         "a curve that overflows": (
             checkpoint(good, curve=[rows[0], rows[1] | {"return_mean": 1.7e308}]),
-            "a row that is none",
+            "contains an invalid row",
         ),
-        "a curve without a column": (checkpoint(good, curve=[rows[0], {"epoch": 1}]), "a row that is none"),
+        "a curve without a column": (
+            checkpoint(good, curve=[rows[0], {"epoch": 1}]),
+            "contains an invalid row",
+        ),
         "larger than the state can be": (
             checkpoint(good, {"w": np.zeros(30 << 20, np.uint8)}),
             "is larger than",
@@ -544,8 +550,8 @@ def test_fuzz_states(task: PPO, meta: dict[str, Any], without: set[str], arrays:
 
     def go_on() -> None:
         again = from_bytes(to_bytes(found), "it")
-        task._check_ours(again)
-        task._take_over(again)
+        ownership.check_owner(again.meta, again.epoch, TINY.identity_mapping(), None, "memory")
+        load_checkpoint(again, task.agent, TINY, logging.getLogger("a test's"))
 
     try:
         only(CheckpointError, go_on)

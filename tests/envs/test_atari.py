@@ -174,8 +174,6 @@ def test_evaluation_plays_whole_games_for_their_own_rewards() -> None:
     config = EnvConfig(id="tests.envs:Arcade-v0", wrapper="atari", kwargs=script)
 
     class Still:
-        keeps = False
-
         def act(self, obs: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
             return np.zeros(len(obs), np.int64)
 
@@ -373,7 +371,7 @@ def test_pong_learns_the_same_after_a_stop(tmp_path: Path) -> None:
     ticks: list[int] = []
     first = PPO.from_config(pong(), "cpu", storage=tmp_path)
     first.fit(1)
-    first.tick = stop_in_the_middle
+    first.before_step = stop_in_the_middle
     with pytest.raises(Stopped):
         first.fit(2)
     first.finish()

@@ -12,17 +12,19 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from torch import Tensor, nn
 
 from ppo_hpo import TrialConfig, UserError
-from ppo_hpo.envs.make import probe, refuse_what_does_not_fit
+from ppo_hpo.envs.make import check_hyperparameters_fit, probe
 from ppo_hpo.envs.vector import SyncEnvs
+from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.autograd import AutogradEngine, _portions
+from ppo_hpo.ppo.collect import Collector
 from ppo_hpo.ppo.evaluate import Evaluator
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic, NatureCNN
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
-from ppo_hpo.ppo.rollout import Episodes, Samples, collect, sampling_noise
+from ppo_hpo.ppo.rollout import Samples, sampling_noise
 from ppo_hpo.ppo.task import PPO
 from ppo_hpo.spec import randomness
-from ppo_hpo.spec.config import EnvConfig, OptimizerConfig, PPOConfig
+from ppo_hpo.spec.config import EnvConfig, ModelConfig, OptimizerConfig, PPOConfig
 
 CPU = torch.device("cpu")
 LAST, FIRST = (36, 40, 2), (2, 36, 40)
@@ -31,8 +33,10 @@ RANDOM = np.random.default_rng
 
 def network(*, continuous: bool = False, **options: Any) -> NatureCNN:
     """With every parameter moved from its initial value, lest anything cancels."""
-    given = {"image_shape": LAST, "channels_last": True, "features_dim": 16, "seed": 3, **options}
-    module = NatureCNN(given.pop("image_shape"), 4, continuous=continuous, **given)
+    given = {"image_shape": LAST, "channels_last": True, "seed": 3, **options}
+    module = NatureCNN(
+        given.pop("image_shape"), 4, ModelConfig(features_dim=16), continuous=continuous, **given
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -99,7 +103,8 @@ def test_all_ways_through_the_network_agree() -> None:
 
 
 def test_layers_begin_orthogonal_with_their_gains_and_without_bias() -> None:
-    module = NatureCNN(LAST, 4, continuous=True, channels_last=True, features_dim=16, log_std_init=-1.0)
+    model = ModelConfig(features_dim=16, log_std_init=-1.0)
+    module = NatureCNN(LAST, 4, model, continuous=True, channels_last=True)
     gains = {"convolutions.0": 2.0, "convolutions.2": 2.0, "convolutions.4": 2.0, "dense.1": 2.0,
              "policy_head": 1e-4, "value_head": 1.0}  # fmt: skip
     for name, square in gains.items():
@@ -116,7 +121,8 @@ def test_layers_begin_orthogonal_with_their_gains_and_without_bias() -> None:
 
 def test_uniform_initialisation_and_seeds() -> None:
     def make(seed: int) -> NatureCNN:
-        return NatureCNN(LAST, 4, continuous=False, channels_last=True, ortho_init=False, seed=seed)
+        model = ModelConfig(ortho_init=False)
+        return NatureCNN(LAST, 4, model, continuous=False, channels_last=True, seed=seed)
 
     state = torch.random.get_rng_state()
     one, same, other = make(1), make(1), make(2)
@@ -210,25 +216,25 @@ def learner(module: nn.Module, *, continuous: bool = False, **ppo: Any) -> Learn
 
 
 @pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
-def test_what_acting_keeps_is_what_one_would_compute_later(continuous: bool) -> None:
+def test_outputs_of_acting_equal_those_that_one_computes_later(continuous: bool) -> None:
     agent = learner(network(continuous=continuous), continuous=continuous)
-    assert agent.keeps
+    assert agent.reuses_outputs
     noise = sampling_noise(RANDOM(0), (3, 5, 4), continuous=continuous)
     batch = images(15).reshape(3, 5, *LAST)
-    acted = [agent.act_and_keep(batch[t], noise[t]) for t in range(3)]
+    acted = [agent.act_with_outputs(batch[t], noise[t]) for t in range(3)]
     action = np.concatenate([chosen for chosen, _ in acted])
     for t, (chosen, _) in enumerate(acted):
         np.testing.assert_array_equal(chosen, agent.act(batch[t], noise[t]))
-    log_prob, value = agent.rate_kept([kept for _, kept in acted], action)
+    log_prob, value = agent.evaluate_outputs([outputs for _, outputs in acted], action)
     flat = batch.reshape(-1, *LAST)
     np.testing.assert_allclose(log_prob, agent.log_probs(flat, action), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(value, agent.values(flat), rtol=1e-5, atol=1e-6)
 
 
-def test_a_network_that_does_not_say_what_it_shares_learns_the_same() -> None:
+def test_a_network_without_policy_and_value_learns_the_same() -> None:
     batch = samples(48)
     agents = [learner(network()), learner(Twice(network()))]
-    assert [agent.keeps for agent in agents] == [True, False]
+    assert [agent.reuses_outputs for agent in agents] == [True, False]
     stats = [agent.update(batch, randomness.make_rng(0, "shuffle", 0), 1e-3, 0.2) for agent in agents]
     assert stats[0].n_updates == 6
     assert stats[0].grad_norm == pytest.approx(stats[1].grad_norm, rel=1e-3)
@@ -278,16 +284,14 @@ def test_rollouts_hold_the_bytes_that_the_environment_showed(first: bool) -> Non
     info = probe(config)
     shape = FIRST if first else LAST
     assert (info.obs_shape, info.images, info.channels_last) == (shape, True, not first)
-    agent = learner(network(image_shape=shape, channels_last=not first))
-    normalizer = ObservationNormalizer(0, enabled=False, clip=10.0)
-    scaler = RewardScaler(2, 0.99, enabled=False, clip=10.0)
-    episodes = Episodes()
-    episodes.begin(2)
-    envs, again = SyncEnvs(config, info), SyncEnvs(config, info)
-    obs = envs.reset([1, 2])
-    rollout, last = collect(
-        agent, envs, info, obs, 30, normalizer, scaler, randomness.make_rng(0, "action", 0), episodes
+    agent = Agent(
+        learner(network(image_shape=shape, channels_last=not first)),
+        ObservationNormalizer(0, enabled=False, clip=10.0),
+        RewardScaler(2, 0.99, enabled=False, clip=10.0),
     )
+    envs, again = SyncEnvs(config, info), SyncEnvs(config, info)
+    collector = Collector(agent, envs, info, [1, 2], randomness.make_rng(0, "action", 0))
+    rollout, last = collector.collect(30), collector.obs
     assert rollout.obs.shape == (30, 2, *shape)
     assert rollout.obs.dtype == last.dtype == np.uint8
     shown = again.reset([1, 2])
@@ -298,7 +302,7 @@ def test_rollouts_hold_the_bytes_that_the_environment_showed(first: bool) -> Non
         shown = step.obs
     np.testing.assert_array_equal(last, shown)
     flat = rollout.obs.reshape(-1, *shape)
-    np.testing.assert_allclose(rollout.value.reshape(-1), agent.values(flat), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rollout.value.reshape(-1), agent.learner.values(flat), rtol=1e-5, atol=1e-6)
     assert rollout.truncated.any()
     assert (rollout.final_value[rollout.truncated] != 0.0).all()
     assert rollout.samples(rollout.value, rollout.value).obs.dtype == np.uint8
@@ -340,8 +344,6 @@ def test_it_learns_where_to_look() -> None:
 class Blind:
     """Acts by noise alone."""
 
-    keeps = False
-
     def act(self, obs: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
         assert obs.dtype == np.uint8
         assert noise is not None
@@ -379,7 +381,7 @@ def test_a_state_goes_through_a_file_and_the_learner_is_its_own(tmp_path: Any) -
 def test_hyperparameters_that_would_do_nothing_are_refused(env: str, groups: Any, message: str) -> None:
     config = TrialConfig.from_mapping({"env": {"id": env}, **groups})
     with pytest.raises(UserError, match=message):
-        refuse_what_does_not_fit(config, probe(config.env))
+        check_hyperparameters_fit(config, probe(config.env))
     with pytest.raises(UserError, match=message):
         PPO.from_config(config, "cpu")
 

@@ -14,15 +14,17 @@ from ppo_hpo import PPO, TrialConfig
 from ppo_hpo.envs.make import probe
 from ppo_hpo.envs.vector import SyncEnvs
 from ppo_hpo.ppo.adam import FlatAdam
+from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.autograd import AutogradEngine
+from ppo_hpo.ppo.collect import Collector
 from ppo_hpo.ppo.gae import gae
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
-from ppo_hpo.ppo.rollout import Episodes, Rollout, Samples, collect
-from ppo_hpo.ppo.train import Agent, Diverged, scheduled, train_epoch
+from ppo_hpo.ppo.rollout import Rollout, Samples
+from ppo_hpo.ppo.train import Diverged, advantages, scheduled, train_epoch
 from ppo_hpo.spec import randomness
-from ppo_hpo.spec.config import OptimizerConfig, PPOConfig
+from ppo_hpo.spec.config import ModelConfig, OptimizerConfig, PPOConfig
 from tests.envs import Target
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def trial(name: str, **groups: dict[str, Any]) -> TrialConfig:
 
 
 def network(*, continuous: bool, seed: int = 0) -> MLPActorCritic:
-    return MLPActorCritic(3, 2, continuous=continuous, width=8, seed=seed)
+    return MLPActorCritic(3, 2, ModelConfig(width=8), continuous=continuous, seed=seed)
 
 
 def samples(*, continuous: bool, n: int = 64) -> Samples:
@@ -189,7 +191,7 @@ def test_adam_equals_torchs(arrays: bool) -> None:
     their = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     adam, reference = FlatAdam(ours, 0.01, 1e-5), torch.optim.Adam(their, lr=0.01, eps=1e-5)
     if not arrays:
-        adam._arrays = None
+        adam._grad = None
     for step in range(50):
         grads = [10.0 ** (step % 7 - 5) * torch.randn(p.shape, generator=generator) for p in their]
         for one, other, grad in zip(ours, their, grads, strict=True):
@@ -209,18 +211,16 @@ def test_adam_equals_torchs(arrays: bool) -> None:
 
 def first_rollout(config: TrialConfig, learner: Learner) -> tuple[Rollout, Samples]:
     info, n = probe(config.env), config.env.n_envs
-    envs, episodes = SyncEnvs(config.env, info), Episodes()
-    episodes.begin(n)
-    normalizer = ObservationNormalizer(info.obs_dim, enabled=False, clip=10.0)
-    rollout, obs = collect(
-        learner, envs, info, normalizer(envs.reset(list(range(n)))), config.ppo.n_steps,
-        normalizer, RewardScaler(n, 0.9, enabled=False, clip=10.0), np.random.default_rng(0), episodes,
-    )  # fmt: skip
+    envs = SyncEnvs(config.env, info)
+    agent = Agent(
+        learner,
+        ObservationNormalizer(info.obs_dim, enabled=False, clip=10.0),
+        RewardScaler(n, 0.9, enabled=False, clip=10.0),
+    )
+    collector = Collector(agent, envs, info, list(range(n)), np.random.default_rng(0))
+    rollout = collector.collect(config.ppo.n_steps)
     envs.close()
-    advantage = gae(
-        rollout.reward, rollout.value, rollout.next_value(learner.values(obs)),
-        rollout.terminated, rollout.done, config.ppo.gamma, config.ppo.gae_lambda,
-    )  # fmt: skip
+    advantage = advantages(rollout, learner.values(collector.obs), config.ppo)
     return rollout, rollout.samples(advantage, advantage + rollout.value)
 
 
@@ -230,7 +230,7 @@ def test_the_ratio_is_1_before_the_first_step(name: str, engine: str) -> None:
     """What the rollout stored is what the update computes: one step sees no change, a second one does."""
     config = trial(name, ppo={"n_steps": 64, "batch_size": 128, "n_epochs": 1})
     info = probe(config.env)
-    module = MLPActorCritic(info.obs_dim, info.action_dim, continuous=info.continuous, width=16)
+    module = MLPActorCritic(info.obs_dim, info.action_dim, ModelConfig(width=16), continuous=info.continuous)
     learner = Learner(module, OptimizerConfig(), config.ppo, CPU, continuous=info.continuous, engine=engine)
     rollout, batch = first_rollout(config, learner)
     assert rollout.value.dtype == rollout.log_prob.dtype == np.float32
@@ -255,7 +255,7 @@ def test_actions_that_the_policy_samples_are_those_that_it_rates() -> None:
         )
         info = probe(config.env)
         module = MLPActorCritic(
-            info.obs_dim, info.action_dim, continuous=info.continuous, width=4, log_std_init=-0.7
+            info.obs_dim, info.action_dim, ModelConfig(width=4, log_std_init=-0.7), continuous=info.continuous
         )
         with torch.no_grad():
             module.actor[-1].bias.copy_(torch.linspace(-1.0, 1.0, info.action_dim))
@@ -393,7 +393,8 @@ def test_nan_is_found_in_the_rollout_in_which_it_appears(part: str, engine: str)
 
 
 def test_orthogonal_initialisation() -> None:
-    module = MLPActorCritic(5, 3, continuous=True, width=16, depth=2, log_std_init=-0.5, seed=1)
+    model = ModelConfig(width=16, depth=2, log_std_init=-0.5)
+    module = MLPActorCritic(5, 3, model, continuous=True, seed=1)
     for layers, gain in ((module.actor, 0.01), (module.critic, 1.0)):
         first, second, last = (layers[index] for index in (0, 2, 4))
         for layer in (first, second, last):
@@ -410,7 +411,7 @@ def test_orthogonal_initialisation() -> None:
 @pytest.mark.parametrize("ortho_init", [True, False])
 def test_initialisation_depends_on_its_seed_alone(ortho_init: bool) -> None:
     def weights(seed: int) -> torch.Tensor:
-        module = MLPActorCritic(5, 3, continuous=False, ortho_init=ortho_init, seed=seed)
+        module = MLPActorCritic(5, 3, ModelConfig(ortho_init=ortho_init), continuous=False, seed=seed)
         return torch.cat([p.detach().flatten() for p in module.parameters()])
 
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from ppo_hpo.ppo import losses
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.rollout import sampling_noise
-from ppo_hpo.spec.config import OptimizerConfig, PPOConfig
+from ppo_hpo.spec.config import ModelConfig, OptimizerConfig, PPOConfig
 
 # ------------------------------------------------------------------------- densities
 
@@ -75,7 +75,7 @@ def test_diagonal_gaussian_known_answers() -> None:
 def constant_policy(output: list[float], *, continuous: bool, engine: str, std: float = 1.0) -> Learner:
     """A policy with the same logits or means everywhere."""
     module = MLPActorCritic(
-        1, len(output), continuous=continuous, width=4, depth=1, log_std_init=math.log(std)
+        1, len(output), ModelConfig(width=4, depth=1, log_std_init=math.log(std)), continuous=continuous
     )
     with torch.no_grad():
         module.actor[-1].weight.zero_()

@@ -119,8 +119,6 @@ def test_loaded_policy_acts_as_the_task(case: str, trained: Callable[[str], Trai
 class Player:
     """A policy in the place of a task's networks."""
 
-    keeps = False
-
     def __init__(self, policy: ppo_hpo.Policy) -> None:
         self.act = lambda obs, noise: policy.act(obs)
 

@@ -9,9 +9,11 @@ import pytest
 
 from ppo_hpo.envs.make import EnvInfo, probe
 from ppo_hpo.envs.vector import SyncEnvs
+from ppo_hpo.ppo.agent import Agent
+from ppo_hpo.ppo.collect import Collector
 from ppo_hpo.ppo.gae import gae
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler, RunningMoments
-from ppo_hpo.ppo.rollout import Episodes, Rollout, collect
+from ppo_hpo.ppo.rollout import Rollout
 from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import EnvConfig
 
@@ -19,7 +21,7 @@ from ppo_hpo.spec.config import EnvConfig
 class Known:
     """A policy with known answers: the value is 10 (first entry) + 1, and the action comes from the noise."""
 
-    keeps = False
+    reuses_outputs = False
 
     def __init__(self, info: EnvInfo, action: float | None = None) -> None:
         self._info = info
@@ -59,27 +61,27 @@ class Run:
         self.info = probe(self.config)
         self.seeds = randomness.training_seeds(0, 0, n_envs)
         self.normalizer = ObservationNormalizer(self.info.obs_dim, enabled=normalize, clip=10.0)
-        self.scaler = RewardScaler(n_envs, gamma, enabled=normalize, clip=10.0)
-        self.episodes = Episodes()
-        self.episodes.begin(n_envs)
-        self.stream = randomness.make_rng(0, "action", 0)
+        scaler = RewardScaler(n_envs, gamma, enabled=normalize, clip=10.0)
         self.policy = Known(self.info, action)
-        self.ticks = 0
-        self._envs = SyncEnvs(self.config, self.info)
-        raw = self._envs.reset(self.seeds)
-        self.normalizer.update(raw)
-        self.last_obs = self.normalizer(raw)
+        self.steps = 0
+        self._collector = Collector(
+            Agent(self.policy, self.normalizer, scaler),  # type: ignore[arg-type]
+            SyncEnvs(self.config, self.info),
+            self.info,
+            self.seeds,
+            randomness.make_rng(0, "action", 0),
+            self._count,
+        )
+        self.episodes = self._collector.episodes
         self.rollout = self.more(n_steps)
 
     def more(self, n_steps: int) -> Rollout:
-        rollout, self.last_obs = collect(
-            self.policy, self._envs, self.info, self.last_obs, n_steps,
-            self.normalizer, self.scaler, self.stream, self.episodes, self._tick,
-        )  # fmt: skip
+        rollout = self._collector.collect(n_steps)
+        self.last_obs = self._collector.obs
         return rollout
 
-    def _tick(self) -> None:
-        self.ticks += 1
+    def _count(self) -> None:
+        self.steps += 1
 
 
 # ------------------------------------------------------------------- transitions
@@ -95,7 +97,7 @@ def test_rows_are_the_steps_of_the_environments() -> None:
         np.testing.assert_array_equal(rollout.obs[:, n, 1], np.arange(8))
         np.testing.assert_array_equal(rollout.reward[:, n], np.arange(1, 9))  # of the step taken there
     assert run.last_obs.tolist() == [[2.0, 8.0]] * 2
-    assert run.ticks == 8
+    assert run.steps == 8
     # The next rollout goes on in the middle of the episode.
     following = run.more(2)
     assert following.obs[:, 0].tolist() == [[2.0, 8.0], [0.0, 9.0]]

@@ -25,16 +25,21 @@ from torch import Tensor, nn
 
 from ppo_hpo.envs.make import probe
 from ppo_hpo.envs.vector import SyncEnvs
+from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.autograd import AutogradEngine, Batch
-from ppo_hpo.ppo.gae import explained_variance, gae
+from ppo_hpo.ppo.collect import Collector
+from ppo_hpo.ppo.engine import MinibatchStats
+from ppo_hpo.ppo.gae import explained_variance
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
-from ppo_hpo.ppo.rollout import Episodes, Rollout, Samples, collect
+from ppo_hpo.ppo.rollout import Rollout, Samples
+from ppo_hpo.ppo.train import advantages
 from ppo_hpo.spec import randomness
-from ppo_hpo.spec.config import EnvConfig, OptimizerConfig, PPOConfig
+from ppo_hpo.spec.config import EnvConfig, ModelConfig, OptimizerConfig, PPOConfig
 
 CPU = torch.device("cpu")
+CLIP_FRACTION = MinibatchStats._fields.index("clip_fraction")
 WIDTH, CLIP = 16, 0.2
 KINDS = {"discrete": "tests.envs:RandomWalk-v0", "continuous": "tests.envs:Target-v0"}
 BOTH = pytest.mark.parametrize("kind", list(KINDS))
@@ -110,7 +115,11 @@ def pairs(module: MLPActorCritic, other: PPO) -> dict[str, tuple[nn.Parameter, n
 def network(kind: str) -> MLPActorCritic:
     info = probe(EnvConfig(id=KINDS[kind]))
     module = MLPActorCritic(
-        info.obs_dim, info.action_dim, continuous=info.continuous, width=WIDTH, seed=3, log_std_init=-0.3
+        info.obs_dim,
+        info.action_dim,
+        ModelConfig(width=WIDTH, log_std_init=-0.3),
+        continuous=info.continuous,
+        seed=3,
     )
     # The policy begins nearly uniform and all biases are zero: move every parameter, lest anything cancels.
     generator = torch.Generator().manual_seed(1)
@@ -146,26 +155,29 @@ def fill(other: PPO, rollout: Rollout, last_obs: np.ndarray) -> None:
 # ------------------------------------------------------------------------ our side
 
 
-class Collector:
+class Rollouts:
     """Rollouts of our own in one environment after another."""
 
     def __init__(self, kind: str, learner: Learner, n_steps: int, n_envs: int) -> None:
         config = EnvConfig(id=KINDS[kind], n_envs=n_envs)
-        self._info, self._learner, self._n_steps = probe(config), learner, n_steps
-        self._envs = SyncEnvs(config, self._info)
-        self._normalizer = ObservationNormalizer(self._info.obs_dim, enabled=False, clip=10.0)
-        self._scaler = RewardScaler(n_envs, 0.9, enabled=False, clip=10.0)
-        self._noise = randomness.make_rng(0, "action", 0)
-        self._episodes = Episodes()
-        self._episodes.begin(n_envs)
-        self.obs = self._normalizer(self._envs.reset(randomness.training_seeds(0, 0, n_envs)))
+        info = probe(config)
+        agent = Agent(
+            learner,
+            ObservationNormalizer(info.obs_dim, enabled=False, clip=10.0),
+            RewardScaler(n_envs, 0.9, enabled=False, clip=10.0),
+        )
+        self._n_steps = n_steps
+        self._collector = Collector(
+            agent, SyncEnvs(config, info), info, randomness.training_seeds(0, 0, n_envs),
+            randomness.make_rng(0, "action", 0),
+        )  # fmt: skip
+
+    @property
+    def obs(self) -> np.ndarray:
+        return self._collector.obs
 
     def __call__(self) -> Rollout:
-        rollout, self.obs = collect(
-            self._learner, self._envs, self._info, self.obs, self._n_steps,
-            self._normalizer, self._scaler, self._noise, self._episodes,
-        )  # fmt: skip
-        return rollout
+        return self._collector.collect(self._n_steps)
 
 
 def learner_of(kind: str, ppo: PPOConfig, engine: str = "auto") -> Learner:
@@ -174,10 +186,7 @@ def learner_of(kind: str, ppo: PPOConfig, engine: str = "auto") -> Learner:
 
 
 def samples_of(rollout: Rollout, last_value: np.ndarray, ppo: PPOConfig) -> Samples:
-    advantage = gae(
-        rollout.reward, rollout.value, rollout.next_value(last_value),
-        rollout.terminated, rollout.done, ppo.gamma, ppo.gae_lambda,
-    )  # fmt: skip
+    advantage = advantages(rollout, last_value, ppo)
     return rollout.samples(advantage, advantage + rollout.value)
 
 
@@ -202,7 +211,7 @@ def test_values_log_probs_advantages_and_returns(kind: str) -> None:
     """Everything that follows from a rollout's observations, actions, rewards and ends."""
     ppo = PPOConfig(batch_size=50, gamma=0.9, gae_lambda=0.8)
     learner = learner_of(kind, ppo)
-    collector = Collector(kind, learner, 50, 3)
+    collector = Rollouts(kind, learner, 50, 3)
     rollout = collector()
     assert rollout.truncated[:-1].any()
     assert rollout.terminated.any() == (kind == "discrete")  # only that environment terminates
@@ -294,7 +303,7 @@ def compare(
         logged["clip_fraction"],
     ]
     np.testing.assert_allclose(row, expected, rtol=tolerance, atol=tolerance)
-    assert 0.1 < row[4] < 0.9  # some samples are clipped and some are not
+    assert 0.1 < row[CLIP_FRACTION] < 0.9  # some samples are clipped and some are not
     for name, expected_gradient in their_gradient.items():
         np.testing.assert_allclose(
             gradient[name], expected_gradient, rtol=tolerance, atol=tolerance, err_msg=name
@@ -351,7 +360,7 @@ def test_three_updates(kind: str, engine: str, monkeypatch: pytest.MonkeyPatch) 
     shape = T, n_envs = 32, 4
     ppo = PPOConfig(batch_size=32, n_epochs=4, gamma=0.9, gae_lambda=0.8, ent_coef=0.01, max_grad_norm=0.5)
     learner = learner_of(kind, ppo, engine)
-    collector = Collector(kind, learner, T, n_envs)
+    collector = Rollouts(kind, learner, T, n_envs)
     other = theirs(kind, ppo, T, n_envs)
     copy_parameters(learner.module, other)
     before = {name: p.detach().clone() for name, p in learner.module.named_parameters()}
@@ -382,7 +391,7 @@ def test_target_kl_stops_where_theirs_stops(kind: str, monkeypatch: pytest.Monke
     shape = T, n_envs = 32, 4
     ppo = PPOConfig(batch_size=32, n_epochs=10, gamma=0.9, target_kl=4e-4)
     learner = learner_of(kind, ppo)
-    collector = Collector(kind, learner, T, n_envs)
+    collector = Rollouts(kind, learner, T, n_envs)
     rollout = collector()
     samples = samples_of(rollout, learner.values(collector.obs), ppo)
     other = theirs(kind, ppo, T, n_envs)

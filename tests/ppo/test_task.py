@@ -312,21 +312,13 @@ def test_a_network_of_ones_own_is_trained_and_its_hyperparameters_are_not_search
 def rollout_of(task: PPO) -> tuple[Rollout, np.ndarray]:
     """The first rollout of an epoch, and the observations after it."""
     from ppo_hpo.envs.vector import SyncEnvs
-    from ppo_hpo.ppo.rollout import Episodes, collect
+    from ppo_hpo.ppo.collect import Collector
     from ppo_hpo.spec import randomness
 
-    envs = SyncEnvs(task.config.env, task.info)
-    agent, episodes = task.agent, Episodes()
-    episodes.begin(2)
-    agent.scaler.reset()
-    raw = envs.reset(randomness.training_seeds(0, 0, 2))
-    agent.normalizer.update(raw)
-    stream = randomness.make_rng(0, "action", 0)
+    envs, seeds = SyncEnvs(task.config.env, task.info), randomness.training_seeds(0, 0, 2)
     try:
-        return collect(
-            agent.learner, envs, task.info, agent.normalizer(raw), 64,
-            agent.normalizer, agent.scaler, stream, episodes,
-        )  # fmt: skip
+        collector = Collector(task.agent, envs, task.info, seeds, randomness.make_rng(0, "action", 0))
+        return collector.collect(64), collector.obs
     finally:
         envs.close()
 
@@ -488,7 +480,7 @@ def test_a_fork_goes_on_from_its_parent_with_other_hyperparameters(tmp_path: Pat
     (newest, *_) = Storage(tmp_path / "parent").paths()
     assert line["state_sha256"] == arrays_digest(read(newest).arrays)
     child.fit(3)
-    assert arrays_digest(child._arrays()) != line["state_sha256"]
+    assert arrays_digest(child.agent.arrays()) != line["state_sha256"]
     parent.fit(3)
     assert not torch.equal(next(child.parameters()), next(parent.parameters()))
     again = PPO.from_config(other, "cpu", storage=tmp_path / "child", uid="child")

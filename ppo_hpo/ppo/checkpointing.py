@@ -1,0 +1,169 @@
+"""What a checkpoint of a task holds, and the checks before anything of it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ppo_hpo.ppo.agent import Agent
+from ppo_hpo.spec import results
+from ppo_hpo.spec.config import TrialConfig
+from ppo_hpo.spec.errors import CheckpointError
+from ppo_hpo.state import ownership
+from ppo_hpo.state.checkpoint import MAX_HEADER, Checkpoint, Storage, arrays_digest
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a task has come: what a checkpoint holds beside the tensors of the agent.
+
+    Attributes:
+        epoch: epochs done.
+        curve: learning curve, rows in the order of their `epoch`.
+        hyperparameters: hyperparameters of the trial, by group and key.
+        identity: hash of the hyperparameters.
+        lineage: one entry for each fork that led to this task, oldest first.
+        seconds: wall seconds of all epochs.
+        uid: id of the trial, where it has one.
+    """
+
+    epoch: int
+    curve: list[dict[str, Any]]
+    hyperparameters: Mapping[str, Any]
+    identity: str
+    lineage: list[dict[str, Any]]
+    seconds: float
+    uid: str | None
+
+    def to_plain(self) -> dict[str, Any]:
+        """A copy as a dictionary of what JSON can hold."""
+        copies = {name: [dict(item) for item in getattr(self, name)] for name in ("curve", "lineage")}
+        return vars(self) | copies
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> Progress:
+        """Read and check what `to_plain` returned; it may come from anybody.
+
+        Raises:
+            CheckpointError: this is no progress, or its learning curve is wrong.
+            KeyError: something is missing.
+            TypeError: something has another type.
+            ValueError: something is not a number.
+        """
+        if not isinstance(plain, Mapping):
+            raise CheckpointError("The state has no `progress`, so it is not the state dict of a task.")
+        epoch, curve = int(plain["epoch"]), [dict(row) for row in plain["curve"]]
+        if [row["epoch"] for row in curve] not in ([], list(range(epoch + 1))) or (epoch and not curve):
+            raise CheckpointError(f"The state's learning curve does not lead to its epoch, {epoch}.")
+        if not all(results.is_row(row) for row in curve):
+            raise CheckpointError("The state's learning curve contains an invalid row.")
+        lineage = [dict(item) for item in plain["lineage"]]
+        return cls(
+            epoch, curve, plain["hyperparameters"], plain["identity"], lineage,
+            float(plain["seconds"]), plain["uid"],
+        )  # fmt: skip
+
+
+def to_checkpoint(agent: Agent, progress: Progress) -> Checkpoint:
+    """The checkpoint of an agent after its last epoch."""
+    meta = progress.to_plain()
+    return Checkpoint(meta.pop("epoch"), agent.arrays(), meta)
+
+
+def load_newest(
+    storage: Storage | None, agent: Agent, config: TrialConfig, uid: str | None, log: logging.Logger
+) -> Progress | None:
+    """Load the newest whole checkpoint of a storage into an agent.
+
+    Args:
+        storage: checkpoints of one trial; None has none.
+        agent: agent to load into.
+        config: hyperparameters of the agent.
+        uid: id of the trial, where it has one.
+        log: told of refused checkpoints and of a fork.
+
+    Returns:
+        The progress of the checkpoint; None where there is no checkpoint.
+
+    Raises:
+        CheckpointError: the newest checkpoint belongs to another trial.
+    """
+    if storage is None:
+        return None
+
+    def check(checkpoint: Checkpoint) -> None:
+        where = str(storage.directory)
+        ownership.check_owner(checkpoint.meta, checkpoint.epoch, config.identity_mapping(), uid, where)
+
+    largest = MAX_HEADER + 8 + sum(array.nbytes for array in agent.arrays().values())
+    checkpoint = storage.load(check, lambda error: log.warning("refused: %s", error), largest)
+    return None if checkpoint is None else load_checkpoint(checkpoint, agent, config, log)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, agent: Agent, config: TrialConfig, log: logging.Logger
+) -> Progress:
+    """Load a checkpoint that `ownership.check_owner` accepted. Other hyperparameters make a fork.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the agent.
+    """
+    own, epoch, meta = config.identity_mapping(), checkpoint.epoch, checkpoint.meta
+    changed = ownership.describe_differences(meta["hyperparameters"], own)
+    fork = {"uid": meta["uid"], "identity": meta["identity"], "epoch": epoch, "changed": changed}
+    plain = {"epoch": epoch, **meta, "hyperparameters": own}
+    progress, _ = load_state({**checkpoint.arrays, "progress": plain}, agent, config, strict=True)
+    if not changed:
+        return progress
+    log.info("forked at epoch %d from %s: %s", epoch, fork["uid"], changed)
+    # A digest of what was loaded, not of what the file said: it shows that nothing was lost on the way.
+    fork["state_sha256"] = arrays_digest(agent.arrays())
+    return replace(progress, lineage=[*progress.lineage, fork])
+
+
+def load_state(
+    state: Mapping[str, Any], agent: Agent, config: TrialConfig, *, strict: bool
+) -> tuple[Progress, list[str]]:
+    """Check a state dict and load its tensors into an agent; see `PPO.load_state_dict`.
+
+    Returns:
+        The progress of the state, and the names of the skipped entries.
+
+    Raises:
+        CheckpointError: the state does not fit the agent or its hyperparameters.
+    """
+    try:
+        return _load_state(state, agent, config, strict=strict)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"The state does not fit this task ({type(error).__name__}: {reason})."
+        ) from None
+
+
+def _load_state(
+    state: Mapping[str, Any], agent: Agent, config: TrialConfig, *, strict: bool
+) -> tuple[Progress, list[str]]:
+    progress = Progress.from_plain(state.get("progress") if isinstance(state, Mapping) else None)
+    tensors = {k: torch.as_tensor(v) for k, v in state.items() if k != "progress"}
+    if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+        raise CheckpointError(f"The state has numbers that are not finite: {', '.join(bad)}.")
+    own = agent.state()
+    skipped: list[str] = []
+    if strict:
+        if other := ownership.describe_differences(progress.hyperparameters, config.identity_mapping()):
+            raise CheckpointError(f"The state belongs to other hyperparameters: {other}.")
+        if unknown := set(tensors) - set(own):
+            raise CheckpointError(f"The state has unknown entries: {', '.join(sorted(unknown))}.")
+    else:
+        fit = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+        skipped = sorted((set(own) | set(tensors)) - set(fit))
+        tensors = {**own, **fit}
+    agent.load(tensors)
+    return progress, skipped

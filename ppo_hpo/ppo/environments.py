@@ -1,0 +1,105 @@
+"""The environments of a task: those it trains in, and those that evaluate it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ppo_hpo.envs.make import EnvInfo
+from ppo_hpo.envs.vector import VectorEnv, vectorize
+from ppo_hpo.ppo.agent import Agent
+from ppo_hpo.ppo.evaluate import Evaluation, Evaluator
+from ppo_hpo.ppo.rollout import Rollout
+from ppo_hpo.ppo.train import Diverged, train_epoch
+from ppo_hpo.spec import randomness, results
+from ppo_hpo.spec.config import TrialConfig
+from ppo_hpo.spec.errors import UserError
+
+
+class Environments:
+    """Training and evaluation environments, made by `open`.
+
+    Attributes:
+        info: description of the environment.
+    """
+
+    def __init__(self, config: TrialConfig, info: EnvInfo) -> None:
+        self.info = info
+        self._config = config
+        self._training: VectorEnv | None = None
+        self._evaluator: Evaluator | None = None
+
+    def open(self) -> VectorEnv:
+        """Make what is not there, and return the training environments."""
+        config = self._config
+        if self._training is None:
+            self._training = vectorize(config.env, self.info, config.task.threads)
+        if self._evaluator is None:
+            seeds = randomness.evaluation_seeds(config.task.eval_episodes)
+            limit = self.info.time_limit or config.task.steps_per_epoch
+            self._evaluator = Evaluator(config.env, self.info, seeds, limit)
+        return self._training
+
+    def train(
+        self,
+        agent: Agent,
+        epoch: int,
+        on_rollout: Callable[[int, Rollout], None],
+        before_step: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Train an agent for one epoch and evaluate it; for the arguments see `train_epoch`.
+
+        Returns:
+            The row of the learning curve.
+
+        Raises:
+            Diverged: a loss, a parameter or a return is not finite.
+        """
+        config = self._config
+        summary = train_epoch(agent, self.open(), self.info, config, epoch, on_rollout, before_step)
+        evaluation = self._evaluation(agent, epoch + 1)
+        if not evaluation.finite:
+            raise Diverged("the evaluation: a return is not finite", config.task.steps_per_epoch)
+        return self._row(epoch + 1, evaluation, summary)
+
+    def evaluate_untrained(self, agent: Agent) -> dict[str, Any]:
+        """Evaluate an agent before its first epoch.
+
+        Returns:
+            The first row of the learning curve.
+
+        Raises:
+            UserError: a return is not finite.
+        """
+        evaluation = self._evaluation(agent, 0)
+        if not evaluation.finite:
+            raise UserError(
+                f"`env.id: {self._config.env.id}` gives returns that are not finite even before training: "
+                f"{evaluation.returns}. Fix the rewards of the environment."
+            )
+        return self._row(0, evaluation, {})
+
+    def _evaluation(self, agent: Agent, epoch: int) -> Evaluation:
+        self.open()
+        assert self._evaluator is not None
+        task = self._config.task
+        rng = None if task.eval_deterministic else randomness.make_rng(task.seed, "eval", epoch)
+        return self._evaluator(agent.learner, agent.normalizer, rng)
+
+    def _row(self, epoch: int, evaluation: Evaluation, summary: Mapping[str, Any]) -> dict[str, Any]:
+        row = {
+            "epoch": epoch,
+            "env_steps": epoch * self._config.task.steps_per_epoch,
+            **results.evaluation_columns(evaluation.returns, evaluation.lengths),
+            **summary,
+        }
+        # Through JSON, so that a row that was never in a file equals one that was.
+        return dict(json.loads(json.dumps(row, allow_nan=False)))
+
+    def close(self) -> None:
+        """Close all environments. `open` makes them again."""
+        for part in (self._training, self._evaluator):
+            if part is not None:
+                part.close()
+        self._training = self._evaluator = None
