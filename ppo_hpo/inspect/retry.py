@@ -99,7 +99,7 @@ def _put_back(client: Any, trial: Any, *, named: bool) -> str:
         if named:
             raise UserError(f"Trial {trial.id} {text}. End that first, or wait for it.")
         return f"{line}{text}: left alone"
-    if was == "reserved" and not named and (seconds := age(trial.heartbeat)) < PATIENCE:
+    if was == "reserved" and not named and (seconds := seconds_since(trial.heartbeat)) < PATIENCE:
         return (
             f"{line}has a worker, seen {max(seconds, 0):.0f} s ago: left alone; if that one is gone, try "
             f"again in {PATIENCE - seconds:.0f} s, or take it with --trial {trial.id[:8]}"
@@ -113,7 +113,7 @@ def _put_back(client: Any, trial: Any, *, named: bool) -> str:
     return f"{line}{why}put back"
 
 
-def age(moment: datetime.datetime | None) -> float:
+def seconds_since(moment: datetime.datetime | None) -> float:
     """Seconds since a moment, by this machine's clock; Orion keeps UTC without saying so."""
     if moment is None:
         return float("inf")
@@ -129,7 +129,7 @@ def _mend_algorithm(client: Any) -> list[str]:
     text = ""
     if held := database.read("algo", query):
         since = held[0]["heartbeat"]
-        seconds = age(since)
+        seconds = seconds_since(since)
         text = f"the algorithm's lock is held since {since:%Y-%m-%d %H:%M:%S} UTC"
         if seconds >= PATIENCE:
             now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)

@@ -1,83 +1,155 @@
-"""An experiment of Orion's that is in the database already: its client, and its trials in plain terms."""
+"""Finding an experiment in Orion's database, and reading its trials.
+
+An experiment's database is looked for in these places, and the first one counts:
+
+1. Orion's configuration file, if the user named one (``-c FILE``);
+2. ``NAME/orion.yaml``, which ``ppo-hpo sweep`` writes into a sweep's directory;
+3. the environment variables ``ORION_DB_TYPE`` and ``ORION_DB_ADDRESS``;
+4. Orion's own configuration files, and Orion's default.
+
+A file that says nothing about the storage is passed over.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.canonical import configuration_key
-from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.errors import UserError, hide_passwords
 from ppo_hpo.spec.space import flatten_params
 
-#: Orion's databases, and ours, that are a file.
+# Types of databases that are one file.
 _FILES = ("pickleddb", "sqlitedb")
+_VARIABLES = ("ORION_DB_TYPE", "ORION_DB_ADDRESS")
+# How many names of experiments an error lists.
+_SHOWN_NAMES = 8
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database of Orion's.
+
+    Attributes:
+        storage: Orion's configuration of the storage; None if Orion finds it by itself.
+        named_by: the place that names the database, for messages.
+    """
+
+    storage: Any
+    named_by: str
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The database's type, host and other settings; empty if the configuration has another form."""
+        import orion.core
+
+        storage = self.storage or orion.core.config.storage.to_dict()
+        database = storage.get("database") if isinstance(storage, Mapping) else None
+        return database if isinstance(database, Mapping) else {}
+
+    def __str__(self) -> str:
+        words = [str(self.settings.get(key) or "") for key in ("type", "host")]
+        text = hide_passwords(" ".join(word for word in words if word))
+        return f"{text} (from {self.named_by})" if text else f"of {self.named_by}"
+
+    def open(self) -> Any:
+        """Open the database.
+
+        Returns:
+            Orion's storage.
+
+        Raises:
+            UserError: the database is a file that does not exist.
+        """
+        host = self.settings.get("host")
+        is_file = str(self.settings.get("type")).lower() in _FILES
+        # Orion would create the file of a mistyped name, and its directories, and find nothing in it.
+        # An empty host is Orion's default file, which Orion may create.
+        if is_file and isinstance(host, str) and host and not Path(host).exists():
+            raise UserError(
+                f"The database {host} does not exist (from {self.named_by}). Name it with -c FILE, or set "
+                f"ORION_DB_ADDRESS."
+            )
+        with warnings.catch_warnings():
+            # Orion imports pkg_resources, which warns that it is deprecated.
+            warnings.simplefilter("ignore")
+            from orion.storage.base import setup_storage
+        return setup_storage(self.storage)
+
+
+def find_database(config: str | None = None, name: str | None = None) -> Database:
+    """Find the database of an experiment, in the order that this module's docstring gives.
+
+    Args:
+        config: Orion's configuration file that the user named.
+        name: name of the experiment, or path of a sweep's directory.
+
+    Raises:
+        UserError: the configuration file cannot be read.
+    """
+    file = Path(config) if config is not None else Path(name or "") / "orion.yaml"
+    if config is not None or (name and file.is_file()):
+        content = yamlio.load(file)
+        found = content if isinstance(content, Mapping) else {}
+        storage = found.get("storage")
+        if storage is None and "database" in found:
+            storage = {"type": "legacy", "database": found["database"]}
+        if storage is not None:
+            return Database(storage, str(file))
+    if any(os.environ.get(variable) for variable in _VARIABLES):
+        return Database(None, " and ".join(_VARIABLES))
+    return Database(None, "Orion's own configuration")
 
 
 def open_experiment(name: str, config: str | None = None, mode: str = "r") -> Any:
-    """Orion's client of an experiment that is in the database.
+    """Open an experiment that is in Orion's database.
 
     Args:
-        name: the experiment's name.
-        config: Orion's configuration file of the hunt, for its storage; None uses Orion's own
-            configuration, which `ORION_DB_TYPE` and `ORION_DB_ADDRESS` set, and where that has no such
-            experiment, the sweep's that lies here: ``NAME/orion.yaml``.
+        name: name of the experiment, or path of a sweep's directory.
+        config: Orion's configuration file; None looks in the places that this module's docstring lists.
         mode: ``r`` to read, ``w`` to write as well.
+
+    Returns:
+        Orion's `ExperimentClient`.
 
     Raises:
         UserError: there is no such experiment, or its database cannot be opened.
     """
-    storage = storage_of(config)
-    import warnings
-
-    with warnings.catch_warnings():
-        # pkg_resources announces its end at each import; the pin below setuptools 81 keeps it.
-        warnings.simplefilter("ignore")
-        from orion.client import get_experiment
-        from orion.core.utils.exceptions import NoConfigurationError
-    source = f"the storage in {config}" if storage else "Orion's own configuration"
-    refuse_missing_file(storage, source)
+    database = find_database(config, name)
     try:
-        return get_experiment(name, storage=storage, mode=mode)
+        storage = database.open()
+        names = list(dict.fromkeys(str(each["name"]) for each in storage.fetch_experiments({})))
+        from orion.client import get_experiment
+
+        if (wanted := _name_in(names, name, database)) is not None:
+            return get_experiment(wanted, storage=storage, mode=mode)
+    except UserError:
+        raise
     except Exception as error:
-        if not isinstance(error, NoConfigurationError):
-            # Orion checks nothing: whatever is wrong there comes up as whatever it leads to.
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(f"The database of {source} cannot be opened ({text}).") from None
-        if config is None and (beside := Path(name) / "orion.yaml").is_file():
-            return open_experiment(name, str(beside), mode)
-        hint = (
-            "" if storage else " Name its database with -c FILE, or set ORION_DB_TYPE and ORION_DB_ADDRESS."
-        )
-        raise UserError(f"There is no experiment {name!r} in the database.{hint}") from None
+        # Orion does not check its configuration, so a mistake there can raise any error.
+        text = hide_passwords(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        raise UserError(f"The database {database} cannot be opened ({text}).") from None
+    others = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+    hint = "" if config else " Name another one with -c FILE, or with ORION_DB_TYPE and ORION_DB_ADDRESS."
+    raise UserError(
+        f"There is no experiment {name!r} in the database {database}, which has {others or 'none'}.{hint}"
+    )
 
 
-def storage_of(config: str | None) -> dict[str, Any] | None:
-    """What Orion's configuration file says of its storage; None without a file, or without a word of it."""
-    if config is None:
-        return None
-    content = yamlio.load(Path(config))
-    storage = content.get("storage") if isinstance(content, Mapping) else None
-    if storage is None and isinstance(content, Mapping) and "database" in content:
-        storage = {"type": "legacy", "database": content["database"]}
-    return storage
-
-
-def refuse_missing_file(storage: Any, source: str) -> None:
-    """Orion would make the file of a mistyped name, and its directories, and find nothing in it."""
-    import orion.core
-
-    found: Any = storage or orion.core.config.storage.to_dict()
-    database: Any = found.get("database") if isinstance(found, Mapping) else None
-    if not isinstance(database, Mapping) or str(database.get("type")).lower() not in _FILES:
-        return
-    host = database.get("host")  # nothing: Orion's own file, which it may make
-    if isinstance(host, str) and host and not Path(host).exists():
-        raise UserError(
-            f"The database {host} does not exist (from {source}). Name it with -c FILE, or set "
-            f"ORION_DB_ADDRESS."
-        )
+def _name_in(names: list[str], name: str, database: Database) -> str | None:
+    """The experiment that the user means: by its name, or by the directory of its sweep."""
+    place = Path(name)
+    for wanted in (name, place.resolve().name):
+        if wanted in names:
+            return wanted
+    # A sweep's directory can have another name. Usually its database holds only this sweep.
+    only_one = len(names) == 1 and database.named_by == str(place / "orion.yaml")
+    return names[0] if only_one else None
 
 
 def statistics_of(trial: Any) -> dict[str, float]:
@@ -86,7 +158,7 @@ def statistics_of(trial: Any) -> dict[str, float]:
 
 
 def completed_trials(trials: Iterable[Any]) -> list[Any]:
-    """The trials that are completed and have a result of ours."""
+    """The completed trials whose result is one of ppo_hpo."""
     return [trial for trial in trials if trial.status == "completed" and "epochs" in statistics_of(trial)]
 
 
@@ -101,5 +173,5 @@ def configuration_of(trial: Any) -> str:
 
 
 def params_of(trial: Any) -> dict[str, Any]:
-    """A trial's hyperparameters by dotted name; Orion's command line writes ``/task/epochs`` for them."""
+    """A trial's hyperparameters by dotted name; in `orion hunt` they have names like ``/task/epochs``."""
     return {f"{group}.{key}": value for group, key, value in flatten_params(trial.params)}

@@ -1,4 +1,4 @@
-"""What `ppo-hpo doctor` says of installations and databases, whole and broken, by the real command."""
+"""What `ppo-hpo doctor` prints about installations and databases, whole and broken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ppo_hpo.cli.main import main
-from ppo_hpo.inspect import doctor
+from ppo_hpo.inspect import doctor, doctor_installation
+from ppo_hpo.inspect.doctor_report import Report
 from ppo_hpo.spec import yamlio
 
 BIN = Path(sys.executable).parent
@@ -37,13 +38,13 @@ def run(
 def test_a_whole_installation(tmp_path: Path) -> None:
     done = run(cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert all(line.startswith("ppo-hpo: looking at the ") for line in done.stderr.splitlines())
-    assert done.stdout.endswith("\nall is well\n")
+    assert all(line.startswith("ppo-hpo: checking the ") for line in done.stderr.splitlines())
+    assert done.stdout.endswith("\nno problem found\n")
     from importlib.metadata import version
 
     for name in ("orion", "torch", "gymnasium", "numpy"):
         assert f"{name:11} {version(name)}\n" in done.stdout
-    assert "none named" in done.stdout
+    assert "none: name one with -c FILE" in done.stdout
     assert not (tmp_path / "data").exists()
 
 
@@ -62,10 +63,11 @@ def test_what_is_wrong_with_an_installation(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     findings = json.loads(done.stdout)["findings"]
     assert len(findings) == 4
-    assert findings[0].startswith(f"The command orion is {other}/orion, of another environment")
+    assert findings[0].startswith(f"The command orion is {other}/orion, which belongs to another environment")
     assert findings[1].startswith(
-        "Orion does not find what ppo_hpo brings (BaseAlgorithm: ppo_hpo_lean, BaseExecutor: workers, "
-        f"BaseExecutor: ray, Database: sqlitedb): an older installation is seen first, in {tmp_path}"
+        "Orion does not find these entry points of ppo_hpo: BaseAlgorithm: ppo_hpo_lean, "
+        "BaseExecutor: workers, BaseExecutor: ray, Database: sqlitedb. An older installation comes first, "
+        f"in {tmp_path}"
     )
     assert findings[2].startswith(f"{tmp_path}/torch.py hides the package torch from trials")
     assert findings[3] == (
@@ -101,12 +103,11 @@ def test_more_that_is_wrong(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     findings = json.loads(done.stdout)["findings"]
     expected = [
-        "Orion is 0.2.6, and ppo_hpo was tried with 0.2.7",
-        "Orion needs pkg_resources, which setuptools has no more",
+        "Orion is 0.2.6, and ppo_hpo was tested with 0.2.7",
+        "Orion needs pkg_resources, which newer versions of setuptools lack",
         f"orion is installed 2 times ({other}, ",
         f"{here}/ppo_hpo.egg-info is of an older build",
-        "Box2D is installed and cannot be imported (",
-        "The database could not be looked at (ModuleNotFoundError",
+        "Box2D is installed but cannot be imported (",
     ]
     assert len(findings) == len(expected), findings
     for finding, start in zip(findings, expected, strict=True):
@@ -115,8 +116,8 @@ def test_more_that_is_wrong(tmp_path: Path) -> None:
 
 def test_nothing_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    report = doctor.Report()
-    doctor._commands(report)
+    report = Report()
+    doctor_installation._check_commands(report)
     assert report.findings[0] == f"The command orion is not on the PATH: export PATH={BIN}:$PATH."
 
 
@@ -155,12 +156,13 @@ def test_a_database_with_stuck_trials_and_a_stuck_lock(
     assert ("", "sick-v1: 1 broken, 1 completed, 2 reserved") in report.facts
     retry = f"`ppo-hpo retry sick -c {config}`"
     assert report.findings == [
-        f"sick-v1 has 1 broken trial(s): {retry} says why and puts them back.",
-        f"sick-v1 has 1 reserved trial(s) that nobody trains any more ({ident[:8]}): {retry} puts them back.",
-        f"The lock of sick-v1's algorithm was left by a process that is gone: {retry} releases it (so does "
-        "`orion db release -f sick`).",
+        f"sick-v1 has 1 broken trial(s): {retry} prints why and requeues them.",
+        f"sick-v1 has 1 reserved trial(s) that no worker trains any more ({ident[:8]}): "
+        f"{retry} requeues them.",
+        f"The algorithm of sick-v1 is still locked by a worker that is gone: {retry} or "
+        "`orion db release -f sick` releases it.",
     ]
-    # What it says helps.
+    # Following its advice helps.
     assert main(["retry", "sick", "-c", config]) == 0
     assert doctor.examine(config).findings == []
     client.release(lives)
@@ -171,5 +173,5 @@ def test_a_database_that_is_not_there_is_a_finding_and_not_made(tmp_path: Path) 
     (tmp_path / "orion.yaml").write_text("storage: {database: {type: pickleddb, host: no.pkl}}")
     done = run("-c", "orion.yaml", cwd=tmp_path)
     assert done.returncode == 1
-    assert "1 thing to do\n  1. The database no.pkl does not exist (from orion.yaml)." in done.stdout
+    assert "1 problem found\n  1. The database no.pkl does not exist (from orion.yaml)." in done.stdout
     assert not (tmp_path / "no.pkl").exists()

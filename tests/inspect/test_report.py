@@ -150,32 +150,47 @@ def test_unknown_experiment(hunted: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["report", "other", "-c", str(hunted / "orion.yaml")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "ppo-hpo: error: There is no experiment 'other' in the database.\n"
+    assert captured.err == (
+        f"ppo-hpo: error: There is no experiment 'other' in the database pickleddb {hunted / 'orion.pkl'} "
+        f"(from {hunted / 'orion.yaml'}), which has {NAME}.\n"
+    )
     assert (hunted / "orion.pkl").read_bytes() == before
 
 
-def test_a_sweep_that_lies_here_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Orion's own configuration has no such experiment; one that it has comes first."""
-    from orion.core.io.database.ephemeraldb import EphemeralDB
-
+def test_the_sweep_in_this_directory_comes_before_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ppo_hpo.orion.experiment import open_experiment
 
     (tmp_path / "own").mkdir()
     experiment(tmp_path / "own", small_space())
-    (tmp_path / "empty.pkl").write_bytes(pickle.dumps(EphemeralDB()))
-    here = tmp_path / NAME
-    here.mkdir()
+    here = tmp_path / "sweeps" / NAME
+    here.mkdir(parents=True)
     insert(experiment(here, small_space()), 0.1, 1, -1.0)
     (here / "orion.yaml").write_text(yamlio.dump({"storage": storage(here / "orion.pkl")}))
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ORION_DB_TYPE", "pickleddb")
-    found = []
-    for file in ("own/orion.pkl", "empty.pkl"):
-        monkeypatch.setenv("ORION_DB_ADDRESS", str(tmp_path / file))
-        found.append(len(open_experiment(NAME).fetch_trials()))
-    assert found == [0, 1]
-    with pytest.raises(UserError, match="no experiment 'other'"):
-        open_experiment("other")
+    monkeypatch.setenv("ORION_DB_ADDRESS", str(tmp_path / "own" / "orion.pkl"))
+    monkeypatch.chdir(tmp_path)
+    assert open_experiment(NAME).fetch_trials() == []
+    # The path of a sweep's directory names the sweep too, also after the directory was renamed.
+    assert len(open_experiment(f"sweeps/{NAME}/").fetch_trials()) == 1
+    renamed = here.rename(tmp_path / "sweeps" / "renamed")
+    (renamed / "orion.yaml").write_text(yamlio.dump({"storage": storage(renamed / "orion.pkl")}))
+    monkeypatch.chdir(tmp_path / "sweeps")
+    for name in ("renamed", "renamed/", str(renamed)):
+        assert len(open_experiment(name).fetch_trials()) == 1
+    # A file that says nothing about the storage is passed over.
+    (renamed / "orion.yaml").write_text("worker: {n_workers: 1}")
+    with pytest.raises(UserError, match=r"no experiment 'renamed' .* ORION_DB_ADDRESS"):
+        open_experiment("renamed")
+
+
+def test_a_password_of_the_database_is_not_printed() -> None:
+    from ppo_hpo.orion.experiment import Database
+
+    address = "mongodb://me:secret@host:27017/orion"
+    database = Database({"type": "legacy", "database": {"type": "mongodb", "host": address}}, "orion.yaml")
+    assert str(database) == "mongodb mongodb://***@host:27017/orion (from orion.yaml)"
 
 
 def test_unknown_experiment_where_no_database_was_named(tmp_path: Path) -> None:
@@ -190,7 +205,8 @@ def test_unknown_experiment_where_no_database_was_named(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith(
-        "ppo-hpo: error: There is no experiment 'other' in the database. Name its database"
+        f"ppo-hpo: error: There is no experiment 'other' in the database pickleddb {tmp_path / 'orion.pkl'} "
+        f"(from ORION_DB_TYPE and ORION_DB_ADDRESS), which has none. Name another one"
     )
     assert done.stderr.count("\n") == 1
 

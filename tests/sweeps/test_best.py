@@ -322,7 +322,7 @@ def test_nothing_is_hunted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
     (tmp_path / "orion.pkl").write_bytes(pickle.dumps(EphemeralDB()))
     assert main(["best", "other", "-c", file]) == 2
-    assert capsys.readouterr().err == "ppo-hpo: error: There is no experiment 'other' in the database.\n"
+    assert "There is no experiment 'other' in the database pickleddb" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------- parts
