@@ -32,7 +32,7 @@ from ppo_hpo.ppo import collect, environments, learner, numpy_engine, task, trai
 from ppo_hpo.spec import yamlio  # noqa: E402
 from ppo_hpo.spec.config import TrialConfig  # noqa: E402
 from ppo_hpo.spec.space import space_path  # noqa: E402
-from ppo_hpo.trial import runner  # noqa: E402
+from ppo_hpo.trial import runner, training  # noqa: E402
 from ppo_hpo.trial.options import RunOptions  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -50,7 +50,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("  Adam", learner.FlatAdam, "step"),
     ("evaluation", environments.Environments, "_evaluation"),
     ("checkpoint", task.PPO, "_save"),
-    ("curve and log", runner._Trial, "_keep_records"),
+    ("curve and log", training._Bookkeeping, "_end_epoch"),
 ]
 
 

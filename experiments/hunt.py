@@ -26,7 +26,7 @@ from ppo_hpo.state.curve import read_curve
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
 _DONE = re.compile(r"\[(\w+)\] done: return (\S+) \+- (\S+) after epoch (\d+)")
-_FROM = re.compile(r"\[(\w+)\] (?:starts|continues).*: epoch (\d+) -> (\d+)")
+_FROM = re.compile(r"\[(\w+)\] (?:starts|resumes).*: epoch (\d+) -> (\d+)")
 
 
 def main() -> int:

@@ -92,7 +92,7 @@ class Objective:
 
     def run(self, trial: Trial | None, params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The same, but what goes wrong is raised as it is."""
-        from ppo_hpo.trial import runner
+        from ppo_hpo.trial import runner, trial_files
 
         config = self.config(params)
         orion = OrionContext()
@@ -102,7 +102,7 @@ class Objective:
         elif self.directory is not None:
             place = self.directory / config.identity()[:16]
         else:
-            place = runner.default_directory(config)
+            place = trial_files.default_directory(config)
         outcome = runner.run(config, place, self.options, orion, console=self.console, tick=_stop_if_asked)
         return outcome.entries
 

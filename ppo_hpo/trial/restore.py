@@ -33,6 +33,7 @@ from ppo_hpo.spec.errors import CheckpointError, TornCheckpoint, UserError
 from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes, read
 from ppo_hpo.state.files import explain_write_errors, read_bytes
 from ppo_hpo.state.remote_store import Store, StoreError
+from ppo_hpo.trial.options import OrionContext
 
 INDEX = ".ppo_hpo"
 TRIALS, IDENTITIES = "trials", "identities"
@@ -226,11 +227,9 @@ class TrialStorage(MirroredStorage):
         self,
         config: TrialConfig,
         directory: Path,
-        part: str = "",
+        part: str,
+        orion: OrionContext,
         *,
-        uid: str | None = None,
-        parent: str | None = None,
-        siblings: Path | None = None,
         store: Store | None = None,
         write: Callable[[Path, bytes], None] | None = None,
         log: logging.Logger | None = None,
@@ -241,18 +240,17 @@ class TrialStorage(MirroredStorage):
             config: the trial, of one seed.
             directory: its own; of a trial of several seeds, theirs.
             part: the folder in there that is this seed's.
-            uid: Orion's id of it.
-            parent: Orion's id of the trial that it comes from, to be looked for in the store.
-            siblings: the directory in which the directories of the experiment's other trials lie.
+            orion: which trial of which experiment it is.
             store: a second place for checkpoints, which other machines reach.
             write: `write_atomically`, or as good.
             log: gets what was found where.
         """
+        uid, parent = orion.trial_id, orion.parent
         key = part_key(uid, part) if uid else config.identity()[:32]
         super().__init__(directory / part, store, key, write, log)
         if parent is not None and not _KEY.fullmatch(parent):
             raise UserError(f"`--parent` must be the id of a trial, but got {parent!r}.")
-        self._config, self._siblings, self._trial, self._part = config, siblings, directory, part
+        self._config, self._siblings, self._trial, self._part = config, orion.siblings, directory, part
         self._parent = parent and part_key(parent, part)
         self._uid = uid
 

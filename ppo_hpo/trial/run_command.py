@@ -24,7 +24,7 @@ class RunRequest:
         trials_per_device: how many trials one GPU trains at a time. None means unlimited.
         seed: replaces ``task.seed``.
         epochs: replaces ``task.epochs``.
-        dir: directory of the trial's files. None means Orion's, or `runner.default_directory`.
+        dir: directory of the trial's files. None means Orion's, or `trial_files.default_directory`.
         takeover: whether to end a process that trains this trial, instead of waiting for it.
         checkpoint_store: URL of a second place for checkpoints.
         parent: Orion's id of the parent trial, whose checkpoint is looked up in the store.
@@ -67,7 +67,7 @@ def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
     refuse(config.task.threads)
     # This comes before the next line imports numpy: threads that never start need no limit.
     process.set_thread_variables(config.task.threads)
-    from ppo_hpo.trial import gpu_slots, runner
+    from ppo_hpo.trial import gpu_slots, runner, trial_files
     from ppo_hpo.trial.options import RETRIES, OrionContext, RunOptions
 
     gpu_slots.own_process()
@@ -88,7 +88,9 @@ def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
             raise UserError("`--dir` must name a directory, but got ''. Write . for the current one.")
         directory, orion = Path(request.dir), replace(orion, siblings=None)
     else:
-        directory = Path(os.environ["ORION_WORKING_DIR"]) if under_orion else runner.default_directory(config)
+        directory = (
+            Path(os.environ["ORION_WORKING_DIR"]) if under_orion else trial_files.default_directory(config)
+        )
     try:
         outcome = runner.run(config, directory, options, orion, tick=process.raise_if_stopped)
     except UserError:

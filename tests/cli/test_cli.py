@@ -308,7 +308,7 @@ def test_the_same_command_goes_on(begun: tuple[Path, subprocess.CompletedProcess
     done = run("run", "--config", "tiny.yaml", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     directory = the_trial(folder)
-    assert "continues: epoch 1 -> 2" in (directory / "log.txt").read_text()
+    assert "resumes: epoch 1 -> 2" in (directory / "log.txt").read_text()
     results = {item["name"]: item["value"] for item in json.loads((directory / "results.json").read_text())}
     assert (results["continued"], results["continued_from_epoch"]) == (1.0, 1.0)
     assert (results["env_steps"], results["env_steps_here"]) == (512.0, 256.0)
@@ -512,7 +512,7 @@ def test_a_pipe_in_the_directory_is_refused_and_not_waited_for(
     (tmp_path / "trial").mkdir()
     os.mkfifo(tmp_path / "trial" / name)
     done = run("run", "--config", config, "--dir", "trial", cwd=tmp_path)
-    assert_one_sentence(done, f"trial/{name} is no ", "as it has to be. Remove it.")
+    assert_one_sentence(done, f"trial/{name} must be a ", "Remove it.")
 
 
 def test_why_a_trial_by_hand_failed_is_kept_until_it_ends_well(config: Path, tmp_path: Path) -> None:

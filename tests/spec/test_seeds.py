@@ -489,7 +489,7 @@ def test_orion_promotes_every_seed(algorithm: dict[str, Any], tmp_path: Path) ->
             epochs = higher.params["task"]["epochs"]
             parent = lower
             if "pbt" in algorithm:
-                parent = client.get_trial(trial_id=higher.parent) if higher.parent else None
+                parent = client.get_trial(uid=higher.parent) if higher.parent else None
             began = parent.params["task"]["epochs"] if parent else 0
             assert values["env_steps"] == 3 * epochs * STEPS
             assert values["env_steps_here"] == 3 * (epochs - began) * STEPS

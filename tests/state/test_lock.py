@@ -561,7 +561,7 @@ def test_who_wakes_up_too_late_changes_nothing_and_reports_what_the_other_left(
         assert after[name] == before[name]
     log = (directory / "log.txt").read_text()
     assert re.search(
-        r"writer 1 lost the trial: .*; goes on from what is there\n.*has done epoch 4 already", log
+        r"writer 1 lost the trial: .*; resumes from what is there\n.*has done epoch 4 already", log
     )
     # The two that trained, and no step of the one that woke up.
     rows = [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]

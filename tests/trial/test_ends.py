@@ -36,7 +36,7 @@ SPACE = {
     "optimizer": {"lr": "orion~loguniform(1e-4, 1e-2)"},
     "ppo": {"n_steps": 32, "batch_size": 32, "n_epochs": 1},
 }
-_BEGAN = re.compile(r"\b(?:starts|continues|has done epoch)(?: of \S+)?:? ?(?:epoch )?(\d+)")
+_BEGAN = re.compile(r"\b(?:starts|resumes|has done epoch)(?: of \S+)?:? ?(?:epoch )?(\d+)")
 
 
 def own_environment(**extra: str) -> dict[str, str]:
@@ -313,7 +313,7 @@ def test_a_fault_that_passes_is_not_heard_of_by_orion(faulty: Faulty, how: str) 
     assert stats["retries"] == 1
     assert stats["env_steps"] == 768
     assert 0 < stats["env_steps_here"] - 768 <= 256
-    assert "goes on from the last checkpoint in 1 s" in log(trial)
+    assert "resumes from the last checkpoint in 1 s" in log(trial)
     assert _BEGAN.findall(log(trial)) == ["0", "1"]
     assert not (Path(trial.working_dir) / "failure.json").exists()
 
@@ -322,9 +322,7 @@ def test_an_error_that_comes_again_at_the_same_step_breaks_the_trial(faulty: Fau
     trial = faulty.before["raise"]
     assert trial.status == "broken"
     (sentence,) = (s for s in faulty.first.sentences if "simulator" in s)
-    assert (
-        "RuntimeError: the simulator fell over: came again at the very same step (epoch 2, step " in sentence
-    )
+    assert "RuntimeError: the simulator fell over: failed again at the same step (epoch 2, step " in sentence
     # Its author is told where it was raised.
     assert "in _happen" in faulty.first.output
     # Others finished epochs: it is this one's, and the hunt goes on.
@@ -334,7 +332,7 @@ def test_an_error_that_comes_again_at_the_same_step_breaks_the_trial(faulty: Fau
 def test_too_little_memory_breaks_the_trial(faulty: Faulty) -> None:
     trial = faulty.before["memory"]
     assert trial.status == "broken"
-    assert log(trial).count("goes on from the last checkpoint") == 2
+    assert log(trial).count("resumes from the last checkpoint") == 2
     (sentence,) = (s for s in faulty.first.sentences if "memory" in s)
     assert "There is not enough memory (MemoryError: Unable to allocate 2.00 GiB" in sentence
     assert Storage(Path(trial.working_dir)).load().epoch == 1  # type: ignore[union-attr]
@@ -351,7 +349,7 @@ def test_too_little_memory_breaks_the_trial(faulty: Faulty) -> None:
 def test_a_malformed_answer_of_the_environment(faulty: Faulty, how: str, part: str) -> None:
     assert faulty.before[how].status == "broken"
     assert [part in sentence for sentence in faulty.first.sentences].count(True) == 1
-    assert "goes on from the last checkpoint" not in log(faulty.before[how])
+    assert "resumes from the last checkpoint" not in log(faulty.before[how])
 
 
 def test_nan_completes_with_the_worst_evaluation(faulty: Faulty) -> None:
@@ -596,7 +594,7 @@ def test_a_full_disk_stops_the_hunt(tmp_path: Path) -> None:
     # Written again twice, and then left interrupted: a full disk would break all trials.
     assert (hunt.directory / "full-code.txt").read_text() == "130\n", full
     assert re.findall(r"No space left on device\. .*: tries again in (\d) s", full) == ["1", "2"]
-    assert "goes on from the last checkpoint" not in full
+    assert "resumes from the last checkpoint" not in full
     (sentence,) = (line for line in full.splitlines() if line.startswith("ppo-hpo: error: "))
     assert "cannot be written: No space left on device. What was saved before is whole" in sentence
     assert "The hunt stops here (exit code 130)" in sentence

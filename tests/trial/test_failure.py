@@ -21,8 +21,9 @@ from ppo_hpo.spec.errors import (
     UserError,
 )
 from ppo_hpo.state.files import write_atomically
-from ppo_hpo.trial import failure
-from ppo_hpo.trial.failure import Work, kind, persist, read_record, stops_the_hunt
+from ppo_hpo.trial import failure, retries
+from ppo_hpo.trial.failure import kind, read_record, stops_the_hunt
+from ppo_hpo.trial.work import Work
 
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
@@ -51,8 +52,8 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
         (EOFError(), "transient"),
         (ConnectionResetError(), "transient"),
         (raised(UserError("cannot be written"), OSError(errno.ENOSPC, "full")), "transient"),
-        (raised(UserError("cannot be written"), OSError(errno.EACCES, "denied")), "here"),
-        (MachineError("no such device"), "here"),
+        (raised(UserError("cannot be written"), OSError(errno.EACCES, "denied")), "machine"),
+        (MachineError("no such device"), "machine"),
         (UserError("a rule"), "permanent"),
         (CheckpointError("torn"), "permanent"),
         (RuntimeError("anything else"), "unknown"),
@@ -74,49 +75,47 @@ class Trial:
         if not self.failures:
             return "done"
         epoch, step, error = self.failures.pop(0)
-        self.work.enter(epoch)
-        self.work.count(step)
+        self.work.start_epoch(epoch)
+        self.work.add_steps(step)
         raise error
 
-    def persist(self, retries: int, known: str | None = None) -> str:
-        return persist(self.attempt, self.work, retries, known, sleep=self.pauses.append)
+    def run(self, n: int, earlier: str | None = None) -> str:
+        return retries.with_retries(self.attempt, self.work, n, earlier, sleep=self.pauses.append)
 
 
 def test_pauses_grow_and_steps_add_up() -> None:
     trial = Trial((0, 5, MemoryError()), (0, 7, MemoryError()), (0, 9, MemoryError()))
-    assert trial.persist(3) == "done"
+    assert trial.run(3) == "done"
     assert trial.pauses == [1.0, 2.0, 4.0]
     assert (trial.work.steps, trial.work.retries) == (21, 3)
 
 
 def test_retries_are_counted_anew_after_each_epoch() -> None:
     trial = Trial(*((epoch, 1, MemoryError()) for epoch in range(5) for _ in range(2)))
-    assert trial.persist(2) == "done"
+    assert trial.run(2) == "done"
     assert trial.pauses == [1.0, 2.0] * 5
     stuck = Trial(*((0, 1, MemoryError()) for _ in range(3)))
     with pytest.raises(OutOfMemory, match="not enough memory"):
-        stuck.persist(2)
+        stuck.run(2)
 
 
 def test_the_same_error_at_the_same_step_is_not_tried_twice() -> None:
     trial = Trial((1, 8, RuntimeError("boom")), (1, 8, RuntimeError("boom")))
-    with pytest.raises(
-        DeterministicFailure, match=r"boom: came again at the very same step \(epoch 2, step 8"
-    ):
-        trial.persist(9)
+    with pytest.raises(DeterministicFailure, match=r"boom: failed again at the same step \(epoch 2, step 8"):
+        trial.run(9)
     assert trial.work.retries == 1
     # At another step it is another one; what memory does says nothing about the trial.
-    assert Trial((1, 8, RuntimeError("boom")), (1, 9, RuntimeError("boom"))).persist(2) == "done"
-    assert Trial((1, 8, MemoryError()), (1, 8, MemoryError())).persist(2) == "done"
+    assert Trial((1, 8, RuntimeError("boom")), (1, 9, RuntimeError("boom"))).run(2) == "done"
+    assert Trial((1, 8, MemoryError()), (1, 8, MemoryError())).run(2) == "done"
 
 
 def test_an_earlier_process_failed_at_the_same_step() -> None:
     first = Trial((1, 8, RuntimeError("boom")))
     with pytest.raises(RuntimeError, match="boom") as caught:
-        first.persist(0)
+        first.run(0)
     again = Trial((1, 8, RuntimeError("boom")))
     with pytest.raises(DeterministicFailure):
-        again.persist(2, known=caught.value.place)  # type: ignore[attr-defined]
+        again.run(2, earlier=caught.value.place)  # type: ignore[attr-defined]
     assert not again.work.retries
 
 
@@ -124,7 +123,7 @@ def test_an_earlier_process_failed_at_the_same_step() -> None:
 def test_sentences_are_not_tried_again(error: UserError) -> None:
     trial = Trial((0, 1, error))
     with pytest.raises(type(error)):
-        trial.persist(2)
+        trial.run(2)
     assert not trial.work.retries
 
 
@@ -132,7 +131,7 @@ def test_sentences_are_not_tried_again(error: UserError) -> None:
 def test_stops_are_no_failures(error: BaseException) -> None:
     trial = Trial((0, 1, error))
     with pytest.raises(type(error)):
-        trial.persist(2)
+        trial.run(2)
     assert not trial.work.retries
 
 
@@ -145,26 +144,26 @@ def test_a_file_is_written_again_and_nothing_computed_twice(tmp_path: Path) -> N
         if len(tries) <= failures:
             raise raised(UserError("cannot be written"), OSError(errno.ENOSPC, "full"))
 
-    def patiently(retries: int) -> None:
+    def write(n: int) -> None:
         tries.clear()
         pauses.clear()
         log = logging.getLogger("tests")
-        failure.patiently(full, retries, log, sleep=pauses.append)(tmp_path / "name", b"")
+        retries.retrying_write(full, n, log, sleep=pauses.append)(tmp_path / "name", b"")
 
     failures = 2
-    patiently(2)
+    write(2)
     assert (tries, pauses) == (["name"] * 3, [1.0, 2.0])
     failures = 99
     with pytest.raises(UserError) as caught:
-        patiently(3)
+        write(3)
     assert (len(tries), pauses) == (4, [1.0, 2.0, 4.0])
     # It was waited for already.
     trial = Trial((0, 1, caught.value))
     with pytest.raises(UserError, match="cannot be written"):
-        trial.persist(2)
+        trial.run(2)
     assert not trial.work.retries
     with pytest.raises(UserError):
-        patiently(0)
+        write(0)
     assert (len(tries), pauses) == (1, [])
 
 
@@ -176,7 +175,7 @@ def test_what_does_not_pass_is_not_written_again(error: BaseException, tmp_path:
         tries.append(path)
         raise error
 
-    write = failure.patiently(
+    write = retries.retrying_write(
         never, 2, logging.getLogger("tests"), sleep=lambda seconds: pytest.fail("waits")
     )
     with pytest.raises(type(error)):
@@ -216,7 +215,7 @@ def test_what_only_breaks_the_trial(error: Exception, trials: Callable[[str], Pa
     record = read_record(one)
     assert record is not None
     assert not record.stopped
-    failure.forget(one)
+    failure.remove_record(one)
     assert read_record(one) is None
 
 

@@ -22,7 +22,7 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.state import checkpoint
 from ppo_hpo.state.curve import read_curve
-from ppo_hpo.trial import median_stop, runner
+from ppo_hpo.trial import median_stop, runner, trial_files
 from ppo_hpo.trial.median_stop import median_to_reach
 from ppo_hpo.trial.restore import INDEX
 from tests.runs import run_quietly
@@ -82,7 +82,7 @@ def a_sibling(
     config = CONFIG.replace(**{"optimizer": {"lr": lr}, **groups})
     directory = place / f"{lr:g}-{len(returns)}"
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(yamlio.dump(runner._written(config)))
+    (directory / "config.yaml").write_bytes(trial_files.config_bytes(config))
     (directory / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in a_curve(returns)))
     index = place / INDEX / (identity or config.identity()[:32])
     index.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,250 @@
+"""Training one seed of a trial: it resumes from its last checkpoint, and writes every epoch down."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ppo_hpo.spec.config import TrialConfig
+from ppo_hpo.spec.errors import LostLock, UserError
+from ppo_hpo.spec.results import Row
+from ppo_hpo.state import worklog
+from ppo_hpo.state.files import explain_write_errors
+from ppo_hpo.state.remote_store import Store
+from ppo_hpo.trial import median_stop, trial_files
+from ppo_hpo.trial.options import OrionContext, RunOptions
+from ppo_hpo.trial.outcome import Outcome, outcome_of
+from ppo_hpo.trial.restore import TrialStorage
+from ppo_hpo.trial.retries import with_retries
+from ppo_hpo.trial.work import Work
+
+if TYPE_CHECKING:
+    from ppo_hpo.ppo.task import PPO
+
+
+def _process_name() -> str:
+    # The time makes one process that trains many trials a different one for each.
+    return f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial, and what is asked of it.
+
+    Attributes:
+        config: the configuration, of all seeds.
+        directory: directory of the trial's files.
+        options: what is asked of the trial.
+        orion: which trial of which experiment it is.
+        store: the checkpoint store, or None.
+        process: name of this process in the work log.
+    """
+
+    config: TrialConfig
+    directory: Path
+    options: RunOptions
+    orion: OrionContext
+    store: Store | None
+    process: str = field(default_factory=_process_name)
+
+
+@dataclass(frozen=True)
+class SeedTraining:
+    """Trains one seed of a trial. This process must be the trial's only writer.
+
+    Attributes:
+        trial: the whole trial.
+        config: configuration of this seed alone.
+        work: what this process has done for this seed so far. It names the seed's folder.
+        device: torch device.
+        write: writes one of the trial's files.
+        tick: called before each environment step. What it raises stops the trial there.
+        log: the trial's log.
+    """
+
+    trial: Trial
+    config: TrialConfig
+    work: Work
+    device: str
+    write: trial_files.Write
+    tick: Callable[[], None]
+    log: logging.Logger
+
+    @property
+    def directory(self) -> Path:
+        """Directory of the seed's files. For a trial of one seed it is the trial's."""
+        return self.trial.directory / self.work.part
+
+    def run(self, earlier_failure: str | None) -> tuple[Outcome, Sequence[Row]]:
+        """Train to the trial's last epoch.
+
+        Args:
+            earlier_failure: where an earlier process failed (`retries.place_of`), if one did.
+
+        Returns:
+            The outcome, and the learning curve.
+        """
+        config, work, log = self.config, self.work, self.log
+        if work.part:
+            log.info("%s of %d: task.seed %d", work.part, self.trial.config.task.seeds, config.task.seed)
+        work.start_clock()
+        try:
+            task, resumed_from = with_retries(
+                self._attempt, work, self.trial.options.retries, earlier_failure, log
+            )
+        except LostLock:
+            # This process may not write here any more. It writes all of it if it gets the lock again.
+            work.read_clock()
+            raise
+        except BaseException:
+            if work.attempted:
+                self.log_work("failed", work.epoch)
+            raise
+        self.log_work("done", task.epoch)
+        stop = median_stop.read(self.directory, config)
+        if stop is not None:
+            log.info(
+                "stopped after epoch %d of %d: its best return, %.1f, is below %.1f, the median of %d other "
+                "trials (%s)",
+                stop.epoch, stop.epochs, stop.best, stop.median, stop.siblings, median_stop.RECORD,
+            )  # fmt: skip
+        outcome = outcome_of(task, stop, self.directory, resumed_from, work)
+        if work.part:
+            self.write(outcome.directory / trial_files.RESULTS, outcome.to_bytes())
+        return outcome, task.metrics.curve
+
+    def _attempt(self) -> tuple[PPO, int | None]:
+        """Resume from the last checkpoint, and train to the last epoch.
+
+        Returns:
+            The task, and the epoch that it resumed from, or None if it started from nothing.
+        """
+        trial, directory = self.trial, self.directory
+        storage = TrialStorage(
+            self.config, trial.directory, self.work.part, trial.orion,
+            store=trial.store, write=self.write, log=self.log,
+        )  # fmt: skip
+        # This imports torch. Everything that could be wrong was checked before.
+        from ppo_hpo.ppo.task import PPO
+
+        task = PPO.from_config(
+            self.config, self.device, storage=storage, logger=self.log, uid=trial.orion.trial_id
+        )
+        task.before_step = self._tick
+        if not task.lineage:
+            storage.register()
+        resumed_from = task.epoch if task.resumed() else None
+        self.work.start_attempt(task.epoch, resumed_from)
+        last_epoch = self.config.task.epochs
+        if (stop := median_stop.read(directory, self.config)) is not None:
+            # An earlier process decided this. The trial stays stopped, whatever is asked of this process.
+            last_epoch = stop.epoch
+        elif trial.options.stop_poor and not task.lineage:
+            task.should_stop = self._stop_rule()
+        _log_start(task, last_epoch, resumed_from, trial.orion.experiment, self.log)
+        self._write_first_files(task)
+        _Bookkeeping(self, task)
+        try:
+            task.fit(last_epoch)
+        except BaseException:
+            # A broken task may fail again as it is closed. That would hide the first failure.
+            with contextlib.suppress(Exception):
+                task.finish()
+            raise
+        task.finish()
+        storage.finish()
+        trial_files.write_curve(directory, task.metrics.curve, self.write)
+        return task, resumed_from
+
+    def _tick(self) -> None:
+        self.tick()
+        self.work.add_steps(self.config.env.n_envs)
+
+    def _write_first_files(self, task: PPO) -> None:
+        with explain_write_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        # The trial has a configuration, and so has each of several seeds.
+        for directory, config in {
+            self.trial.directory: self.trial.config,
+            self.directory: self.config,
+        }.items():
+            self.write(directory / trial_files.CONFIG, trial_files.config_bytes(config))
+        trial_files.write_curve(self.directory, task.metrics.curve, self.write)
+        self.log_work("began", task.epoch)
+
+    def _stop_rule(self) -> Callable[[Sequence[Row]], bool]:
+        """The function that says after each epoch whether the trial is poor, and records it if it is."""
+        assert self.trial.orion.siblings is not None
+        siblings = median_stop.Siblings(self.trial.orion.siblings, self.config)
+
+        def is_poor(curve: Sequence[Row]) -> bool:
+            stop = median_stop.decide(self.config, curve, siblings)
+            if stop is not None:
+                self.write(self.directory / median_stop.RECORD, median_stop.to_bytes(stop))
+            return stop is not None
+
+        return is_poor
+
+    def log_work(self, state: worklog.State, epoch: int) -> None:
+        """Append a line to the work log. A line that cannot be written is left out: it is only a count."""
+        work = self.work
+        work.read_clock()
+        line = worklog.Line(
+            self.trial.orion.trial_id or "", self.trial.process, work.part, state, work.resumed_from or 0,
+            epoch, self.config.task.steps_per_epoch, work.steps, work.eval_steps, work.wall_seconds,
+            work.cpu_seconds,
+        )  # fmt: skip
+        with contextlib.suppress(OSError, UserError):
+            worklog.append(self.trial.directory, line)
+
+
+class _Bookkeeping:
+    """Counts what a task does in one attempt, and writes it down after each epoch."""
+
+    def __init__(self, training: SeedTraining, task: PPO) -> None:
+        self._training = training
+        # Rows of the learning curve whose evaluations are counted, or were made by an earlier attempt.
+        self._rows = len(task.metrics.curve)
+        task.events.subscribe("start_epoch", self._start_epoch)
+        task.events.subscribe("end_epoch", self._end_epoch)
+
+    def _start_epoch(self, task: PPO, epoch: int) -> None:
+        self._training.work.start_epoch(epoch)
+        self._count_evaluations(task)  # that of the untrained policy
+
+    def _end_epoch(self, task: PPO, epoch: int, row: Row) -> None:
+        training = self._training
+        self._count_evaluations(task)
+        trial_files.write_curve(training.directory, task.metrics.curve, training.write)
+        trial_files.append_timing(training.trial.directory, training.work.part, task)
+        training.log_work("epoch", task.epoch)
+
+    def _count_evaluations(self, task: PPO) -> None:
+        new = task.metrics.curve[self._rows :]
+        self._training.work.eval_steps += sum(row["eval_steps"] for row in new)
+        self._rows += len(new)
+
+
+def _log_start(
+    task: PPO, last_epoch: int, resumed_from: int | None, experiment: str | None, log: logging.Logger
+) -> None:
+    threads = task.config.task.threads
+    of = f" of {experiment}" if experiment else ""
+    how = f"on {task.device}, {threads} thread{'s' if threads > 1 else ''}, "
+    how += f"gradients by {task.agent.learner.engine}"
+    if resumed_from is None or resumed_from < last_epoch:
+        how += f", environments by {task.vectorization}"
+    if resumed_from is None:
+        log.info("starts%s: epoch 0 -> %d, %s", of, last_epoch, how)
+    elif resumed_from < last_epoch:
+        log.info("resumes%s: epoch %d -> %d, %s", of, resumed_from, last_epoch, how)
+    else:
+        log.info("has done epoch %d%s already: nothing to train", last_epoch, of)
+    log.debug("%s", task.summary())
