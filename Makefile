@@ -25,7 +25,7 @@ $(VENV)/.done-dev: $(VENV)/.done
 	@touch $@
 
 demo: setup
-	$(BIN)/python experiments/hunt.py cartpole-asha
+	$(BIN)/python experiments/hunt.py pendulum
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

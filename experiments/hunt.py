@@ -1,11 +1,10 @@
-"""Run one of the experiments beside this file: real `orion hunt`, then what it found.
+"""Compare PPO untuned with PPO tuned by `orion hunt`: equal environment steps, fresh seeds.
 
-    python experiments/hunt.py cartpole-asha            # what `make demo` runs
-    python experiments/hunt.py pendulum-tpe --output DIR
+    python experiments/hunt.py pendulum                 # what `make demo` runs
+    python experiments/hunt.py pendulum --output DIR
 
-An experiment is a folder of three files: `orion.yaml` (what Orion does), `space.yaml` (what is searched) and
-`untuned.yaml` (what to compare with). Running it again goes on with it: Orion's database and the trials'
-checkpoints are in the output folder.
+An experiment is a folder of three files: `orion.yaml` says how Orion searches, `space.yaml` what it searches,
+and `untuned.yaml` what the winner is compared with. Rerun the command to resume.
 """
 
 from __future__ import annotations
@@ -14,82 +13,104 @@ import argparse
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
+from statistics import mean
 
-from ppo_hpo.inspect.report import curve_text
-from ppo_hpo.state.curve import read_curve
+from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.config import TrialConfig
 
-HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
-_DONE = re.compile(r"\[(\w+)\] done: return (\S+) \+- (\S+) after epoch (\d+)")
-_FROM = re.compile(r"\[(\w+)\] (?:starts|resumes).*: epoch (\d+) -> (\d+)")
+#: What `ppo-hpo run` and `ppo-hpo best` print when a trial ends.
+TRIAL_ENDED = re.compile(r"(?:done: |seed \d+ +)return +(\S+)")
+RETURNS_PER_LINE = 8
+WIDTH = 100
+
+
+class CommandFailed(Exception):
+    """A command failed; the message says which one, and where its output is."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", help="a folder beside this file")
-    parser.add_argument("--output", type=Path, help="where everything goes (default: FOLDER/output)")
+    parser.add_argument("--output", type=Path, help="directory for all results (default: FOLDER/output)")
+    parser.add_argument("--seeds", type=int, default=5, help="fresh seeds to compare on (default: 5)")
     arguments = parser.parse_args()
-    folder = HERE / arguments.experiment
+    folder = (Path(__file__).parent / arguments.experiment).resolve()
     if not (folder / "orion.yaml").is_file():
-        parser.error(f"{folder} has no orion.yaml")
-    output = (arguments.output or folder / "output").resolve()
-    output.mkdir(parents=True, exist_ok=True)
-
-    os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    # Orion's commands ignore the storage in a file given with -c; these two they all read.
-    os.environ["ORION_DB_TYPE"] = "pickleddb"
-    os.environ["ORION_DB_ADDRESS"] = str(output / "orion.pkl")
-
-    started = time.monotonic()
-    print(f"1. PPO with nobody's tuning, for comparison ({arguments.experiment}/untuned.yaml)", flush=True)
-    untuned = output / "untuned"
-    subprocess.run(
-        [
-            "ppo-hpo",
-            "run",
-            "--config",
-            folder / "untuned.yaml",
-            "--dir",
-            _short(str(untuned)),
-            "--device",
-            "cpu",
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    hunt = [
-        "orion", "hunt", "-n", arguments.experiment, "-c", str(folder / "orion.yaml"),
-        "--working-dir", str(output / "trials"),
-        "ppo-hpo", "run", "--config", str(folder / "space.yaml"), "--device", "cpu",
-    ]  # fmt: skip
-    print(f"\n2. {_short(shlex.join(hunt), '$PWD/')}\n", flush=True)
-    code = _follow(hunt, output / "hunt.log")
-    if code:
-        print(f"orion hunt ended with code {code}; {output / 'hunt.log'} says why. Run this again to go on.")
-        return code
-
-    page = output / "report.html"
-    print(f"\n3. What was found, after {time.monotonic() - started:.0f} s in all\n", flush=True)
-    text = subprocess.run(
-        ["ppo-hpo", "report", arguments.experiment, "--html", page],
-        check=True, stdout=subprocess.PIPE, text=True,
-    ).stdout  # fmt: skip
-    print(_short(text.rstrip()))
-    print(f"untuned     {_untuned(untuned)}")
-    print(_short(f"all of it   {output}"))
-    _say_next(arguments.experiment, text)
+        parser.error(f"{folder / 'orion.yaml'} does not exist")
+    try:
+        compare(folder, (arguments.output or folder / "output").resolve(), arguments.seeds)
+    except CommandFailed as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. Rerun the command to resume.", file=sys.stderr)
+        return 130
     return 0
 
 
-def _follow(command: list[str], log: Path) -> int:
-    """Run the hunt; a line for each trial that ends, everything else into the log."""
-    begun: dict[str, str] = {}
-    best, count, started = float("-inf"), 0, time.monotonic()
+def compare(folder: Path, output: Path, seeds: int) -> None:
+    """Train PPO untuned, tune it, train both on fresh seeds, and print what came out."""
+    name, started = folder.name, time.monotonic()
+    if (output / "orion.yaml").exists():
+        print(f"Resuming from {typed(output)}. Remove that directory to start over.")
+    output.mkdir(parents=True, exist_ok=True)
+    plan = yamlio.load(folder / "orion.yaml")
+    database = {"type": "sqlitedb", "host": str(output / "orion.sqlite")}
+    plan["storage"] = {"type": "legacy", "database": database}
+    (output / "orion.yaml").write_text(yamlio.dump(plan))
+    # Orion's own commands ignore the storage in the file of `-c`, but they all read these two variables.
+    os.environ.update(ORION_DB_TYPE=database["type"], ORION_DB_ADDRESS=database["host"])
+    os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    log, trials, best = output / "log.txt", output / "trials", output / "best"
+
+    trial = TrialConfig.from_mapping(yamlio.load(folder / "untuned.yaml"))
+    steps = trial.task.epochs * trial.task.steps_per_epoch
+    say(f"PPO on {trial.env.id}; a trial has {steps:,} environment steps. Higher returns are better.\n")
+    say("1. Train with the defaults of Stable-Baselines3. The mean return at the end:")
+    run(log, "ppo-hpo", "run", "--config", folder / "untuned.yaml", "--dir", output / "untuned",
+        "--device", "cpu")  # fmt: skip
+    say(
+        f"2. Tune with `orion hunt`: {plan['experiment']['max_trials']} trials, two at a time. Their returns:"
+    )
+    run(log, "orion", "hunt", "-n", name, "-c", folder / "orion.yaml", "--working-dir", trials,
+        "ppo-hpo", "run", "--config", folder / "space.yaml", "--device", "cpu")  # fmt: skip
+    say(
+        f"3. Retrain the best trial and the defaults on {seeds} new seeds with `ppo-hpo best`. Their returns:"
+    )
+    winner = output / "winner.yaml"
+    winner.unlink(missing_ok=True)
+    run(log, "ppo-hpo", "best", name, "-c", output / "orion.yaml", "--top", "1", "--export", winner,
+        "--test-seeds", str(seeds), "--against", folder / "untuned.yaml", "--test-dir", best,
+        "--device", "cpu")  # fmt: skip
+
+    total = sum(statistic(path, "env_steps") for path in trials.glob("*/results.json"))
+    seconds = time.monotonic() - started
+    say(f"\nDone in {seconds:.0f} s. The search took {total:,.0f} environment steps in all.")
+    say_comparison(folder, winner, best)
+    command = typed(BIN / "ppo-hpo")
+    say(f"\nNext:\n  {command} report {name} -c {typed(output / 'orion.yaml')}    # more about this search")
+    say(f"  {command} run --config {typed(winner)}    # train the winner yourself")
+    say(f"  {command} sweep CartPole-v1    # tune PPO on your environment")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(log: Path, *command: str | Path) -> None:
+    """Run a command. Its output goes to the log, and its trials' returns to the screen, eight in a line.
+
+    Raises:
+        CommandFailed: the command's exit code is not 0.
+    """
+    returns: list[float] = []
+    started = time.monotonic()
     with (
         open(log, "a", encoding="utf-8") as file,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
@@ -97,57 +118,52 @@ def _follow(command: list[str], log: Path) -> int:
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                file.write(line)
-                file.flush()
-                if match := _FROM.search(line):
-                    begun[match[1]] = f"epoch {match[2]} -> {match[3]}"
-                elif match := _DONE.search(line):
-                    count += 1
-                    best = max(best, float(match[2]))
-                    print(
-                        f"   {time.monotonic() - started:4.0f} s  trial {count:3}  {match[1]}  "
-                        f"{begun.get(match[1], ''):12}  return {float(match[2]):8.1f}  best {best:8.1f}",
-                        flush=True,
-                    )
+                print(line, end="", file=file, flush=True)
+                if match := TRIAL_ENDED.search(line):
+                    returns.append(float(match[1]))
+                    print(f"{returns[-1]:7.0f}", end="", flush=True)
+                    if len(returns) % RETURNS_PER_LINE == 0:
+                        say(f"   {time.monotonic() - started:4.0f} s, best {max(returns):.0f}")
         except KeyboardInterrupt:
-            print("\nstopping: the trials under way go on from their last epoch when you run this again")
             process.wait()
-            return 130
-        return process.wait()
+            raise
+    if len(returns) % RETURNS_PER_LINE:
+        say("")
+    if process.returncode:
+        raise CommandFailed(
+            f"`{command[0]} {command[1]}` failed with exit code {process.returncode}. Its output is in "
+            f"{typed(log)}. Fix the cause and rerun the command to resume."
+        )
 
 
-def _untuned(directory: Path) -> str:
-    results = json.loads((directory / "results.json").read_text())
-    values = {item["name"]: item["value"] for item in results}
-    returns = [row["return_mean"] for row in read_curve(directory)]
-    return (
-        f"return {values['return_mean']:.1f} +- {values['return_std']:.1f} after {values['env_steps']:,.0f} "
-        f"steps, at Stable-Baselines3's defaults\n            return by epoch {curve_text(returns)}"
+def say_comparison(folder: Path, winner: Path, best: Path) -> None:
+    """Print untuned and tuned, one below the other, and the hyperparameters in which they differ."""
+    tuned, untuned = json.loads((best / "best.json").read_text())["tested"]
+    say(f"\n{'':10}steps of a trial    mean return on {len(tuned['scores'])} new seeds (lowest to highest)")
+    for label, tested in (("untuned", untuned), ("tuned", tuned)):
+        scores = tested["scores"]
+        span = f"({min(scores):.0f} to {max(scores):.0f})"
+        say(f"{label:10}{tested['steps']:14,}{mean(scores):20.0f}  {span}")
+    new, old = (
+        TrialConfig.from_mapping(yamlio.load(path)).to_mapping() for path in (winner, folder / "untuned.yaml")
     )
+    changes = [
+        f"{group if key == 'name' else key} {old[group][key]} -> {value}"
+        for group in ("optimizer", "lr_schedule", "normalize", "model", "ppo")
+        for key, value in new[group].items()
+        if value != old[group][key]
+    ]
+    say("\n" + textwrap.fill(f"Tuning changed: {'; '.join(changes)}.", WIDTH, subsequent_indent="  "))
 
 
-def _short(text: str, here: str = "") -> str:
-    """Paths as they can be typed from where we are."""
-    return text.replace(f"{Path.cwd()}/", here)
+def statistic(results: Path, name: str) -> float:
+    """Read a value that a trial reported to Orion."""
+    return next(item["value"] for item in json.loads(results.read_text()) if item["name"] == name)
 
 
-def _say_next(name: str, text: str) -> None:
-    best = _short(text.partition("lies in")[2].split("\n")[0].strip())
-    bin_path = shlex.quote(str(BIN))
-    address = shlex.quote(os.environ["ORION_DB_ADDRESS"])
-    print("\nNext:")
-    for command, what in (
-        (
-            _short(
-                f"export PATH={bin_path}:$PATH ORION_DB_TYPE=pickleddb ORION_DB_ADDRESS={address}", "$PWD/"
-            ),
-            "",
-        ),
-        (f"ppo-hpo run --config {shlex.quote(best)}/config.yaml --seed 1", "the winner on another seed"),
-        (f"orion status -n {name} --all", "every trial"),
-        ("ppo-hpo space copy classic-control my-space.yaml", "tune your own environment: the README goes on"),
-    ):
-        print(f"  {command}" + (f"\n      # {what}" if what else ""))
+def typed(path: Path) -> str:
+    """A path as one types it in the current directory."""
+    return str(path).removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 if __name__ == "__main__":
