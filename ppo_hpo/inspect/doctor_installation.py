@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("ppo_hpo", "orion", "torch", "gymnasium", "numpy", "safetensors", "setuptools", "pip")
 # The modules that a trial imports.
-_REQUIRED_MODULES = ("numpy", "yaml", "gymnasium", "safetensors", "filelock", "threadpoolctl")
+_REQUIRED_MODULES = ("numpy", "yaml", "gymnasium", "safetensors", "threadpoolctl")
 # Each extra, and a module that it installs.
 EXTRAS = {
     "classic-control": "pygame", "box2d": "Box2D", "mujoco": "mujoco", "atari": "ale_py",

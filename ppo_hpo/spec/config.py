@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from ppo_hpo.spec.canonical import canonical_json
 from ppo_hpo.spec.errors import UserError
@@ -29,6 +29,12 @@ from ppo_hpo.spec.rules import (
     field,
     flag,
 )  # fmt: skip
+
+Vectorization = Literal["auto", "sync", "async", "native", "envpool"]
+Wrapper = Literal["none", "atari"]
+Aggregate = Literal["mean", "median", "iqm", "worst"]
+Activation = Literal["tanh", "relu"]
+Schedule = Literal["constant", "linear"]
 
 #: Most epochs of a trial. A checkpoint holds its learning curve, with one row for each epoch.
 MAX_EPOCHS = 10_000
@@ -51,15 +57,15 @@ class EnvConfig(Checked):
     max_episode_steps: int | None = field(
         None, Integer(1, 10**9, optional=True), "time limit in steps; none: the environment's own"
     )
-    vectorization: Literal["auto", "sync", "async", "native", "envpool"] = field(
+    vectorization: Vectorization = field(
         "auto",
-        OneOf(("auto", "sync", "async", "native", "envpool")),
+        OneOf(get_args(Vectorization)),
         "how environments are stepped: auto (the faster of sync and async), sync (one after another), async "
         "(each in its own process), native (the environment's own vector version), envpool (in C++)",
     )
-    wrapper: Literal["none", "atari"] = field(
+    wrapper: Wrapper = field(
         "none",
-        OneOf(("none", "atari")),
+        OneOf(get_args(Wrapper)),
         "atari: the usual preprocessing of the Arcade Learning Environment (details 14 to 20)",
     )
 
@@ -78,9 +84,9 @@ class TaskConfig(Checked):
     steps_per_epoch: int = field(20480, Integer(1, 10**10), "environment steps in one epoch, over all n_envs")
     seed: int = field(0, Integer(0, (1 << 63) - 1), "seed from which every rng of the trial derives")
     seeds: int = field(1, Integer(1, 1000), "number of seeds to train one after another: `seed` and others")
-    aggregate: Literal["mean", "median", "iqm", "worst"] = field(
+    aggregate: Aggregate = field(
         "mean",
-        OneOf(("mean", "median", "iqm", "worst")),
+        OneOf(get_args(Aggregate)),
         "statistic that turns the returns of several seeds into one objective",
     )
     threads: int = field(1, Integer(1, 1024), "number of threads of torch and BLAS")
@@ -100,8 +106,8 @@ class ModelConfig(Checked):
     group: ClassVar[str] = "model"
     width: int = field(64, Integer(1, 1 << 14), "units in each hidden layer, for vector observations")
     depth: int = field(2, Integer(1, 64), "number of hidden layers, for vector observations")
-    activation: Literal["tanh", "relu"] = field(
-        "tanh", OneOf(("tanh", "relu")), "activation function, for vector observations"
+    activation: Activation = field(
+        "tanh", OneOf(get_args(Activation)), "activation function, for vector observations"
     )
     features_dim: int = field(
         512, Integer(1, 1 << 16), "units of the dense layer after the convolutions, for image observations"
@@ -124,9 +130,7 @@ class LRScheduleConfig(Checked):
     """How the learning rate changes between the first epoch and `task.max_epochs`."""
 
     group: ClassVar[str] = "lr_schedule"
-    name: Literal["constant", "linear"] = field(
-        "constant", OneOf(("constant", "linear")), "constant, or linear down to lr * final"
-    )
+    name: Schedule = field("constant", OneOf(get_args(Schedule)), "constant, or linear down to lr * final")
     final: float = field(0.0, Real(0.0, 1.0), "fraction of lr at the end of a linear schedule")
 
 
@@ -152,8 +156,8 @@ class PPOConfig(Checked):
     gamma: float = field(0.99, Real(0.0, 1.0), "discount factor")
     gae_lambda: float = field(0.95, Real(0.0, 1.0), "lambda of generalised advantage estimation")
     clip_range: float = field(0.2, _POSITIVE, "bound of the policy ratio's change")
-    clip_range_schedule: Literal["constant", "linear"] = field(
-        "constant", OneOf(("constant", "linear")), "constant, or linear down to 0 at max_epochs"
+    clip_range_schedule: Schedule = field(
+        "constant", OneOf(get_args(Schedule)), "constant, or linear down to 0 at max_epochs"
     )
     clip_range_vf: float | None = field(
         None, _POSITIVE_OR_NONE, "bound of the value's change; none: no bound"

@@ -2,7 +2,7 @@
 
 Two mechanisms work together:
 
-- ``lock`` in the trial's directory is held by flock (through `filelock`) while a process trains. The kernel
+- ``lock`` in the trial's directory is held by flock while a process trains. The kernel
   releases it when the process ends. Some file systems do not have flock, or hold it per machine only.
 - A claim (`ppo_hpo.state.claim`) keeps a writer that lost the lock from writing. It works without flock.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import time
@@ -188,43 +189,36 @@ class _Silence:
 
 
 class _Flock:
-    """flock on one file by `filelock`, if the file system supports it."""
+    """flock on one file, if the file system supports it."""
 
     def __init__(self, path: Path) -> None:
-        from filelock import FileLock
-
         self._path = path
-        self._supported = True
-        try:
-            # Newer releases would fall back to another kind of lock.
-            self._lock = FileLock(path, fallback_to_soft=False)
-        except TypeError:
-            self._lock = FileLock(path)
+        self._descriptor: int | None = None
 
     def attempt(self) -> bool | None:
         """Take the lock if it is free; whether we have it. None if the file system has no flock."""
-        from filelock import FileLock, Timeout
-
-        if not self._supported:
-            return None
-        held = False
+        descriptor = None
         try:
-            self._lock.acquire(timeout=0)
-            held = True
-        except Timeout:
-            pass
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_FLOCK:
-                raise UserError(f"{self._path} cannot be locked: {error.strerror}.") from None
-            self._supported = False
-        if type(self._lock) is not FileLock:
-            self._supported = False
-        if self._supported:
-            return held
-        self.release()
-        return None
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Somebody may have removed the file since we opened it. Others then lock a new one.
+            if os.fstat(descriptor).st_nlink:
+                self._descriptor, descriptor = descriptor, None
+            return self._descriptor is not None
+        except OSError as error:
+            if error.errno in _NO_FLOCK:
+                return None
+            if descriptor is not None and error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise UserError(f"{self._path} cannot be locked: {error.strerror}.") from None
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def release(self) -> None:
         """Release the lock if we have it."""
-        if self._lock.is_locked:
-            self._lock.release()
+        if self._descriptor is not None:
+            # Closing would not be enough if a forked child has the file open, too.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = None

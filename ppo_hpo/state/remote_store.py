@@ -12,7 +12,6 @@ epoch follows from the hyperparameters alone.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
@@ -35,6 +34,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.ASCII)
 # Seconds before the second and the third attempt, long enough for a short failure of the network.
 _PAUSES = (0.5, 2.0)
 
+_FAIL = object()  # as ``missing``: a missing object is an error like any other
 _Result = TypeVar("_Result")
 
 
@@ -88,14 +88,8 @@ class Store:
             StoreError: if the store cannot be read.
         """
         place = _place(parts)
-
-        def look() -> list[str]:
-            try:
-                return self._objects.names(place)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-
-        return sorted(name for name in self._try(look, "be read") if _NAME.fullmatch(name))
+        found = self._try(lambda: self._objects.names(place), "be read", missing=[])
+        return sorted(name for name in found if _NAME.fullmatch(name))
 
     def get(self, *parts: str, max_bytes: int) -> bytes:
         """Read an object.
@@ -105,14 +99,10 @@ class Store:
             StoreError: if the store cannot be read.
         """
         place, name = _place(parts), self.path(*parts)
-
-        def fetch() -> bytes:
-            try:
-                return self._objects.read(place, max_bytes, name)
-            except FileNotFoundError:
-                raise CheckpointError(f"{name} cannot be read: it is not there.") from None
-
-        return self._try(fetch, "be read")
+        content = self._try(lambda: self._objects.read(place, max_bytes, name), "be read", missing=None)
+        if content is None:
+            raise CheckpointError(f"{name} cannot be read: it is not there.")
+        return content
 
     def put(self, *parts: str, content: bytes, tries: int = 1 + len(_PAUSES)) -> None:
         """Write an object as a whole, or not at all. An object of the same name is replaced.
@@ -121,7 +111,7 @@ class Store:
             StoreError: if the store cannot be written.
         """
         place = _place(parts)
-        self._try(lambda: self._objects.write(place, content), "be written", tries)
+        self._try(lambda: self._objects.write(place, content), "be written", tries=tries)
 
     def remove(self, *parts: str) -> None:
         """Remove an object, if it exists.
@@ -130,12 +120,7 @@ class Store:
             StoreError: if the store cannot be written.
         """
         place = _place(parts)
-
-        def remove() -> None:
-            with contextlib.suppress(FileNotFoundError):
-                self._objects.remove(place)
-
-        self._try(remove, "be written")
+        self._try(lambda: self._objects.remove(place), "be written", missing=None)
 
     def size(self, *parts: str) -> int:
         """Size of an object in bytes; 0 if it does not exist.
@@ -144,27 +129,24 @@ class Store:
             StoreError: if the store cannot be read.
         """
         place = _place(parts)
-
-        def look() -> int:
-            try:
-                return self._objects.size(place)
-            except FileNotFoundError:
-                return 0
-
-        return self._try(look, "be read")
+        return self._try(lambda: self._objects.size(place), "be read", missing=0)
 
     def path(self, *parts: str) -> str:
         """The full name of an object, for messages."""
         return "/".join((self.name.rstrip("/"), *parts))
 
-    def _try(self, do: Callable[[], _Result], what: str, tries: int = 1 + len(_PAUSES)) -> _Result:
-        """Call ``do``, and again after a pause if it fails."""
+    def _try(
+        self, do: Callable[[], _Result], what: str, *, missing: Any = _FAIL, tries: int = 1 + len(_PAUSES)
+    ) -> _Result:
+        """Call ``do``, and again after a pause if it fails; return ``missing`` if there is no object."""
         for pause in (*_PAUSES[: tries - 1], None):
             try:
                 return do()
             except CheckpointError:
                 raise
             except Exception as error:  # Each file system has its own error types.
+                if missing is not _FAIL and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                    return missing  # type: ignore[no-any-return]
                 if pause is None:
                     raise StoreError(f"The store {self.name} cannot {what}: {_reason(error)}.") from None
                 time.sleep(pause)

@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 # What a trial imports; a test asks a trial's process what it had to import itself.
 _IMPORTS = (
     "ppo_hpo.envs.atari", "ppo_hpo.spec.space", "ppo_hpo.trial.runner", "ppo_hpo.ppo.task",
-    "filelock", "gymnasium.envs.classic_control", "gymnasium.vector",
+    "gymnasium.envs.classic_control", "gymnasium.vector",
     "gymnasium.wrappers", "multiprocessing.sharedctypes", "numpy.ma", "numpy.random",
     "safetensors.numpy", "threadpoolctl",
 )  # fmt: skip

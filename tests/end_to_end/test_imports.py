@@ -38,7 +38,7 @@ MAY: dict[str, set[str]] = {
 # Orion imports these by their entry points, for every user of it, whatever they do.
 LOADED_BY_ORION = ["plugin", "orion.ray", "orion.sqlitedb", "orion.workers"]
 WATCHED = {
-    "numpy", "yaml", "torch", "gymnasium", "safetensors", "filelock", "threadpoolctl", "pandas", "plotly",
+    "numpy", "yaml", "torch", "gymnasium", "safetensors", "threadpoolctl", "pandas", "plotly",
     "matplotlib", "tensorboard", "sklearn", "scipy", "sympy", "pygame", "stable_baselines3",
 }  # fmt: skip
 

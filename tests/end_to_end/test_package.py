@@ -82,7 +82,7 @@ def test_the_wheel_holds_the_package_its_spaces_and_nothing_else(wheel: Path) ->
     # What every installation needs has no `extra` marker; tests and pictures are not in it.
     always = {re.split(r"[ ;<>=\[!~]", need)[0] for need in needs if "extra" not in need}
     assert always == {
-        "filelock", "gymnasium", "numpy", "orion", "PyYAML", "safetensors", "threadpoolctl", "torch",
+        "gymnasium", "numpy", "orion", "PyYAML", "safetensors", "threadpoolctl", "torch",
         "setuptools", "typing_extensions",
     }  # fmt: skip
 

@@ -361,7 +361,7 @@ WRONG = list(wrong_states({"arrays": {}, "meta": {"curve": [{}, {}]}}))
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_trial_refuses_a_state_that_is_none(
+def test_a_trial_refuses_an_invalid_state(
     name: str, good: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong, reason = wrong_states(good)[name]
@@ -499,7 +499,7 @@ def test_fuzz_bytes(content: bytes) -> None:
 
 @FUZZ
 @given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=6))
-def test_fuzz_damage_by_somebody_who_mends_the_digest(changes: list[tuple[int, int]]) -> None:
+def test_fuzz_damage_by_somebody_who_fixes_the_digest(changes: list[tuple[int, int]]) -> None:
     damaged = bytearray(WHOLE)
     for place, value in changes:
         damaged[place] = value

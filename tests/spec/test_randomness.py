@@ -16,7 +16,7 @@ GOLDEN_EVALUATION = [1905993885, 1135776812, 1659394325]
 GOLDEN_INIT = 1317536309490288386
 
 
-def test_the_same_place_gives_the_same_numbers() -> None:
+def test_equal_arguments_give_the_same_numbers() -> None:
     for purpose in PURPOSES:
         one, other = randomness.make_rng(3, purpose, 5), randomness.make_rng(3, purpose, 5)
         np.testing.assert_array_equal(one.random(100), other.random(100))
@@ -24,7 +24,7 @@ def test_the_same_place_gives_the_same_numbers() -> None:
     assert randomness.training_seeds(3, 5, 8) == randomness.training_seeds(3, 5, 8)
 
 
-def test_every_place_has_its_own_stream() -> None:
+def test_every_purpose_and_epoch_has_its_own_rng() -> None:
     """Also those that sums of seed and epoch would confuse, as (0, 1) and (1, 0)."""
     places = list(itertools.product(range(4), PURPOSES, range(4)))
     rows = np.array([randomness.make_rng(*place).random(2000) for place in places])
@@ -63,7 +63,7 @@ def test_the_numbers_are_part_of_every_result() -> None:
     assert randomness.integer_seed(0, "init") == GOLDEN_INIT
 
 
-def test_all_trials_are_judged_on_the_same_episodes() -> None:
+def test_all_trials_are_evaluated_on_the_same_episodes() -> None:
     """In `RandomWalk` an episode's length depends on its seed alone, not on what the policy does."""
 
     def lengths(seed: int, epochs: int) -> list[float]:

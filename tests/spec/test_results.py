@@ -115,7 +115,7 @@ def test_what_is_not_finite_never_reaches_orion(bad: float) -> None:
         results.entries(1.0, {"return_std": bad, "epochs": 1.0, "seconds": bad})
 
 
-def test_file_is_written_in_one_piece(tmp_path: Path) -> None:
+def test_the_file_is_written_atomically(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     for value in (1.0, 0.1 + 0.2):
         entries = results.entries(value, {"epochs": 2.0})

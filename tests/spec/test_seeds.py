@@ -264,7 +264,7 @@ def test_killed_at_random_moments(through: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["stopped", "taken over"])
-def test_a_trial_goes_on_at_its_seed(how: str, through: Path, tmp_path: Path) -> None:
+def test_a_trial_resumes_at_its_seed(how: str, through: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yamlio.dump(CONFIG.to_mapping()))
     for directory in (tmp_path / f"trial-{number}" for number in range(20)):

@@ -146,7 +146,7 @@ def test_the_default_space_is_for_episodes_of_a_thousand_steps() -> None:
     assert fixed["task"]["steps_per_epoch"] >= 5 * fixed["env"]["n_envs"] * 1000
 
 
-def test_population_based_training_searches_only_what_may_change_in_mid_life() -> None:
+def test_population_based_training_searches_only_what_a_fork_may_change() -> None:
     for group, values in get_space("classic-control-pbt").items():
         for key in values:
             meant = OTHER_SPELLINGS.get(group, {}).get(key, key)
@@ -171,7 +171,7 @@ def test_another_fidelity_moves_the_end_of_schedules(name: str, value: str) -> N
     assert TrialConfig.from_mapping(fill(space, point)).max_epochs == 64
 
 
-def test_a_number_of_epochs_is_no_fidelity_any_more() -> None:
+def test_a_fixed_number_of_epochs_is_not_a_fidelity() -> None:
     space = with_fidelities(read_space("classic-control"), {"epochs": 8})
     assert "task" not in get_space("classic-control", epochs=8)
     assert space.max_epochs is None
@@ -421,7 +421,7 @@ def test_overrides_win() -> None:
     assert space == read_space("classic-control")
 
 
-def test_holes_are_named() -> None:
+def test_missing_values_are_named() -> None:
     space = read_space("classic-control")
     point = sample(space.priors, 1)[0]
     del point["ppo"]["ent_coef"]
@@ -482,7 +482,9 @@ def test_copy_that_cannot_be_written(tmp_path: Path) -> None:
         (["show", "no/such.yaml"], "no/such.yaml cannot be read: No such file or directory."),
     ],
 )
-def test_names_that_are_none(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_names_are_refused(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["space", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -49,7 +49,7 @@ def test_interval_of_a_difference_is_that_of_all_resamples() -> None:
     assert found == (-1.0, 2.0)
 
 
-def test_strata_are_never_mixed() -> None:
+def test_groups_are_never_mixed() -> None:
     # Whatever is drawn from three fives and two ones, the difference is 4; mixed, it would be anything.
     assert advantage_interval([5.0, 5.0, 5.0], [1.0, 1.0]) == (4.0, 4.0)
     assert bootstrap([[5.0] * 3, [1.0] * 2], lambda groups: groups[0].mean(axis=1)) == (5.0, 5.0)

@@ -137,7 +137,7 @@ def test_infinity_is_a_number(text: str) -> None:
     assert yamlio.parse(text, "it") == float(text.replace(".inf", "inf").replace(".INF", "inf"))
 
 
-def test_messages_are_one_line_of_a_bearable_length() -> None:
+def test_messages_are_one_short_line() -> None:
     with pytest.raises(UserError) as error:
         yamlio.parse("? '\x1b[2J\u202e" + "a" * 100_000 + "'\n: [\n" + "b" * 100_000, "it")
     text = str(error.value)

@@ -56,7 +56,7 @@ def fork(run: Callable[[], Any]) -> int:
 
 
 def without_flock() -> None:
-    """What a file system says that has no flock; filelock asks through this module."""
+    """Make flock fail as on a file system that does not have it."""
 
     def refuse(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -293,7 +293,7 @@ def test_nothing_to_load(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_torn_one_is_passed_over_with_the_reason(tmp_path: Path) -> None:
+def test_a_torn_checkpoint_is_skipped_with_the_reason(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     storage.save(some(4, value=4.0))
     newest = storage.save(some(5, value=5.0))
@@ -310,7 +310,7 @@ def test_a_torn_one_is_passed_over_with_the_reason(tmp_path: Path) -> None:
     assert again.arrays["w"][0] == 5.5
 
 
-def test_one_that_does_not_belong_here_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_belong_here_is_skipped(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     storage.save(some(4))
     storage.save(some(5))
@@ -326,7 +326,7 @@ def test_one_that_does_not_belong_here_is_passed_over(tmp_path: Path) -> None:
     assert told == ["too far"]
 
 
-def test_where_none_can_be_used_the_newest_ones_reason_is_raised(tmp_path: Path) -> None:
+def test_if_no_checkpoint_is_usable_the_latest_ones_reason_is_raised(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     for epoch in (4, 5):
         path = storage.save(some(epoch))
@@ -361,7 +361,7 @@ def test_files_are_as_open_as_others(tmp_path: Path, mask: int, mode: int) -> No
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_directory_that_is_none(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_directory(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(UserError, match=r"cannot be written: File exists\. What was saved before"):

@@ -129,7 +129,7 @@ def test_numbers_grow(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
 @pytest.mark.parametrize("case", ["dead", "reused", "rebooted", "done"])
-def test_the_dead_are_not_waited_for(
+def test_dead_writers_are_not_waited_for(
     case: str, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if not flock:
@@ -154,7 +154,7 @@ def test_the_dead_are_not_waited_for(
 
 @pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
 @pytest.mark.parametrize("who", [ELSEWHERE, None], ids=["another-host", "no-record"])
-def test_who_cannot_be_seen_is_dead_after_a_minute_without_a_sign_of_life(
+def test_a_writer_that_cannot_be_seen_counts_as_dead_after_a_minute_of_silence(
     who: Process | None, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if not flock:
@@ -173,7 +173,7 @@ def test_who_cannot_be_seen_is_dead_after_a_minute_without_a_sign_of_life(
     assert 159.0 <= clock.waited <= 161.0
 
 
-def test_who_holds_flock_lives_whatever_its_sign_of_life(clock: Clock, tmp_path: Path) -> None:
+def test_a_writer_that_holds_flock_lives_even_without_a_sign_of_life(clock: Clock, tmp_path: Path) -> None:
     # Stopped, and on another machine that shares the lock: it may wake up and go on.
     leave(tmp_path, ELSEWHERE)
     other = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
@@ -189,7 +189,7 @@ def test_who_holds_flock_lives_whatever_its_sign_of_life(clock: Clock, tmp_path:
     os.close(other)
 
 
-def test_takeover_does_not_wait_for_flock_of_who_gives_no_sign_of_life(
+def test_takeover_ignores_the_flock_of_a_silent_writer(
     clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = leave(tmp_path, ELSEWHERE)
@@ -212,7 +212,7 @@ def test_takeover_does_not_wait_for_flock_of_who_gives_no_sign_of_life(
     assert "cannot be ended from here" in caplog.text
 
 
-def test_flock_that_children_of_the_dead_hold(clock: Clock, tmp_path: Path) -> None:
+def test_flock_held_by_children_of_a_dead_writer(clock: Clock, tmp_path: Path) -> None:
     leave(tmp_path, dead())
     other = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -237,7 +237,7 @@ def test_claims_that_came_with_a_copied_directory(clock: Clock, tmp_path: Path) 
     ["", "{", "[" * 4000, "null", '{"pid": 1}', "pid", "x" * 100_000],
     ids=["empty", "torn", "deep", "null", "incomplete", "text", "long"],
 )
-def test_records_that_are_none(text: str, tmp_path: Path) -> None:
+def test_invalid_records_name_no_process(text: str, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text(text)
     assert claims._read_record(path) == (None, 0.0, False)
@@ -284,7 +284,7 @@ def test_the_name_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("moment", ["before", "at the rename"])
-def test_who_lost_its_claim_cannot_write(
+def test_a_writer_that_lost_its_claim_cannot_write(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "curve.jsonl"
@@ -429,7 +429,7 @@ def deaf(directory: Path, *, ignores_sigterm: bool) -> int:
 
 @pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "stopped"])
-def test_takeover_ends_who_does_not_give_way(
+def test_takeover_ends_a_writer_that_does_not_give_way(
     how: str, flock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if not flock:
@@ -514,7 +514,7 @@ def test_fifty_times_two_processes_on_one_trial(config: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("moment", ["step", "rename"])
-def test_who_wakes_up_too_late_changes_nothing_and_reports_what_the_other_left(
+def test_a_writer_that_wakes_up_too_late_changes_nothing_and_reports_the_others_result(
     moment: str, config: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "trial"

@@ -137,12 +137,12 @@ def test_names_of_others_are_not_seen(tmp_path: Path) -> None:
         ("simplecache::memory://a", "must be one URL without ::"),
     ],
 )
-def test_urls_that_are_none(url: str, part: str) -> None:
+def test_invalid_urls_are_refused(url: str, part: str) -> None:
     with pytest.raises(StoreError, match=part):
         Store(url)
 
 
-def test_passwords_are_not_told() -> None:
+def test_passwords_are_hidden() -> None:
     assert Store("memory://me:secret@host/a").name == "memory://***@host/a"
 
 
@@ -190,7 +190,7 @@ def test_the_newer_of_both_is_taken(url: str, tmp_path: Path) -> None:
     assert "checkpoint-000005.safetensors" in store.names("trials", "key")
 
 
-def test_a_torn_one_in_the_store_is_passed_over(url: str, tmp_path: Path) -> None:
+def test_a_torn_checkpoint_in_the_store_is_skipped(url: str, tmp_path: Path) -> None:
     store = Store(url)
     storage = MirroredStorage(tmp_path / "a", store, "key")
     for epoch in (1, 2):
@@ -247,7 +247,7 @@ def test_a_directory_with_a_url_for_a_name_is_a_mistake() -> None:
 # ------------------------------------------------------------------------------- trials
 
 
-def test_a_trial_goes_on_elsewhere(url: str, tmp_path: Path, undisturbed: Path) -> None:
+def test_a_trial_resumes_elsewhere(url: str, tmp_path: Path, undisturbed: Path) -> None:
     run(tmp_path / "a" / "t", 2, trial_id="11aa", checkpoint_store=url)
     shutil.rmtree(tmp_path / "a")
     outcome = run(tmp_path / "b" / "t", trial_id="11aa", checkpoint_store=url)
@@ -320,7 +320,7 @@ def test_a_copy_of_the_parent_that_is_older_than_the_parent(tmp_path: Path) -> N
     assert again.statistics["continued_from_epoch"] == 3.0
 
 
-def test_a_parent_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_parent_is_reported(tmp_path: Path) -> None:
     directory = tmp_path / "a"
     outcome = run(directory, 1, trial_id="bb02", checkpoint_store=str(tmp_path / "s"), parent="aa02")
     assert outcome.statistics["continued"] == 0.0
@@ -350,7 +350,7 @@ def test_a_store_that_cannot_be_reached_stops_a_trial_before_it_begins(tmp_path:
     assert not list((tmp_path / "a").glob("checkpoint-*"))
 
 
-def test_a_trial_whose_store_went_away_says_so_at_the_end_and_mends_it(
+def test_a_trial_whose_store_went_away_fails_at_the_end_and_a_rerun_repairs_it(
     tmp_path: Path, undisturbed: Path
 ) -> None:
     place, directory = tmp_path / "s", tmp_path / "a"
