@@ -1,4 +1,4 @@
-"""Environments: made, and checked."""
+"""Making environments, and checking that they are supported."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _SUPPORTED = (
     "Supported are Box observations of one dimension, images (Box of uint8 from 0 to 255 with three "
     "dimensions, channels first or last), and Discrete or Box actions."
 )
-# What the three convolutions of the image network leave at least one pixel of.
+# The three convolutions of the image network leave one pixel of an image of this size.
 _SMALLEST_IMAGE = 36
 
 
 @dataclass(frozen=True)
 class EnvInfo:
-    """What the networks and the loop need to know of an environment.
+    """Description of an environment, as networks and training need it.
 
     Attributes:
-        id: as asked for.
-        obs_shape: of an observation: ``(D,)``, or of an image ``(H, W, C)`` or ``(C, H, W)``.
-        obs_dtype: of its observation space.
-        kind: of the actions.
-        action_dim: number of discrete actions, or dimensions of a continuous one.
-        action_shape: what the environment's ``step`` takes; ``()`` where actions are discrete.
-        first_action: the smallest discrete action.
-        low: ``[action_dim]`` bounds of a continuous action, else empty.
-        high: ``[action_dim]``.
-        action_dtype: of what ``step`` takes.
-        time_limit: steps of an episode, or None where nothing limits it.
+        id: gymnasium id, as the user typed it.
+        obs_shape: shape of an observation: ``(D,)``, or ``(H, W, C)`` or ``(C, H, W)`` for an image.
+        obs_dtype: dtype of the observation space.
+        kind: kind of the actions.
+        action_dim: A, number of discrete actions or dimensions of a continuous one.
+        action_shape: shape of an action that ``step`` takes; ``()`` where actions are discrete.
+        first_action: smallest discrete action; 0 where actions are continuous.
+        low: ``[A]`` lower bounds of a continuous action; empty where actions are discrete.
+        high: ``[A]`` upper bounds of a continuous action; empty where actions are discrete.
+        action_dtype: dtype of the action space.
+        time_limit: most steps of an episode, or None where there is no limit.
     """
 
     id: str
@@ -74,43 +74,46 @@ class EnvInfo:
         return self.kind == "continuous"
 
     def to_env(self, actions: NDArray[Any]) -> list[Any]:
-        """Policy actions ``[N]`` or ``[N, A]`` in the environment's own terms, one for each environment."""
+        """Actions of a policy, ``[N]`` or ``[N, A]``, as a list of what each environment's ``step`` takes."""
         if self.kind == "discrete":
             return list(actions + self.first_action)
         return list(self.clipped(actions))
 
     def clipped(self, actions: NDArray[Any]) -> NDArray[Any]:
-        """Continuous actions ``[N, A]``, clipped to the environment's bounds (detail 27), in its shape.
+        """Continuous actions ``[N, A]``, clipped to the bounds (detail 27), as ``[N, *action_shape]``.
 
-        Only the environment sees the clipped action: the update uses the one that was sampled.
+        Only the environment sees the clipped action: the update uses the sampled one.
         """
         bounded: NDArray[Any] = np.clip(actions, self.low, self.high).astype(self.action_dtype)
         return bounded.reshape(len(actions), *self.action_shape)
 
 
-def make(config: EnvConfig, *, judged: bool = False) -> gymnasium.Env[Any, Any]:
+def make(config: EnvConfig, *, evaluation: bool = False) -> gymnasium.Env[Any, Any]:
     """Make one environment.
 
     Args:
-        config: which one.
-        judged: for evaluation: whole games with their own rewards, where `env.wrapper` makes others of them
-            in training.
+        config: hyperparameters of the environment.
+        evaluation: whether the environment is for evaluation. With `env.wrapper: atari` its episodes are
+            then whole games with their own rewards.
 
     Raises:
-        UserError: unknown id, missing package, or arguments that the environment does not take.
+        UserError: the id is unknown, a package is missing, or the environment does not take `env.kwargs`.
     """
     if config.wrapper == "none":
-        options = dict(config.kwargs)
-        if config.max_episode_steps is not None:
-            options["max_episode_steps"] = config.max_episode_steps
-        return _make(config, options)
-    from ppo_hpo.envs.atari import Atari, options_of
+        return _make(config, options_of(config))
+    from ppo_hpo.envs.atari import Atari, game_options
 
-    env = _make(config, options_of(dict(config.kwargs)))
+    env = _make(config, game_options(config.kwargs))
     if not hasattr(env.unwrapped, "ale"):
         env.close()
         raise UserError(_NO_GAME.format(config.id))
-    return Atari(env, training=not judged, max_steps=config.max_episode_steps)
+    return Atari(env, training=not evaluation, max_steps=config.max_episode_steps)
+
+
+def options_of(config: EnvConfig) -> dict[str, Any]:
+    """Arguments with which gymnasium makes an environment."""
+    limit = config.max_episode_steps
+    return dict(config.kwargs) | ({} if limit is None else {"max_episode_steps": limit})
 
 
 def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
@@ -121,7 +124,7 @@ def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]
 
     try:
         atari.register(config.id)
-        # The checker inspects every single step; `probe` checks what matters here, once.
+        # gymnasium's checker inspects every single step. `probe` checks once what matters here.
         return gymnasium.make(config.id, disable_env_checker=True, **options)
     except error.DependencyNotInstalled as failure:
         raise MachineError(
@@ -130,11 +133,11 @@ def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]
         ) from None
     except (error.UnregisteredEnv, error.Error) as failure:
         raise MachineError(
-            f"`env.id: {config.id}` cannot be made ({_line(failure)}). An environment of your own is "
-            f"named module:EnvId, where importing the module registers it."
+            f"`env.id: {config.id}` cannot be made ({_line(failure)}). Name an environment of your own as "
+            f"module:EnvId, where importing the module registers it."
         ) from None
     except ModuleNotFoundError as failure:
-        # For a `module:EnvId` gymnasium raises one without a name from the one that has it.
+        # For a `module:EnvId` gymnasium raises an error without a name from the one that has it.
         name = getattr(failure.__cause__, "name", None) or failure.name
         raise MachineError(
             f"`env.id: {config.id}` needs the module {name!r}, which is not installed or "
@@ -149,7 +152,7 @@ def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]
             f"`env.id: {config.id}` does not take `env.kwargs: {dict(config.kwargs)}`: {_line(failure)}."
         ) from None
     except Exception as failure:
-        if not config.kwargs:  # nobody's input but the environment's own mistake: its traceback helps
+        if not config.kwargs:  # the mistake is the environment's own, so its traceback helps
             raise
         raise UserError(
             f"`env.id: {config.id}` cannot be made with `env.kwargs: {dict(config.kwargs)}`: "
@@ -159,26 +162,26 @@ def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]
 
 _NO_GAME = (
     "`env.wrapper: atari` needs a game of the Arcade Learning Environment, such as ALE/Pong-v5, but "
-    "`env.id: {}` is none. Set env.wrapper to none."
+    "`env.id: {}` is not one. Set env.wrapper to none."
 )
 
 
 def probe(config: EnvConfig) -> EnvInfo:
-    """Make an environment once, look at its spaces and close it.
+    """Make an environment, describe it and close it.
 
     Raises:
-        UserError: it cannot be made, its spaces are not supported, or its first observation does not
-            have the shape that its space promises.
+        UserError: the environment cannot be made, its spaces are not supported, or its first observation does
+            not have the shape that its space promises.
     """
     env = make(config)
     try:
         info = _describe(config, env)
-        # A shorter observation would be spread over the whole row without a word.
+        # numpy would silently spread a shorter observation over the whole row.
         shape = np.shape(env.reset(seed=0)[0])
         if shape != info.obs_shape:
             raise UserError(
                 f"`env.id: {config.id}` promises observations of shape {info.obs_shape}, but its reset "
-                f"gave {shape}. Mend the environment or its observation space."
+                f"gave {shape}. Fix the environment or its observation space."
             )
         return info
     finally:
@@ -186,15 +189,20 @@ def probe(config: EnvConfig) -> EnvInfo:
 
 
 def check_hyperparameters_fit(config: TrialConfig, info: EnvInfo, *, own_network: bool = False) -> None:
-    """Refuse hyperparameters that the environment's observations have no use for.
+    """Refuse hyperparameters that would have no effect on this environment's observations.
+
+    Args:
+        config: hyperparameters of the trial.
+        info: description of the environment.
+        own_network: whether the network is the caller's own; it has its own hyperparameters.
 
     Raises:
-        UserError: one of them is set.
+        UserError: such a hyperparameter is set.
     """
     if info.images and config.normalize.norm_obs:
         raise UserError(
             f"`normalize.norm_obs` is for vectors, but `env.id: {info.id}` has images, which the network "
-            f"divides by 255. Set it to false."
+            f"divides by 255. Set norm_obs to false."
         )
     if own_network:
         return
@@ -204,83 +212,58 @@ def check_hyperparameters_fit(config: TrialConfig, info: EnvInfo, *, own_network
         if getattr(model, name) != getattr(default, name):
             has, use = ("images", "model.features_dim") if info.images else ("vectors", "model.width")
             raise UserError(
-                f"`model.{name}` means nothing where observations are {has}, as those of `env.id: {info.id}` "
+                f"`model.{name}` has no effect where observations are {has}, as those of `env.id: {info.id}` "
                 f"are, but got {getattr(model, name)!r}. Leave it out, and set {use} for the network's size."
             )
-
-
-def malformed(name: str, what: str, value: Any, promised: str) -> UserError:
-    """The error for what an environment gave and must not.
-
-    Args:
-        name: the environment's id.
-        what: it gave.
-        value: of that.
-        promised: in its place.
-    """
-    found = f"shape {np.shape(value)}" if what == "observation" and _has_shape(value) else repr(value)[:200]
-    return UserError(
-        f"`env.id: {name}` gave the {what} {found} where {promised} is promised. Mend the environment."
-    )
-
-
-def _has_shape(value: Any) -> bool:
-    try:
-        np.shape(value)
-    except ValueError:
-        return False
-    return True
 
 
 def _describe(config: EnvConfig, env: gymnasium.Env[Any, Any]) -> EnvInfo:
     from gymnasium import spaces
 
-    name = config.id
-    observations, actions = env.observation_space, env.action_space
-    shape: tuple[int, ...] = observations.shape if isinstance(observations, spaces.Box) else ()
+    _check_observations(config.id, env.observation_space)
+    shape, dtype = env.observation_space.shape, env.observation_space.dtype
+    assert shape is not None
+    limit = None if env.spec is None else env.spec.max_episode_steps
+    if config.wrapper == "atari":
+        limit = env.time_limit  # type: ignore[attr-defined]
+    actions, none = env.action_space, np.zeros(0)
+    if isinstance(actions, spaces.Discrete):
+        return EnvInfo(
+            config.id, shape, dtype, "discrete", int(actions.n), action_shape=(),
+            first_action=int(actions.start), low=none, high=none,
+            action_dtype=actions.dtype, time_limit=limit,
+        )  # fmt: skip
+    if isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating):
+        low, high = actions.low.reshape(-1), actions.high.reshape(-1)
+        return EnvInfo(
+            config.id, shape, dtype, "continuous", len(low), action_shape=actions.shape,
+            first_action=0, low=low, high=high, action_dtype=actions.dtype, time_limit=limit,
+        )  # fmt: skip
+    raise UserError(f"`env.id: {config.id}` has the action space {actions}. {_SUPPORTED}")
+
+
+def _check_observations(name: str, space: gymnasium.Space[Any]) -> None:
+    """Refuse an observation space that no network takes."""
+    from gymnasium import spaces
+
+    shape: tuple[int, ...] = space.shape if isinstance(space, spaces.Box) else ()
     images = (
-        isinstance(observations, spaces.Box)
+        isinstance(space, spaces.Box)
         and len(shape) == 3
-        and observations.dtype == np.uint8
-        and bool((observations.low == 0).all() and (observations.high == 255).all())
+        and space.dtype == np.uint8
+        and bool((space.low == 0).all() and (space.high == 255).all())
     )
     if not images and len(shape) != 1:
         raise UserError(
-            f"`env.id: {name}` has the observation space {observations}. {_SUPPORTED} "
+            f"`env.id: {name}` has the observation space {space}. {_SUPPORTED} "
             f"gymnasium.wrappers.FlattenObservation turns most others into a vector."
         )
     if images and sorted(shape)[1] < _SMALLEST_IMAGE:
         raise UserError(
             f"`env.id: {name}` has images of shape {shape}, but their height and width must be "
-            f"{_SMALLEST_IMAGE} or more for the convolutions. Enlarge them, or flatten them with "
+            f"{_SMALLEST_IMAGE} or more for the convolutions. Enlarge the images, or flatten them with "
             f"gymnasium.wrappers.FlattenObservation."
         )
-    kind: Literal["discrete", "continuous"]
-    low = high = np.zeros(0)
-    action_shape: tuple[int, ...] = ()
-    if isinstance(actions, spaces.Discrete):
-        kind, dim, first = "discrete", int(actions.n), int(actions.start)
-    elif isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating):
-        kind, dim, action_shape, first = "continuous", int(np.prod(actions.shape)), actions.shape, 0
-        low, high = actions.low.reshape(-1), actions.high.reshape(-1)
-    else:
-        raise UserError(f"`env.id: {name}` has the action space {actions}. {_SUPPORTED}")
-    limit = None if env.spec is None else env.spec.max_episode_steps
-    if config.wrapper == "atari":
-        limit = env.time_limit  # type: ignore[attr-defined]
-    return EnvInfo(
-        id=name,
-        obs_shape=shape,
-        obs_dtype=observations.dtype,
-        kind=kind,
-        action_dim=dim,
-        action_shape=action_shape,
-        first_action=first,
-        low=low,
-        high=high,
-        action_dtype=actions.dtype,
-        time_limit=limit,
-    )
 
 
 def _line(failure: BaseException) -> str:
@@ -300,4 +283,4 @@ def _extra_for(name: str) -> str:
     ):
         if any(mark in entry or mark in name for mark in marks):
             return f"Install it with: pip install 'ppo-hpo[{extra}]'"
-    return "Install the package that brings it."
+    return "Install the package that has it."

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo
-from ppo_hpo.envs.vector import VectorEnv
+from ppo_hpo.envs.step import VectorEnv
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.rollout import Episodes, Float32, Rollout, sampling_noise
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ppo_hpo.envs.make import EnvInfo
-from ppo_hpo.envs.vector import VectorEnv, vectorize
+from ppo_hpo.envs.step import VectorEnv
+from ppo_hpo.envs.vector import vectorize
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.evaluate import Evaluation, Evaluator
 from ppo_hpo.ppo.rollout import Rollout

@@ -1,4 +1,4 @@
-"""Evaluation: whole episodes on environments and seeds that training never sees."""
+"""Evaluation: whole episodes in environments and with seeds that training never sees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo, make
-from ppo_hpo.envs.vector import number_of, put_obs
+from ppo_hpo.envs.step import put_obs, to_number
 from ppo_hpo.ppo.normalize import ObservationNormalizer
 from ppo_hpo.ppo.rollout import Float32, sampling_noise
 from ppo_hpo.spec.config import EnvConfig
@@ -17,14 +17,19 @@ from ppo_hpo.spec.config import EnvConfig
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Unscaled returns and lengths of the episodes, in the order of their seeds."""
+    """Results of the episodes, in the order of their seeds.
+
+    Attributes:
+        returns: unscaled return of each episode.
+        lengths: steps of each episode.
+    """
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
 
     @property
     def finite(self) -> bool:
-        """Whether every return is a finite number, and their mean and deviation too."""
+        """Whether every return is a finite number, and so is their variance."""
         with np.errstate(over="ignore", invalid="ignore"):
             return bool(np.isfinite(self.returns).all() and np.isfinite(np.var(self.returns)))
 
@@ -42,18 +47,18 @@ class Actor(Protocol):
 
 
 class Evaluator:
-    """One environment for each episode, so that one forward pass serves all that still run."""
+    """Evaluates policies, with one environment for each episode: all that still run share a forward pass."""
 
     def __init__(self, config: EnvConfig, info: EnvInfo, seeds: list[int], max_steps: int) -> None:
         """Make the environments.
 
         Args:
-            config: the environment.
-            info: of the environment.
-            seeds: one for each episode.
-            max_steps: cut an episode after so many steps, for environments without a time limit.
+            config: hyperparameters of the environment.
+            info: description of the environment.
+            seeds: one seed for each episode.
+            max_steps: stop an episode after so many steps, for environments without a time limit.
         """
-        self._envs = [make(config, judged=True) for _ in seeds]
+        self._envs = [make(config, evaluation=True) for _ in seeds]
         self._info = info
         self._seeds = seeds
         self._max_steps = max_steps
@@ -62,14 +67,14 @@ class Evaluator:
         self,
         policy: Actor,
         normalizer: ObservationNormalizer,
-        stream: np.random.Generator | None,
+        rng: np.random.Generator | None,
     ) -> Evaluation:
         """Run every episode to its end.
 
         Args:
-            policy: acts.
-            normalizer: of training; nothing is added to it.
-            stream: of the actions' noise; None takes the most probable action.
+            policy: what is evaluated.
+            normalizer: normaliser of training; its statistics do not change.
+            rng: random numbers that sample the actions; None takes the most probable action.
         """
         n = len(self._envs)
         obs = np.zeros((n, *self._info.obs_shape), self._info.obs_dtype)
@@ -80,9 +85,9 @@ class Evaluator:
         running, length = np.arange(n), len(obs[0])
         while len(running):
             noise = None
-            if stream is not None:
+            if rng is not None:
                 shape = (n, self._info.action_dim)
-                noise = sampling_noise(stream, shape, continuous=self._info.continuous)[running]
+                noise = sampling_noise(rng, shape, continuous=self._info.continuous)[running]
             actions = policy.act(normalizer(obs[running]), noise)
             still = []
             for index, action in zip(running.tolist(), self._info.to_env(actions), strict=True):
@@ -90,11 +95,11 @@ class Evaluator:
                 try:
                     obs[index] = seen
                     returns[index] += float(reward)
-                    # One number would be spread over the whole row without a word.
+                    # numpy would silently spread a single number over the whole row.
                     if len(seen) != length:
                         raise ValueError
                 except (TypeError, ValueError):
-                    number_of(self._info.id, reward)
+                    to_number(self._info.id, reward)
                     put_obs(self._info.id, seen, obs[index])
                     raise
                 lengths[index] += 1

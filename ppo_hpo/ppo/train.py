@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo
-from ppo_hpo.envs.vector import VectorEnv
+from ppo_hpo.envs.step import VectorEnv
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.collect import Collector
 from ppo_hpo.ppo.gae import explained_variance, gae

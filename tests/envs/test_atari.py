@@ -24,11 +24,11 @@ from ppo_hpo.spec.space import fill, read_space
 SEED = 5
 
 
-def arcade(*, judged: bool = False, max_episode_steps: int | None = None, **script: Any) -> Atari:
+def arcade(*, evaluation: bool = False, max_episode_steps: int | None = None, **script: Any) -> Atari:
     config = EnvConfig(
         id="tests.envs:Arcade-v0", wrapper="atari", kwargs=script, max_episode_steps=max_episode_steps
     )
-    env = make(config, judged=judged)
+    env = make(config, evaluation=evaluation)
     assert isinstance(env, Atari)
     return env
 
@@ -104,18 +104,18 @@ def test_an_observation_is_not_changed_by_the_next_step() -> None:
     np.testing.assert_array_equal(obs, kept)
 
 
-def test_rewards_are_signs_in_training_and_whole_when_judged() -> None:
+def test_rewards_are_signs_in_training_and_whole_in_evaluation() -> None:
     first = no_ops(SEED) + 8
     # Frames of the steps: +1..+4, +5..+8, +9..+12, +13..+16. In the first step 5 - 2, in the third -7.
     pays = {first - 1: 100.0, first + 2: 5.0, first + 4: -2.0, first + 9: -7.0, first + 13: 0.5}
-    for judged, expected in ((False, [1, 0, -1, 1]), (True, [103, 0, -7, 0.5])):
-        env = arcade(judged=judged, pays=pays)
+    for evaluation, expected in ((False, [1, 0, -1, 1]), (True, [103, 0, -7, 0.5])):
+        env = arcade(evaluation=evaluation, pays=pays)
         assert start(env) == first
-        # What was paid before the first step, 100, belongs to the game that is judged.
+        # What was paid before the first step, 100, belongs to the game in evaluation.
         assert [env.step(0)[1] for _ in range(4)] == expected
 
-    for judged, expected in ((False, [0, 0]), (True, [300, 0])):
-        env = arcade(judged=judged, pays={1: 100.0, first: 200.0})
+    for evaluation, expected in ((False, [0, 0]), (True, [300, 0])):
+        env = arcade(evaluation=evaluation, pays={1: 100.0, first: 200.0})
         for _ in range(2):  # what nobody fetched is not paid in the next game
             start(env)
         assert [env.step(0)[1] for _ in range(2)] == expected
@@ -143,10 +143,10 @@ def test_a_life_is_an_episode_in_training_and_the_game_goes_on() -> None:
     assert console(env).games == 2
 
 
-def test_a_whole_game_is_judged_with_its_lives_begun_as_in_training() -> None:
+def test_evaluation_plays_a_whole_game_and_starts_lives_as_in_training() -> None:
     first = no_ops(SEED) + 8
     env = arcade(
-        judged=True, lose_at=(first + 3,), over_at=first + 30, pays={first + 1: 2.0, first + 9: 40.0}
+        evaluation=True, lose_at=(first + 3,), over_at=first + 30, pays={first + 1: 2.0, first + 9: 40.0}
     )
     assert start(env) == first
     pressed = len(console(env).pressed)
@@ -189,10 +189,10 @@ def test_a_game_that_ends_while_the_next_life_begins_is_followed_by_a_new_one() 
     assert env.step(0)[2]
     env.reset()
     assert console(env).games == 2
-    judged = arcade(judged=True, lose_at=(first + 3,), over_at=first + 6)
-    start(judged)
-    assert judged.step(0)[2:4] == (True, False)
-    assert console(judged).games == 1
+    env = arcade(evaluation=True, lose_at=(first + 3,), over_at=first + 6)
+    start(env)
+    assert env.step(0)[2:4] == (True, False)
+    assert console(env).games == 1
 
 
 def test_time_limits_cut_and_do_not_terminate() -> None:
@@ -204,8 +204,8 @@ def test_time_limits_cut_and_do_not_terminate() -> None:
     env.reset()  # a new game, though a life was lost in the last step
     assert console(env).games == 2
 
-    # When judged, the life that would follow is not begun any more.
-    last = arcade(judged=True, lose_at=(first + 3,), max_episode_steps=1)
+    # In evaluation the life that would follow is not started any more.
+    last = arcade(evaluation=True, lose_at=(first + 3,), max_episode_steps=1)
     start(last)
     assert last.step(0)[2:4] == (False, True)
     assert console(last).frame == first + 4
@@ -416,7 +416,7 @@ def test_the_wrapper_needs_a_game() -> None:
 
 @pytest.mark.parametrize("kwargs", [{"frameskip": 4}, {"obs_type": "rgb"}, {"continuous": True}], ids=str)
 def test_what_the_wrapper_decides_is_refused(kwargs: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"decides `{next(iter(kwargs))}` itself"):
+    with pytest.raises(UserError, match=f"sets `{next(iter(kwargs))}` itself"):
         make(EnvConfig(id="ALE/Pong-v5", wrapper="atari", kwargs=kwargs))
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from ppo_hpo import PPO, TrialConfig
 from ppo_hpo.envs.make import probe
-from ppo_hpo.envs.vector import VectorEnv, vectorize
+from ppo_hpo.envs.step import VectorEnv
+from ppo_hpo.envs.vector import vectorize
 from ppo_hpo.spec.config import EnvConfig
 from ppo_hpo.spec.errors import UserError
 
@@ -196,7 +197,7 @@ def _in_a_pool(kind: str) -> str:
 def test_in_a_daemon_which_may_have_no_children() -> None:
     with Pool(1) as pool:
         assert pool.apply(_in_a_pool, ("auto",)) == "sync"
-        assert "choose sync or auto there" in pool.apply(_in_a_pool, ("async",))
+        assert "Choose sync or auto there" in pool.apply(_in_a_pool, ("async",))
     with ProcessPoolExecutor(1) as executor:
         assert executor.submit(_in_a_pool, "async").result() == "async"
 
@@ -243,9 +244,9 @@ def test_without_envpool(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_quick_space_gives_the_same_answers() -> None:
     """Environments made by sync assert each action; the shortcut must not let a wrong one through."""
     plain, quick = gymnasium.spaces.Discrete(3, start=-1), gymnasium.spaces.Discrete(3, start=-1)
-    from ppo_hpo.envs.vector import _quicken
+    from ppo_hpo.envs.vector import _speed_up_contains
 
-    _quicken(quick)
+    _speed_up_contains(quick)
     things = [np.int64(v) for v in range(-3, 5)] + [*range(-3, 5), np.int32(1), np.int32(2), 1.0, None, "1"]
     things += [np.array(1), np.array([1]), np.uint8(1), np.float64(1.0), True]
     assert [quick.contains(x) for x in things] == [plain.contains(x) for x in things]
@@ -254,7 +255,7 @@ def test_a_quick_space_gives_the_same_answers() -> None:
     assert [quick.sample() for _ in range(20)] == [plain.sample() for _ in range(20)]
     assert quick == plain
     box = gymnasium.spaces.Box(-1.0, 1.0, (2,))
-    _quicken(box)
+    _speed_up_contains(box)
     assert type(box) is gymnasium.spaces.Box
 
 

@@ -372,10 +372,10 @@ def test_a_state_goes_through_a_file_and_the_learner_is_its_own(tmp_path: Any) -
         (
             "tests.envs:Eyes-v0",
             {"model": {"width": 32}},
-            r"width` means nothing where observations are images",
+            r"width` has no effect where observations are images",
         ),
-        ("tests.envs:Eyes-v0", {"model": {"activation": "relu"}}, r"`model\.activation` means nothing"),
-        ("CartPole-v1", {"model": {"features_dim": 64}}, r"features_dim` means nothing.*are vectors"),
+        ("tests.envs:Eyes-v0", {"model": {"activation": "relu"}}, r"`model\.activation` has no effect"),
+        ("CartPole-v1", {"model": {"features_dim": 64}}, r"features_dim` has no effect.*are vectors"),
     ],
 )
 def test_hyperparameters_that_would_do_nothing_are_refused(env: str, groups: Any, message: str) -> None:

@@ -121,7 +121,9 @@ def test_a_worker_that_is_killed_each_time(tmp_path: Path) -> None:
 def test_a_trial_that_fails_stops_the_others(tmp_path: Path) -> None:
     slow = job(tmp_path, 1, env={"id": "tests.envs:Sleeps-v0"}, task={"epochs": 1000, "max_epochs": 1000})
     bad = fails(tmp_path, "short", tmp_path / "notes")
-    with pytest.raises(UserError, match=r"gave the observation shape \(1,\) where .* same command goes on\."):
+    with pytest.raises(
+        UserError, match=r"returned an observation of shape \(1,\), .* same command goes on\."
+    ):
         run_all([slow, bad], workers=2, device="cpu")
     assert lock.active_writer(slow.directory) is None
 

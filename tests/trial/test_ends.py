@@ -341,9 +341,9 @@ def test_too_little_memory_breaks_the_trial(faulty: Faulty) -> None:
 @pytest.mark.parametrize(
     ("how", "part"),
     [
-        ("word", "gave the reward 'much' where a number is promised"),
-        ("none", "gave the reward None where a number is promised"),
-        ("short", "gave the observation shape (1,) where float32 of shape (2,) is promised"),
+        ("word", "returned the reward 'much', but it must be a number"),
+        ("none", "returned the reward None, but it must be a number"),
+        ("short", "returned an observation of shape (1,), but it must be float32 of shape (2,)"),
     ],
 )
 def test_a_malformed_answer_of_the_environment(faulty: Faulty, how: str, part: str) -> None:
