@@ -88,7 +88,7 @@ def clean(
     client = open_experiment(name, config)
     trials = client.fetch_trials()
     reasons = obsolete(trials, highest(client), forking(client), is_done=_done(client, trials, finished))
-    from ppo_hpo.trial.restore import TRIALS
+    from ppo_hpo.trial.mirrored_storage import TRIALS
 
     # Listed once for all: a trial of several seeds has a name for each.
     keys = [] if store is None else store.names(TRIALS)
@@ -195,7 +195,7 @@ def _clean_trial(
     trial: Any, reason: str, is_best: bool, dry_run: bool, store: Store | None, keys: Sequence[str]
 ) -> Cleaned:
     from ppo_hpo.state import lock
-    from ppo_hpo.trial.restore import TRIALS, part_key
+    from ppo_hpo.trial.mirrored_storage import TRIALS, part_key
 
     directory = Path(trial.working_dir)
     files = _files(trial.id, directory, store, keys)
@@ -238,7 +238,7 @@ class _File:
 def _files(trial: str, directory: Path, store: Store | None, keys: Sequence[str]) -> list[_File]:
     """A trial's checkpoints, of each seed newest first; ``keys`` are the names of all trials in the store."""
     from ppo_hpo.state.checkpoint import Storage, epoch_of
-    from ppo_hpo.trial.restore import TRIALS
+    from ppo_hpo.trial.mirrored_storage import TRIALS
 
     found = []
     for folder in (directory, *sorted(directory.glob("seed-*"))):

@@ -18,7 +18,8 @@ from ppo_hpo.ppo.components import merge
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import Interrupted
 from ppo_hpo.spec.space import Space, fill, read_space, with_fidelities
-from ppo_hpo.trial import failure, gpu_slots
+from ppo_hpo.trial import failure
+from ppo_hpo.trial.gpus import device_name
 from ppo_hpo.trial.options import RETRIES, OrionContext, RunOptions
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def objective(
         space = Space("configuration", Path(), fixed, {})
     space = with_fidelities(space, fidelities)
     options = RunOptions(
-        gpu_slots.device_name(device), trials_per_device, checkpoint_store, retries=retries,
+        device_name(device), trials_per_device, checkpoint_store, retries=retries,
         stop_poor=stop_poor,
     )  # fmt: skip
     chosen = {group: dict(values) for group, values in (overrides or {}).items()}

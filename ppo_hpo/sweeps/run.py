@@ -33,7 +33,7 @@ from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.space import read_space
 from ppo_hpo.sweeps.initial_trials import configurations_of, insert
 from ppo_hpo.sweeps.plan import Plan, algorithm_of, name_of, options_of, write_files
-from ppo_hpo.trial import gpu_slots
+from ppo_hpo.trial.gpus import device_name
 from ppo_hpo.trial.options import RETRIES, RunOptions
 
 if TYPE_CHECKING:
@@ -173,9 +173,7 @@ def sweep(
     for what, number in (("max_trials", max_trials), ("n_workers", n_workers), ("seeds", seeds)):
         if number is not None and (type(number) is not int or number < 1):
             raise UserError(f"`{what}` must be a whole number of at least 1, but got {number!r}.")
-    options = RunOptions(
-        gpu_slots.device_name(device), trials_per_device, store, retries=RETRIES, stop_poor=stop_poor
-    )
+    options = RunOptions(device_name(device), trials_per_device, store, retries=RETRIES, stop_poor=stop_poor)
     name = name_of(name, env, space, wanted)
     place = Path(directory or name).absolute()
     from ppo_hpo.sweeps.executors import Stop

@@ -1,20 +1,14 @@
-"""GPUs: which ones a process may use, and one of them for each trial.
+"""One GPU for each trial, shared out among all processes of a user on a machine.
 
-Nobody leads. A trial that begins takes the GPU that has the most memory for one more trial (`choose`), and
-notes that in a directory of the user's, as a locked file: the lock ends with its process, however that ends.
-So workers of a sweep, several `orion hunt`s and trials by hand share a machine's GPUs without knowing of each
-other. What others do there shows in the memory that is free.
+No process leads. A trial that begins takes the GPU that has the most memory for one more trial (`choose`). It
+notes that in a directory of the user's, as a locked file. The lock ends with the process, however that ends.
+So a sweep's workers, several `orion hunt`s and trials by hand share a machine's GPUs without knowing of each
+other. What other users do there shows in the free memory.
 
-The driver is asked through ``nvidia-smi``, which comes with it. `torch.cuda.mem_get_info` would take some
-hundred megabytes of each GPU that it looks at, and fix what the process can see; NVML's bindings would be one
-more dependency for the same numbers.
-
-A process that runs nothing but trials (`own_process`) shows itself the one GPU alone, by CUDA_VISIBLE_DEVICES
-before CUDA begins: nothing can take memory on another one, and it is the only way to one of several MIG
-instances. In any other process, as with threads or in a notebook, a trial is told the GPU's number.
-
-The order of this module: what is asked for, what is there, which one is taken. Only the last part does
-anything; the rest are functions of what they are given.
+A process that runs nothing but trials (`own_process`) makes only its GPU visible to itself, by
+CUDA_VISIBLE_DEVICES, before CUDA begins. So nothing can take memory on another GPU. It is also the only way
+to use one of several MIG instances. In any other process, such as one with threads or a notebook, a trial is
+told the GPU's number.
 """
 
 from __future__ import annotations
@@ -24,250 +18,27 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import secrets
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
-from ppo_hpo.spec.errors import MachineError, UserError
+from ppo_hpo.spec.errors import MachineError
 from ppo_hpo.spec.user_dir import open_user_dir
+from ppo_hpo.trial.gpus import VISIBLE, Gpu, gpu_numbers, visible_now
 
-VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
-_DEVICE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}(?:,\d{1,4})*))?", re.ASCII)
-_RULE = "`device` must be auto, cpu, cuda, cuda:N or cuda:N,M"
-# Seconds that the driver may take to answer; without its persistence mode it takes some.
-_PATIENCE = 30.0
-# Seconds between two looks for a free place, and between two lines that say so.
-_PAUSE, _TELL = 2.0, 60.0
+# Seconds between two looks for a free slot, and between two lines of the log that say so.
+_PAUSE, _REMIND = 2.0, 60.0
 
-# ------------------------------------------------------------------ what is asked for
-
-
-def device_name(device: Any) -> str:
-    """A device as one word: ``cuda:0,1`` for a list of numbers or of names.
-
-    Raises:
-        UserError: it is none.
-    """
-    text = device
-    if isinstance(device, list | tuple):
-        parts = [str(part).removeprefix("cuda:") for part in device]
-        text = "cuda:" + ",".join(parts)
-    found = _DEVICE.fullmatch(text) if isinstance(text, str) else None
-    if found is None:
-        raise UserError(f"{_RULE}, but got {device!r}.")
-    numbers = _numbers(text) or ()
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"{_RULE}, each GPU once, but got {device!r}.")
-    return str(text)
-
-
-def check_limit(limit: Any) -> None:
-    """See that a number of trials for each GPU is one.
-
-    Raises:
-        UserError: it is none.
-    """
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise UserError(f"`trials_per_device` must be a whole number of at least 1, but got {limit!r}.")
-
-
-def _numbers(device: str) -> tuple[int, ...] | None:
-    """The GPUs that a device's name names; None where it leaves that open."""
-    found = _DEVICE.fullmatch(device)
-    return tuple(map(int, found[1].split(","))) if found and found[1] else None
-
-
-# ---------------------------------------------------------------------- what is there
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the driver says of one GPU.
-
-    Attributes:
-        name: the product's.
-        uuid: the driver's name of it, ``GPU-...``.
-        free: MiB that are free; None where it does not say.
-        instances: of a GPU in MIG mode: the names of its instances, ``MIG-...``.
-    """
-
-    name: str
-    uuid: str
-    free: int | None
-    instances: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One that this process can use, a whole one or a MIG instance; torch numbers them in their order.
-
-    Attributes:
-        token: what CUDA_VISIBLE_DEVICES calls it here.
-        key: the same for every process on the machine, as far as the driver tells.
-        free: MiB that are free; None where nobody knows.
-    """
-
-    token: str
-    key: str
-    free: int | None
-
-
-def cards(listing: str, memory: str) -> tuple[Card, ...]:
-    """Read what ``nvidia-smi`` prints.
-
-    Args:
-        listing: of ``nvidia-smi -L``.
-        memory: of ``nvidia-smi --query-gpu=uuid,memory.free --format=csv,noheader,nounits``.
-
-    Returns:
-        The GPUs in the driver's order; lines that are none are passed over.
-    """
-    free: dict[str, int] = {}
-    for line in memory.splitlines():
-        uuid, _, amount = line.partition(",")
-        if amount.strip().isdigit():  # else it is [N/A] or the like
-            free[uuid.strip()] = int(amount)
-    found: list[Card] = []
-    for line in listing.splitlines():
-        if card := re.fullmatch(r"\s*GPU \d+: (.*) \(UUID: (GPU-[^)\s]+)\)\s*", line):
-            found.append(Card(card[1], card[2], free.get(card[2])))
-        elif found and (part := re.fullmatch(r"\s*MIG .*\(UUID: (MIG-[^)\s]+)\)\s*", line)):
-            last = found[-1]
-            found[-1] = Card(last.name, last.uuid, last.free, (*last.instances, part[1]))
-    return tuple(found)
-
-
-def visible(
-    value: str | None, order: str | None, found: Sequence[Card], count: Callable[[], int] = lambda: 0
-) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA shows to a process, in its order.
-
-    The rules are CUDA's (Programming Guide, "CUDA Environment Variables") and `torch.cuda.device_count`'s: a
-    list of numbers, or of names that begin with ``GPU-`` and may be shortened, or of names of MIG instances;
-    what stands behind the first that is none does not count, and nothing does where one comes twice.
-
-    Args:
-        value: CUDA_VISIBLE_DEVICES; None where it is not set.
-        order: CUDA_DEVICE_ORDER. Unless it is PCI_BUS_ID, CUDA's numbers are those of the driver only where
-            all GPUs are equal; elsewhere nobody knows which one a number is, and how much of it is free.
-        found: what the driver says; empty where it says nothing.
-        count: how many there are, where neither says.
-    """
-    if value is None:
-        instances = [instance for card in found for instance in card.instances]
-        # Where there are instances CUDA shows no whole GPU, and one instance to each process.
-        if instances:
-            return tuple(Gpu(instance, instance, None) for instance in instances)
-        value = ",".join(map(str, range(len(found) or count())))
-    ordered = order == "PCI_BUS_ID" or len({card.name for card in found}) == 1
-    gpus: list[Gpu] = []
-    kind = value[:4] if value.startswith(("GPU-", "MIG-")) else ""
-    for part in value.split(","):
-        gpu = _gpu(part, kind, found, ordered=ordered)
-        if gpu is None:
-            break
-        if gpu.key in {other.key for other in gpus}:
-            return ()
-        gpus.append(gpu)
-    return tuple(gpus)
-
-
-def _gpu(part: str, kind: str, found: Sequence[Card], *, ordered: bool) -> Gpu | None:
-    if not part.startswith(kind):
-        return None
-    if kind == "MIG-":
-        return Gpu(part, part, None)
-    if kind == "GPU-":
-        matches = [card for card in found if card.uuid.startswith(part)]
-        if not found:
-            return Gpu(part, part, None)
-        return Gpu(part, matches[0].uuid, matches[0].free) if len(matches) == 1 else None
-    # CUDA reads numbers as C does: white space, a sign, digits, and what follows is not looked at.
-    digits = re.match(r"\s*\+?(\d+)", part, re.ASCII)
-    if digits is None or (found and int(digits[1]) >= len(found)):
-        return None
-    number = int(digits[1])
-    if found and ordered:
-        return Gpu(str(number), found[number].uuid, found[number].free)
-    return Gpu(str(number), f"{number} {'by driver' if ordered else 'by CUDA'}", None)
-
-
-def choose(free: Sequence[int | None], trials: Sequence[int], limit: int | None = None) -> int | None:
-    """Which GPU the next trial takes: the one with the most free memory for each trial that it would have.
-
-    That is D'Hondt's method of giving out seats: equal GPUs get equally many trials, and one with twice
-    the memory twice as many. Where the memory of one is not known, all count as equal. Of equal ones that
-    with fewer trials is taken, then the first.
-
-    Args:
-        free: of each GPU; MiB, or any other unit.
-        trials: that each has already.
-        limit: trials that each may have; None for as many as come.
-
-    Returns:
-        Its place in the list; None where all have as many as they may.
-    """
-    known = [1 if memory is None else memory for memory in ([None] * len(free) if None in free else free)]
-    places = [place for place, count in enumerate(trials) if limit is None or count < limit]
-    return max(
-        places,
-        key=lambda place: (Fraction(known[place], trials[place] + 1), -trials[place], -place),
-        default=None,
-    )
-
-
-# ---------------------------------------------------------------- which one is taken
-
-_own = False
-# Of a process of its own: what it has taken, until it ends. What CUDA sees cannot change any more.
-_kept: tuple[_Hold, str] | None = None
+_runs_only_trials = False
+# In a process that runs only trials: its slot, and what torch is told. What CUDA sees cannot change any more.
+_kept: tuple[_Slot, str] | None = None
 
 
 def own_process() -> None:
     """Say that this process runs nothing but trials, one after the other."""
-    global _own
-    _own = True
-
-
-def read_driver() -> tuple[Card, ...]:
-    """What the driver says of the machine's GPUs; nothing where there is no driver, or no ``nvidia-smi``."""
-    asked = ["-L"], ["--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
-    with contextlib.ExitStack() as stack:
-        processes = []
-        try:
-            for arguments in asked:
-                process = subprocess.Popen(
-                    ["nvidia-smi", *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                    errors="replace",
-                )
-                stack.callback(_end, process)
-                processes.append(process)
-            answers = [process.communicate(timeout=_PATIENCE)[0] for process in processes]
-        except (OSError, subprocess.TimeoutExpired):
-            return ()
-    return cards(*answers)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    assert process.stdout is not None
-    process.stdout.close()
-    process.wait()
-
-
-def _look(count: Callable[[], int]) -> tuple[tuple[Gpu, ...], bool]:
-    """The GPUs that can be seen, and whether environment or driver have said so, and not torch."""
-    value, found = os.environ.get(VISIBLE), read_driver()
-    return visible(value, os.environ.get(ORDER), found, count), value is not None or bool(found)
+    global _runs_only_trials
+    _runs_only_trials = True
 
 
 @contextlib.contextmanager
@@ -279,22 +50,22 @@ def taken(
     log: logging.Logger,
     tick: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
-    """One GPU for one trial; waits where all have as many trials as they may.
+    """Take one GPU for one trial. Wait while every GPU has as many trials as it may have.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` (any of those that can be seen), ``cuda:N`` or ``cuda:N,M`` (any
-            of these, by torch's numbers).
-        limit: trials that each GPU may have; None for as many as come.
+        device: ``auto``, ``cpu``, ``cuda`` (any visible GPU), ``cuda:N`` or ``cuda:N,M`` (any of these, by
+            torch's numbers).
+        limit: number of trials that each GPU may have. None means unlimited.
         count: torch's number of GPUs.
-        log: is told which one it is.
-        tick: called while it waits; what it raises ends that.
+        log: gets a line that names the GPU.
+        tick: called while it waits. What it raises ends the wait.
 
     Yields:
-        What torch is told: ``cpu``, ``cuda:N``, or in a process of its own ``cuda``. ``auto`` stays that
-        where torch has to say whether it can use a GPU.
+        What torch is told: ``cpu``, ``cuda:N``, or ``cuda`` in a process that runs only trials. ``auto``
+        remains if torch has to say whether it can use a GPU.
 
     Raises:
-        MachineError: a GPU was named that is not there.
+        MachineError: a GPU was named that does not exist.
     """
     global _kept
     if device == "cpu":
@@ -303,110 +74,122 @@ def taken(
     if _kept is not None:
         yield _kept[1]
         return
-    if device == "auto" and not _own and not count():
+    if device == "auto" and not _runs_only_trials and not count():
         yield "cpu"
         return
-    numbers = _numbers(device)
-    gpus, sure = _look(count)
-    if not gpus:  # torch says so, in words
+    numbers = gpu_numbers(device)
+    gpus, named = visible_now(count)
+    if not gpus:  # torch says so in a message.
         yield device if numbers is None else f"cuda:{numbers[0]}"
         return
-    for number in numbers or ():
-        if number >= len(gpus):
-            among = f", by {VISIBLE}={os.environ[VISIBLE]}" if VISIBLE in os.environ else ""
-            raise MachineError(
-                f"Device 'cuda:{number}' was asked for, but {len(gpus)} can be seen here{among}. Choose a "
-                f"number below {len(gpus)}."
-            )
+    _check_numbers(numbers or (), len(gpus))
     with contextlib.ExitStack() as stack:
-        index, token, hold = _take(numbers, limit, count, log, tick)
-        if _own and sure:
-            os.environ[VISIBLE] = token
-            _kept = hold, "auto" if device == "auto" else "cuda"
-            yield _kept[1]
-            return
-        stack.callback(hold.give_back)
-        yield f"cuda:{index}"
-
-
-def _take(
-    numbers: Sequence[int] | None,
-    limit: int | None,
-    count: Callable[[], int],
-    log: logging.Logger,
-    tick: Callable[[], None],
-) -> tuple[int, str, _Hold]:
-    """The number of a GPU, its token, and the place on it."""
-    try:
-        directory = open_user_dir(["TMPDIR"])
-    except OSError as error:
-        log.warning("other trials on the GPUs here are not seen, but for their memory: %s", error)
-        directory = None
-    with contextlib.ExitStack() as stack:
+        directory = _open_directory(log)
         if directory is not None:
             stack.callback(os.close, directory)
-        found = _wait(directory, numbers, limit, count, log, tick)
-        stack.pop_all()
-    return found
+        number, gpu, slot = _wait_for_slot(directory, numbers, limit, count, log, tick)
+        if _runs_only_trials and named:
+            os.environ[VISIBLE] = gpu.token
+            _kept = slot, "auto" if device == "auto" else "cuda"
+            stack.pop_all()  # The slot is taken until the process ends.
+            yield _kept[1]
+            return
+        stack.callback(slot.release)
+        yield f"cuda:{number}"
 
 
-def _wait(
+def choose(free: Sequence[int | None], trials: Sequence[int], limit: int | None = None) -> int | None:
+    """Choose a GPU for the next trial: the one with the most free memory per trial, this one included.
+
+    That is D'Hondt's method of giving out seats: equal GPUs get equally many trials, and a GPU with twice the
+    memory gets twice as many. If the memory of one is unknown, all count as equal. Among equal GPUs the one
+    with fewer trials is taken, then the first.
+
+    Args:
+        free: free memory of each GPU, in MiB or any other unit.
+        trials: number of trials that each has already.
+        limit: number of trials that each may have. None means unlimited.
+
+    Returns:
+        Its index, or None if every GPU has as many trials as it may have.
+    """
+    known = [1 if memory is None else memory for memory in ([None] * len(free) if None in free else free)]
+    open_ones = [index for index, count in enumerate(trials) if limit is None or count < limit]
+    return max(
+        open_ones,
+        key=lambda index: (Fraction(known[index], trials[index] + 1), -trials[index], -index),
+        default=None,
+    )
+
+
+def _check_numbers(numbers: Sequence[int], n_gpus: int) -> None:
+    for number in numbers:
+        if number >= n_gpus:
+            among = f", by {VISIBLE}={os.environ[VISIBLE]}" if VISIBLE in os.environ else ""
+            raise MachineError(
+                f"Device 'cuda:{number}' was asked for, but {n_gpus} can be seen here{among}. Choose a "
+                f"number below {n_gpus}."
+            )
+
+
+def _open_directory(log: logging.Logger) -> int | None:
+    try:
+        return open_user_dir(["TMPDIR"])
+    except OSError as error:
+        log.warning("other trials on the GPUs here are not seen, except by their memory: %s", error)
+        return None
+
+
+def _wait_for_slot(
     directory: int | None,
     numbers: Sequence[int] | None,
     limit: int | None,
     count: Callable[[], int],
     log: logging.Logger,
     tick: Callable[[], None],
-) -> tuple[int, str, _Hold]:
-    told = -_TELL
+) -> tuple[int, Gpu, _Slot]:
+    """Wait for a GPU that has room; return torch's number of it, the GPU, and the slot on it."""
+    reminded = -_REMIND
     while True:
-        gpus = _look(count)[0]
-        chosen = [(number, gpus[number]) for number in numbers or range(len(gpus)) if number < len(gpus)]
-        if not chosen:
+        gpus = visible_now(count)[0]
+        allowed = [(number, gpus[number]) for number in numbers or range(len(gpus)) if number < len(gpus)]
+        if not allowed:
             raise MachineError("The GPUs that were here a moment ago cannot be seen any more.")
         with _alone(directory):
-            trials = _count(directory, [gpu.key for _, gpu in chosen])
-            place = choose([gpu.free for _, gpu in chosen], trials, limit)
-            if place is not None:
-                number, gpu = chosen[place]
-                hold = _Hold(directory, gpu.key)
+            trials = _count_trials(directory, [gpu.key for _, gpu in allowed])
+            index = choose([gpu.free for _, gpu in allowed], trials, limit)
+            if index is not None:
+                number, gpu = allowed[index]
                 free = "" if gpu.free is None else f", {gpu.free:,} MiB free"
                 log.info(
-                    "takes GPU %d of %d (%s%s); trials of ours there already: %d",
-                    number, len(gpus), gpu.key, free, trials[place],
+                    "takes GPU %d of %d (%s%s); other trials of yours on it: %d",
+                    number, len(gpus), gpu.key, free, trials[index],
                 )  # fmt: skip
-                return number, gpu.token, hold
-        if time.monotonic() - told >= _TELL:
-            told = time.monotonic()
-            log.info("waits for a GPU: each of %d has as many trials as it may (%d)", len(chosen), limit)
+                return number, gpu, _Slot(directory, gpu.key)
+        if time.monotonic() - reminded >= _REMIND:
+            reminded = time.monotonic()
+            log.info("waits for a GPU: each of %d is at the limit of trials (%d)", len(allowed), limit)
         tick()
         time.sleep(_PAUSE)
 
 
-class _Hold:
-    """A place on a GPU: a file of that GPU's name, locked while the place is taken."""
+class _Slot:
+    """A slot on a GPU: a file with that GPU's name, locked while the slot is taken."""
 
     def __init__(self, directory: int | None, key: str) -> None:
-        """Take it; the caller is alone."""
+        """Take a slot. The caller holds `_alone`, and keeps ``directory`` open."""
         self._directory = directory
-        self._file: int | None = None
-        if directory is None:
-            return
-        self._name = f"{_prefix(key)}{os.getpid()}-{secrets.token_hex(4)}"
-        self._file = os.open(
-            self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory
-        )
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        if directory is not None:
+            self._name = f"{_prefix(key)}{os.getpid()}-{secrets.token_hex(4)}"
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.open(self._name, flags, 0o600, dir_fd=directory)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
 
-    def give_back(self) -> None:
-        """Leave the place to others."""
-        if self._file is None or self._directory is None:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._name, dir_fd=self._directory)
-        os.close(self._file)
-        os.close(self._directory)
-        self._file = None
+    def release(self) -> None:
+        if self._directory is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._name, dir_fd=self._directory)
+            os.close(self._file)
 
 
 def _prefix(key: str) -> str:
@@ -415,7 +198,7 @@ def _prefix(key: str) -> str:
 
 @contextlib.contextmanager
 def _alone(directory: int | None) -> Iterator[None]:
-    """While nobody else counts or takes places."""
+    """Keep other processes from counting or taking slots meanwhile."""
     if directory is None:
         yield
         return
@@ -427,20 +210,17 @@ def _alone(directory: int | None) -> Iterator[None]:
         os.close(file)
 
 
-def _count(directory: int | None, keys: Sequence[str]) -> list[int]:
-    """How many places are taken on each GPU; what dead processes left is removed."""
-    counts = [0] * len(keys)
+def _count_trials(directory: int | None, keys: Sequence[str]) -> list[int]:
+    """How many slots are taken on each GPU. Files that dead processes left are removed."""
     if directory is None:
-        return counts
-    prefixes = [_prefix(key) for key in keys]
-    for name in os.listdir(directory):
-        for number, prefix in enumerate(prefixes):
-            if name.startswith(prefix) and _held(directory, name):
-                counts[number] += 1
-    return counts
+        return [0] * len(keys)
+    names = os.listdir(directory)
+    return [
+        sum(name.startswith(_prefix(key)) and _is_locked(directory, name) for name in names) for key in keys
+    ]
 
 
-def _held(directory: int, name: str) -> bool:
+def _is_locked(directory: int, name: str) -> bool:
     try:
         file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:

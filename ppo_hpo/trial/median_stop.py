@@ -1,10 +1,10 @@
-"""Poor trials stop in the middle of their rung: the median rule, and the record of what it decided.
+"""Poor trials stop in the middle of their rung: the median rule, and the record of its decision.
 
 After an epoch's evaluation a trial is compared with its siblings, the other trials of the experiment. The
-decision depends on how far those have come by then, so it is written down, in `stopped.json`, before the
-epoch is saved. Whoever goes on with the trial finds one of two things: the record, and stops there as well;
-or a checkpoint without one, and goes on. Nothing is decided twice, so that continuing is the same as never
-having stopped.
+decision depends on how far they have come by then. So it is written to `stopped.json` before the epoch's
+checkpoint is written. A process that resumes the trial finds either the record, and stops there as well, or a
+checkpoint without a record, and continues. Nothing is decided twice, so resuming is the same as never having
+stopped.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ppo_hpo.state.files import read_bytes
 from ppo_hpo.trial.restore import listed_trials
 
 RECORD = "stopped.json"
-#: Fewer siblings than this are no measure of what is poor; Optuna's and Ray's rules begin with as many.
-LEAST = 5
+#: Fewer siblings than this do not show what is poor. Optuna's and Ray's rules have the same minimum.
+MIN_SIBLINGS = 5
 _MAX_RECORD, _MAX_CONFIG = 4096, 1 << 20
-# Names in the index are hashes, so that the first of them are as good a sample as any.
+# Names in the index are hashes, so the first of them are as good a sample as any other.
 _MAX_SIBLINGS = 1000
 # What two trials must have in common for their returns to be compared.
-_EQUAL = {
+_COMPARABLE = {
     "env": ("id", "kwargs", "max_episode_steps", "wrapper"),
     "task": ("steps_per_epoch", "max_epochs", "seed", "seeds", "eval_episodes", "eval_deterministic"),
 }
@@ -40,15 +40,15 @@ _EQUAL = {
 
 @dataclass(frozen=True)
 class Stop:
-    """A decision.
+    """The decision to stop a trial.
 
     Attributes:
-        identity: of the trial that it was made for.
-        epochs: that the trial had been asked for; asked for others, it goes on.
-        epoch: after which it stopped.
-        best: its best return up to then.
-        median: of the siblings; see `median_to_reach`.
-        siblings: how many there were.
+        identity: identity of the trial.
+        epochs: ``task.epochs`` of the trial. With another value the trial continues.
+        epoch: epoch after which it stopped.
+        best: its best mean return until then.
+        median: what its best return should have reached, see `median_to_reach`.
+        siblings: number of siblings that it was compared with.
     """
 
     identity: str
@@ -59,90 +59,97 @@ class Stop:
     siblings: int
 
 
-def median_to_reach(epoch: int, others: Sequence[Sequence[float]], least: int = LEAST) -> float | None:
-    """What the best return of a trial up to ``epoch`` must not be below.
+def median_to_reach(
+    epoch: int, others: Sequence[Sequence[float]], min_siblings: int = MIN_SIBLINGS
+) -> float | None:
+    """The value that the best return of a trial up to ``epoch`` must reach.
 
-    The median, over the siblings that have come as far, of the mean of each one's returns after the epochs
-    1 to ``epoch``. That is the median stopping rule of Golovin et al., "Google Vizier", KDD 2017, section
-    3.2.1 (https://doi.org/10.1145/3097983.3098043): the best of the one is compared with running averages
-    of the others, so that a curve which goes up and down is not stopped in one of its valleys.
+    It is the median, over the siblings that have come as far, of the mean of each one's returns after the
+    epochs 1 to ``epoch``. That is the median stopping rule of Golovin et al., "Google Vizier", KDD 2017,
+    section 3.2.1 (https://doi.org/10.1145/3097983.3098043). The best of one trial is compared with running
+    averages of the others, so a curve that goes up and down is not stopped in one of its valleys.
 
     Args:
-        epoch: the present one, from 1 on.
-        others: of each sibling the returns after its epochs 1, 2, ...; the untrained policy's is not in it.
-        least: fewer siblings that came as far decide nothing.
+        epoch: current epoch, from 1 on.
+        others: for each sibling the mean returns after its epochs 1, 2, ..., without the untrained policy's.
+        min_siblings: number of siblings that must have come as far.
 
     Returns:
-        The median, or None where there are too few.
+        The median, or None if too few siblings have come as far.
     """
     means = [statistics.fmean(returns[:epoch]) for returns in others if len(returns) >= epoch]
-    return statistics.median(means) if len(means) >= max(least, 1) else None
+    return statistics.median(means) if len(means) >= max(min_siblings, 1) else None
 
 
 def refuse_what_does_not_fit(*, seeds: int = 1, store: object = None) -> None:
-    """Raise a `UserError` for a trial that `--stop-poor` is not for.
+    """Refuse a trial that cannot be stopped early.
 
     Args:
-        seeds: of the trial.
-        store: of its checkpoints, None where there is none.
+        seeds: ``task.seeds`` of the trial.
+        store: its checkpoint store, or None.
+
+    Raises:
+        UserError: the trial has several seeds, or a store.
     """
     if seeds != 1:
         raise UserError(
-            f"`--stop-poor` takes trials of one seed, but `task.seeds` is {seeds}: seeds are trained one "
-            f"after another, and half of them are no objective. Leave one of the two out."
+            f"`--stop-poor` takes trials of one seed, but `task.seeds` is {seeds}. Seeds are trained one "
+            f"after another, and some of them do not make an objective. Leave one of the two out."
         )
     if store is not None:
         raise UserError(
-            "`--stop-poor` compares trials by their directories, and a store is for machines that see none "
-            "of each other's. Leave one of the two out (a store may also be set by PPO_HPO_STORE)."
+            "`--stop-poor` compares trials by their directories, but a store is for machines that do not see "
+            "each other's directories. Leave one of the two out. PPO_HPO_STORE may also set a store."
         )
 
 
 class Siblings:
     """The other trials of an experiment, as far as their directories can be read.
 
-    What is missing, torn, or of something else is left out, and never an error: these are files that other
-    processes are writing, or have left behind.
+    Files that are missing, torn or not of a trial are left out. They are never an error, because other
+    processes are writing them or have left them behind.
     """
 
     def __init__(self, directory: Path, config: TrialConfig) -> None:
         """The siblings of the trial ``config``.
 
         Args:
-            directory: the one in which the trials' directories lie.
-            config: of the trial itself, which is not among them.
+            directory: directory that holds the trials' directories.
+            config: configuration of the trial itself, which is not among its siblings.
         """
         self._directory, self._own = directory, config.identity()[:32]
-        self._wanted = _common(config)
-        # Both are read anew only when they have to be: a trial asks after each of its epochs.
-        self._fits: dict[Path, bool] = {}
+        self._wanted = _comparable_values(config)
+        # Files are read again only if they changed, because a trial asks after each of its epochs.
+        self._is_comparable: dict[Path, bool] = {}
         self._curves: dict[Path, tuple[tuple[int, int, int], list[float]]] = {}
 
     def returns(self) -> list[list[float]]:
-        """Of each sibling the mean returns after the epochs 1, 2, ..., as far as it has come.
+        """For each sibling the mean returns after its epochs 1, 2, ..., as far as it has come.
 
-        A configuration that was promoted has a directory for each rung; it counts once, with the longest.
+        A configuration that was promoted has a directory for each rung. It counts once, with the longest
+        curve.
         """
         found = []
         for identity, places in listed_trials(self._directory, _MAX_SIBLINGS + 1).items():
             if identity == self._own:
                 continue
-            curves = [self._curve(place) for place in places if self._belongs(place, identity)]
+            curves = [self._curve(place) for place in places if self._check(place, identity)]
             if longest := max(curves, key=len, default=[]):
                 found.append(longest)
         return found[:_MAX_SIBLINGS]
 
-    def _belongs(self, place: Path, identity: str) -> bool:
-        """Whether the trial in ``place`` is the one that the index says, and comparable."""
-        if place in self._fits:
-            return self._fits[place]
+    def _check(self, place: Path, identity: str) -> bool:
+        """Whether the trial in ``place`` is the one that the index names, and can be compared."""
+        if place in self._is_comparable:
+            return self._is_comparable[place]
         try:
             content = read_bytes(place / "config.yaml", _MAX_CONFIG).decode()
             config = TrialConfig.from_mapping(yamlio.parse(content, str(place)))
         except (UserError, ValueError, AttributeError, TypeError, KeyError):
-            return False  # it may only be about to begin
-        self._fits[place] = config.identity()[:32] == identity and _common(config) == self._wanted
-        return self._fits[place]
+            return False  # It may be about to begin.
+        same = config.identity()[:32] == identity and _comparable_values(config) == self._wanted
+        self._is_comparable[place] = same
+        return same
 
     def _curve(self, place: Path) -> list[float]:
         try:
@@ -158,14 +165,17 @@ class Siblings:
 
 
 def decide(config: TrialConfig, curve: Sequence[results.Row], siblings: Siblings) -> Stop | None:
-    """Whether a trial is to stop after the last epoch of its curve.
+    """Decide whether a trial should stop after the last epoch of its curve.
 
-    Never in its first epoch, which says little, and not in its last, after which it ends anyway.
+    It never stops after its first epoch, which says little, nor after its last, when it ends anyway.
 
     Args:
-        config: of the trial.
-        curve: its rows, the untrained policy's first.
+        config: configuration of the trial.
+        curve: rows of its learning curve. The first is the untrained policy's.
         siblings: the trials that it is compared with.
+
+    Returns:
+        The decision to stop, or None if the trial continues.
     """
     epoch = int(curve[-1]["epoch"])
     if not 1 < epoch < config.task.epochs:
@@ -180,15 +190,15 @@ def decide(config: TrialConfig, curve: Sequence[results.Row], siblings: Siblings
 
 
 def to_bytes(stop: Stop) -> bytes:
-    """The record's file."""
+    """The content of ``stopped.json``."""
     return (json.dumps(asdict(stop), indent=1, allow_nan=False) + "\n").encode()
 
 
 def read(directory: Path, config: TrialConfig) -> Stop | None:
-    """What was decided for a trial; None where nothing was.
+    """The decision to stop a trial, or None if there is none.
 
-    Orion copies directories for promotions and forks. A record for another fidelity, or of other
-    hyperparameters, says nothing of this trial; nor does one that is not as `to_bytes` writes it.
+    Orion copies directories for promotions and forks. So a record for another fidelity, or for other
+    hyperparameters, is ignored. So is one that `to_bytes` cannot have written.
     """
     try:
         content: Any = json.loads(read_bytes(directory / RECORD, _MAX_RECORD))
@@ -204,8 +214,8 @@ def read(directory: Path, config: TrialConfig) -> Stop | None:
     return stop if same else None
 
 
-def _common(config: TrialConfig) -> Mapping[str, Any]:
+def _comparable_values(config: TrialConfig) -> Mapping[str, Any]:
     groups = {**config.to_mapping(), "task": {**config.to_mapping()["task"], "max_epochs": config.max_epochs}}
-    # Through JSON: one side comes from a file.
-    wanted = {group: {key: groups[group][key] for key in keys} for group, keys in _EQUAL.items()}
+    # The values pass through JSON, because the other side comes from a file.
+    wanted = {group: {key: groups[group][key] for key in keys} for group, keys in _COMPARABLE.items()}
     return dict(as_read_from_json(wanted))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppo_hpo.spec.errors import UserError
-from ppo_hpo.trial import gpu_slots
+from ppo_hpo.trial.gpus import device_name
 
 #: Retries where nobody watches, as under Orion, where a broken trial counts against the whole hunt.
 RETRIES = 2
@@ -42,8 +42,10 @@ class RunOptions:
     stop_poor: bool = False
 
     def __post_init__(self) -> None:
-        gpu_slots.device_name(self.device)
-        gpu_slots.check_limit(self.trials_per_device)
+        device_name(self.device)
+        limit = self.trials_per_device
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise UserError(f"`trials_per_device` must be a whole number of at least 1, but got {limit!r}.")
         if not 0 <= self.retries <= _MAX_RETRIES:
             raise UserError(f"`0 <= retries <= {_MAX_RETRIES}` must hold, but got {self.retries}.")
 

@@ -1,13 +1,13 @@
-"""Trials from a warm process: the half that ``ppo-hpo run --warm`` runs, of the standard library only.
+"""The client of the preloaded process: ``ppo-hpo run --preload``. It needs the standard library only.
 
-Importing torch and gymnasium costs a second or more of CPU in every trial. A server
-(`ppo_hpo.trial.preload_server`) that has imported them forks a process for each trial instead. That process
-inherits what the server inherited, so a server serves only clients that are equal to it in all of that: its
-name is a hash of the environment variables, limits, groups, namespaces, code and so on (`_name`).
-What differs from trial to trial is sent: arguments, environment, current directory, standard streams.
+Importing torch and gymnasium costs a second or more of CPU time in every trial. The preloaded process
+(`ppo_hpo.trial.preload_server`, "the server" in this module) has imported them, and forks a process for each
+trial. The fork inherits what the server inherited. So a server serves only clients that are equal to it in
+all of that. Its name is a hash of environment variables, limits, groups, namespaces, code and more (`_name`).
+What differs from trial to trial is sent: arguments, environment, current directory and standard streams.
 
-Whatever goes wrong before the server has begun the trial, or to the server itself later, the trial is run
-here in the ordinary way: it goes on from its last checkpoint.
+If anything goes wrong before the server has begun the trial, or the server dies later, the trial runs in this
+process as usual. It resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from typing import Any
 from ppo_hpo.spec.errors import Interrupted
 from ppo_hpo.spec.user_dir import open_user_dir
 
-# What the server answers where a trial does not suit it; a status of a process is never as large.
+# What the server answers if it cannot run a trial. The status of a process is never as large.
 DECLINED = 1 << 16
-# Orion's variables differ from trial to trial and are sent with it; all others are part of a server's name.
-_SENT = "ORION_"
-_PATIENCE = 120.0  # seconds that a server may take to import everything, far above what it takes
-# Which of the environment say where the directory of the user's servers is.
-_PLACES = ("XDG_RUNTIME_DIR", "TMPDIR")
-_RETRY = 60.0  # seconds after which a server that died is started again
+# Orion's variables differ from trial to trial, so they are sent with it. All others are in a server's name.
+_SENT_PREFIX = "ORION_"
+# Seconds that a server may take to import everything. It takes far less.
+_TIMEOUT = 120.0
+# The environment variables that say where the directory of the user's servers is.
+_DIRECTORY_VARIABLES = ("XDG_RUNTIME_DIR", "TMPDIR")
+# Seconds after which a server that died is started again.
+_RESTART_PAUSE = 60.0
 LENGTH = struct.Struct("!I")
 STATUS = struct.Struct("!i")
 
@@ -46,13 +48,13 @@ class Unavailable(OSError):
 
 
 def run(arguments: dict[str, Any]) -> int | None:
-    """Let a server run the trial, started where there is none; return the trial's exit code.
+    """Let a preloaded process run the trial. It is started if there is none.
 
     Args:
-        arguments: of the command, in types that JSON knows.
+        arguments: fields of `RunRequest`, in types that JSON knows.
 
     Returns:
-        None where the trial has to be run here.
+        The trial's exit code, or None if the trial has to run in this process.
 
     Raises:
         Interrupted: a signal came before the trial could handle it.
@@ -60,7 +62,7 @@ def run(arguments: dict[str, Any]) -> int | None:
     try:
         return _run(arguments)
     except (OSError, ValueError, NotImplementedError) as error:
-        print(f"ppo-hpo: runs without a warm server: {error}", file=sys.stderr)
+        print(f"ppo-hpo: runs without a preloaded process: {error}", file=sys.stderr)
         return None
 
 
@@ -68,33 +70,33 @@ def _run(arguments: dict[str, Any]) -> int | None:
     _check(arguments)
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(_connected())
-        connection.settimeout(_PATIENCE)
+        connection.settimeout(_TIMEOUT)
         here = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, here)
         job = {"arguments": arguments, "argv": sys.argv, "path": sys.path, "environ": dict(os.environ)}
         data = json.dumps(job).encode()
         socket.send_fds(connection, [LENGTH.pack(len(data))], [0, 1, 2, here])
         connection.sendall(data)
-        # A signal up to here ends this process, and with it the connection, and with that the trial.
-        said, trial, _, _ = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
-        if not (said and trial):
-            raise Unavailable("the server went away")
+        # A signal up to here ends this process. That closes the connection, and so ends the trial.
+        answer, trial, _, _ = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        if not (answer and trial):
+            raise Unavailable("the preloaded process ended")
         stack.callback(os.close, trial[0])
         connection.settimeout(None)
         stop = None
         try:
             status = _status(connection)
         except Interrupted as error:
-            # No second one is raised. The trial decides what becomes of it, and this process waits for it.
+            # No second one is raised. The trial handles the signal, and this process waits for the trial.
             stop = error
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(trial[0], stop.signum)
             status = _status(connection)
         if status is None:
-            # The server died, so the kernel has asked the trial to stop. It holds its directory until it has.
+            # The server died, so the kernel has told the trial to stop. Until then it holds its lock.
             select.select([trial[0]], [], [])
             if stop is None:
-                raise Unavailable("the server died")
+                raise Unavailable("the preloaded process died")
             raise stop
     if stop is not None and status in (-stop.signum, DECLINED):
         raise stop
@@ -109,13 +111,13 @@ def _check(arguments: dict[str, Any]) -> None:
     if not (sys.platform == "linux" and hasattr(os, "pidfd_open")):
         raise Unavailable("it needs Linux")
     if str(arguments.get("config")).startswith(("/dev/", "/proc/")):
-        raise Unavailable("--config names a file that only this process has open")
+        raise Unavailable("only this process has the file of --config open")
     for number in (0, 1, 2):
         os.fstat(number)
 
 
 def _status(connection: socket.socket) -> int | None:
-    """The trial's exit code, as a negative number the signal that killed it, or None where nobody knows."""
+    """The trial's exit code. A negative number is the signal that killed it, None means unknown."""
     try:
         data = connection.recv(STATUS.size, socket.MSG_WAITALL)
     except ConnectionError:
@@ -124,8 +126,8 @@ def _status(connection: socket.socket) -> int | None:
 
 
 def _die_by(signum: int) -> None:
-    """End as the trial ended, for whoever waits for this process."""
-    # The trial has left its core already, if it was to leave one.
+    """End as the trial ended, for the process that waits for this one."""
+    # The trial has already written its core file, if it was to write one.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if signum != signal.SIGKILL:
         signal.signal(signum, signal.SIG_DFL)
@@ -135,7 +137,7 @@ def _die_by(signum: int) -> None:
 # ------------------------------------------------------------------ finding a server
 
 
-def is_own(connection: socket.socket) -> bool:
+def belongs_to_user(connection: socket.socket) -> bool:
     """Whether the other end is a process of the same user."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return bool(struct.unpack("3i", credentials)[1] == os.geteuid())
@@ -143,7 +145,7 @@ def is_own(connection: socket.socket) -> bool:
 
 def servers() -> Iterator[int]:
     """Process ids of the user's servers."""
-    where = open_user_dir(_PLACES)
+    where = open_user_dir(_DIRECTORY_VARIABLES)
     try:
         for name in sorted(os.listdir(where)):
             if name.endswith(".lock"):
@@ -162,7 +164,7 @@ def servers() -> Iterator[int]:
 @contextlib.contextmanager
 def _connected() -> Iterator[socket.socket]:
     """A connection to the server that suits this process."""
-    where = open_user_dir(_PLACES)
+    where = open_user_dir(_DIRECTORY_VARIABLES)
     try:
         name = _name()
         lock = _lock(where, name)
@@ -173,32 +175,32 @@ def _connected() -> Iterator[socket.socket]:
                 os.close(lock)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             _connect(connection, where, name)
-            if not is_own(connection):
-                raise Unavailable("the server is another user's")
+            if not belongs_to_user(connection):
+                raise Unavailable("the preloaded process is another user's")
             yield connection
     finally:
         os.close(where)
 
 
 def _connect(connection: socket.socket, where: int, name: str) -> None:
-    # By way of the open directory: its path may be longer than a socket's address, or be replaced meanwhile.
+    # The open directory is used because its path may be too long for a socket's address, or be replaced.
     address = f"/proc/self/fd/{where}/{name}.sock"
     for _ in range(20):
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             connection.connect(address)
             return
-        # Whoever has the lock is about to make the socket, or its server is ending.
+        # The process that has the lock is about to make the socket, or its server is ending.
         time.sleep(0.01)
-    raise Unavailable("there is none yet")
+    raise Unavailable("there is no such process yet")
 
 
 def _lock(where: int, name: str) -> int | None:
-    """The lock of a name, or None where a server, or who is starting it, holds it."""
+    """The lock of a name, or None if a server holds it, or a process that is starting one."""
     while True:
         lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=where)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A server that ends removes its files: a lock on a removed one is none.
+            # A server that ends removes its files. A lock on a removed file is worth nothing.
             if os.fstat(lock).st_nlink:
                 return lock
         except BlockingIOError:
@@ -208,9 +210,9 @@ def _lock(where: int, name: str) -> int | None:
 
 
 def _start(where: int, name: str, lock: int) -> None:
-    """Start a server, which inherits the lock, and the socket: it can be connected to at once."""
-    if os.read(lock, 1) and time.time() - os.fstat(lock).st_mtime < _RETRY:
-        raise Unavailable("the last one died")
+    """Start a server. It inherits the lock and the socket, so clients can connect at once."""
+    if os.read(lock, 1) and time.time() - os.fstat(lock).st_mtime < _RESTART_PAUSE:
+        raise Unavailable("the last preloaded process died")
     from subprocess import _args_from_interpreter_flags  # type: ignore[attr-defined]
 
     with contextlib.suppress(FileNotFoundError):
@@ -248,7 +250,7 @@ def _start(where: int, name: str, lock: int) -> None:
 
 
 def _name() -> str:
-    """Equal for processes that are equal in all that a trial inherits or imports, but for what is sent."""
+    """A hash of all that a trial inherits or imports, except for what is sent to the server."""
     from hashlib import sha256
 
     state = repr((_inherited(), code_state())).encode("utf-8", "surrogateescape")
@@ -256,7 +258,10 @@ def _name() -> str:
 
 
 def code_state() -> list[tuple[str, int, int]]:
-    """Name, time and size of this package's files, and when something was last installed beside it."""
+    """Name, time and size of the package's files, and when something was last installed beside it.
+
+    A preloaded process must never serve stale code, so its name depends on this.
+    """
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     paths = sorted(
         os.path.join(directory, name)
@@ -264,21 +269,21 @@ def code_state() -> list[tuple[str, int, int]]:
         for name in names
         if name.endswith(".py")
     )
-    # pip writes a directory for each package that it installs, and so changes the time of the one above.
+    # pip writes a directory for each package that it installs, which changes the time of the one above.
     paths += [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
     found = [os.stat(path) for path in paths]
     return [(path, stat.st_mtime_ns, stat.st_size) for path, stat in zip(paths, found, strict=True)]
 
 
 def _path() -> list[str]:
-    # The server runs elsewhere. What is no path is a name that some importer knows.
+    # The server runs in another directory. An entry that is not a path is a name that some importer knows.
     return [os.path.abspath(path) if os.path.exists(path or ".") else path for path in sys.path]
 
 
 def _inherited() -> list[Any]:
-    """Everything a process has from the one that started it, as far as the kernel tells."""
+    """Everything that a process inherits from the one that started it, as far as the kernel tells."""
     inherited: list[Any] = [
-        sorted((key, value) for key, value in os.environ.items() if not key.startswith(_SENT)),
+        sorted((key, value) for key, value in os.environ.items() if not key.startswith(_SENT_PREFIX)),
         (sys.executable, sys.version, _path(), sys.flags, sys.warnoptions, sorted(sys._xoptions.items())),
         (os.nice(0), os.sched_getscheduler(0), os.readlink("/proc/self/root")),
         [os.readlink(f"/proc/self/ns/{name}") for name in sorted(os.listdir("/proc/self/ns"))],

@@ -1,7 +1,7 @@
-"""Trials from a warm process: the server, which has imported everything and forks a process for each trial.
+"""The preloaded process: it has imported everything that a trial needs, and forks a process for each trial.
 
-It has one thread, and neither computes nor touches a GPU before it forks. It ends when nobody has asked
-for `IDLE` seconds, and on SIGTERM once the trials that run have ended. `preload_client` starts it.
+It has one thread, and neither computes nor touches a GPU before it forks. It ends if no client has asked for
+`IDLE` seconds. After SIGTERM it ends once the trials that run have ended. `preload_client` starts it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from typing import Any, NoReturn
 
 from ppo_hpo.trial import preload_client, process, run_command
 
-IDLE = 60.0  # seconds; PPO_HPO_WARM_IDLE replaces it
-_TICK = 500  # milliseconds between two looks at the clock
-_GRACE = 10.0  # seconds a trial has to stop in when its client is gone
+# Seconds. The first of these environment variables that is set replaces it. The second one is the old name.
+IDLE = 60.0
+_IDLE_VARIABLES = ("PPO_HPO_PRELOAD_IDLE", "PPO_HPO_WARM_IDLE")
+# Milliseconds between two looks at the clock.
+_POLL = 500
+# Seconds that a trial has to stop in after its client has ended.
+_GRACE = 10.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
-# What a trial imports; a test asks a trial's process what it had to import itself.
+# What a trial imports. A test asks a trial's process what it had to import itself.
 _IMPORTS = (
     "ppo_hpo.envs.atari", "ppo_hpo.spec.space", "ppo_hpo.trial.runner", "ppo_hpo.ppo.task",
     "gymnasium.envs.classic_control", "gymnasium.vector",
@@ -40,7 +44,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Declined(Exception):
-    """The trial needs something that was fixed when this process began."""
+    """The trial needs something that was fixed when the preloaded process began."""
 
 
 @dataclass
@@ -48,11 +52,11 @@ class _Trial:
     """A trial's process, as the server sees it.
 
     Attributes:
-        connection: to its client, or None once the client is gone.
-        pid: of the process.
-        pidfd: of the process; readable when it has ended.
-        declined: one byte of shared memory, not zero where the process has declined the trial.
-        deadline: when it is killed, if its client is gone.
+        connection: connection to its client, or None once the client has ended.
+        pid: id of the process.
+        pidfd: file descriptor of the process, which is readable once the process has ended.
+        declined: one byte of shared memory. It is not zero if the process has declined the trial.
+        deadline: time at which the process is killed after its client has ended.
     """
 
     connection: socket.socket | None
@@ -63,15 +67,15 @@ class _Trial:
 
 
 def serve(name: str, descriptors: list[int]) -> None:
-    """Serve until idle or asked to stop.
+    """Serve until no client has come for a while, or until SIGTERM.
 
     Args:
-        name: of the server, as `warm` computed it.
-        descriptors: of the lock, the listening socket and the directory, inherited.
+        name: name of the server, as `preload_client` computed it.
+        descriptors: inherited file descriptors of the lock, the listening socket and the directory.
     """
     for descriptor in [int(number) for number in os.listdir("/proc/self/fd")]:
         if descriptor > 2 and descriptor not in descriptors:
-            with contextlib.suppress(OSError):  # the one that listed them
+            with contextlib.suppress(OSError):  # the descriptor that listed them
                 os.close(descriptor)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
@@ -85,7 +89,7 @@ def serve(name: str, descriptors: list[int]) -> None:
 
 
 def preload() -> dict[str, str]:
-    """Import what a trial imports, for one thread; nothing is computed.
+    """Import what a trial imports, for one thread. Nothing is computed.
 
     Returns:
         The environment variables that the imported modules have set.
@@ -98,7 +102,7 @@ def preload() -> dict[str, str]:
 
 
 class _Server:
-    """The loop around `fork`."""
+    """Accepts clients, forks a process for each trial, and reports how it ended."""
 
     def __init__(self, name: str, imported: dict[str, str], lock: int, listener: int, directory: int) -> None:
         self.name = name
@@ -106,14 +110,14 @@ class _Server:
         self.lock = lock
         self.directory = directory
         self.listener = socket.socket(fileno=listener)
-        self.idle = float(os.environ.get("PPO_HPO_WARM_IDLE", IDLE))
+        self.idle = float(next(filter(None, map(os.environ.get, _IDLE_VARIABLES)), IDLE))
         self.trials: list[_Trial] = []
         self.stopping = False
 
     def loop(self) -> None:
-        """Accept, watch, report; until there is nothing to do any more."""
+        """Accept clients and watch their trials, until there is nothing to do any more."""
         signal.signal(signal.SIGTERM, self._stop)
-        # What was imported will never be garbage, and pages that are not looked at stay shared.
+        # What was imported never becomes garbage, and memory pages that are not looked at stay shared.
         gc.collect()
         gc.freeze()
         busy = time.monotonic()
@@ -128,7 +132,7 @@ class _Server:
                     self._report(trial)
                 elif trial.connection and trial.connection.fileno() in ready:
                     self._abandon(trial)
-            # Last: a new connection may have the number of one that was closed just now.
+            # This comes last, because a new connection may get the number of one that was just closed.
             if self.listener.fileno() in ready:
                 self._accept()
             for trial in self.trials:
@@ -147,10 +151,10 @@ class _Server:
             poll.register(trial.pidfd, select.POLLIN)
             if trial.connection:
                 poll.register(trial.connection, select.POLLIN)
-        return {descriptor for descriptor, _ in poll.poll(_TICK)}
+        return {descriptor for descriptor, _ in poll.poll(_POLL)}
 
     def _close(self) -> None:
-        """Take no more trials, and let the next client start another server."""
+        """Accept no more trials, and let the next client start another server."""
         if self.listener.fileno() < 0:
             return
         self.stopping = True
@@ -165,12 +169,12 @@ class _Server:
             connection, _ = self.listener.accept()
             if len(os.listdir("/proc/self/task")) != 1:
                 raise RuntimeError("this process has several threads: a fork would not be safe")
-            if not preload_client.is_own(connection):
+            if not preload_client.belongs_to_user(connection):
                 raise PermissionError("the client is another user's")
             connection.settimeout(5)
             self._begin(connection)
         except Exception as error:
-            # Whatever a client sends, the others' trials go on.
+            # Whatever a client sends, the trials of other clients continue.
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             if connection:
                 connection.close()
@@ -185,12 +189,12 @@ class _Server:
             while len(data) < length:
                 chunk = connection.recv(length - len(data))
                 if not chunk:
-                    raise EOFError("the client went away")
+                    raise EOFError("the client ended")
                 data += chunk
             job = json.loads(data)
             declined = mmap.mmap(-1, 1)
             server = os.getpid()
-            # A signal that comes while the new process still has this one's handlers would be lost in it.
+            # A signal would be lost if it came while the new process still has the handlers of this one.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
             try:
                 pid = os.fork()
@@ -207,7 +211,7 @@ class _Server:
         try:
             trial = _Trial(connection, pid, os.pidfd_open(pid), declined)
         except OSError:
-            # The client is about to run the trial itself.
+            # The client runs the trial itself.
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
@@ -218,7 +222,7 @@ class _Server:
             self._abandon(trial)
 
     def _report(self, trial: _Trial) -> None:
-        """The trial's process has ended: tell the client."""
+        """Tell the client that the trial's process has ended, and how."""
         _, raw = os.waitpid(trial.pid, 0)
         status = preload_client.DECLINED if trial.declined[0] else os.waitstatus_to_exitcode(raw)
         self.trials.remove(trial)
@@ -230,7 +234,7 @@ class _Server:
             trial.connection.close()
 
     def _abandon(self, trial: _Trial) -> None:
-        """The client is gone, and nobody waits for the trial: it stops at its last epoch."""
+        """Stop a trial whose client has ended. Its last checkpoint stays."""
         if trial.connection:
             trial.connection.close()
             trial.connection = None
@@ -247,15 +251,15 @@ class _Server:
         server: int,
         mask: set[int],
     ) -> NoReturn:
-        """Become what the client would have been."""
-        declined[0] = 1  # until it has become so
+        """Turn the forked process into what the client would have been, and run the trial."""
+        declined[0] = 1  # until that has succeeded
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            # Without the server nobody would see the client end; the client goes on in the ordinary way.
+            # If the server dies, nobody sees the client end. So the trial stops, and the client runs it.
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != server:
                 os._exit(1)
-            self._leave()
+            self._close_inherited()
             for number, descriptor in enumerate(descriptors[:3]):
                 os.dup2(descriptor, number)
             os.fchdir(descriptors[3])
@@ -266,7 +270,7 @@ class _Server:
             sys.argv[:] = job["argv"]
             sys.path[:] = job["path"]
             sys.stdout.reconfigure(line_buffering=sys.stdout.line_buffering or os.isatty(1))  # type: ignore[union-attr]
-            # Where a module draws from numpy's global stream, every process has its own.
+            # If a module draws from numpy's global rng, every process must get numbers of its own.
             import numpy
 
             numpy.random.seed()
@@ -275,8 +279,8 @@ class _Server:
         finally:
             os._exit(1)
 
-    def _leave(self) -> None:
-        """Close what is the server's."""
+    def _close_inherited(self) -> None:
+        """Close what belongs to the server."""
         self.listener.close()
         os.close(self.lock)
         os.close(self.directory)
@@ -293,7 +297,7 @@ def _decline_other_thread_counts(threads: int) -> None:
 
 
 def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> NoReturn:
-    """The command, and what the interpreter does at its end."""
+    """Run the command, and do what the interpreter does at its end."""
     try:
         code = run_command.run_and_exit_code(
             run_command.RunRequest(**arguments), _decline_other_thread_counts

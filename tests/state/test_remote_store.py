@@ -23,7 +23,7 @@ from ppo_hpo.state import remote_store as stores
 from ppo_hpo.state.checkpoint import Checkpoint, Storage, arrays_digest, read, to_bytes
 from ppo_hpo.state.remote_store import Store, StoreError, open_store
 from ppo_hpo.trial import runner
-from ppo_hpo.trial.restore import MirroredStorage
+from ppo_hpo.trial.mirrored_storage import MirroredStorage
 from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
@@ -228,7 +228,7 @@ def test_a_store_that_is_away_is_a_warning_until_the_end(
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 2
     assert warnings[1].startswith("epoch 3 is here, but not in the store yet: The store ")
-    with pytest.raises(StoreError, match=r"What was trained is whole in .*; run the trial again there"):
+    with pytest.raises(StoreError, match=r"What was trained is whole in .*\. Rerun the trial there"):
         storage.finish()
     assert [path.name for path in storage.paths()] == [f"checkpoint-00000{e}.safetensors" for e in (3, 2)]
     place.unlink()

@@ -25,8 +25,10 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import MachineError, UserError
 from ppo_hpo.sweeps.executors import make
-from ppo_hpo.trial import gpu_slots
-from ppo_hpo.trial.gpu_slots import Card, cards, choose, device_name, visible
+from ppo_hpo.trial import gpu_slots, gpus
+from ppo_hpo.trial.gpu_slots import choose
+from ppo_hpo.trial.gpus import Card, cards, device_name, visible
+from ppo_hpo.trial.options import RunOptions
 from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def test_each_gpu_is_named_once() -> None:
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "2", True])
 def test_what_is_no_number_of_trials(limit: Any) -> None:
     with pytest.raises(UserError, match="`trials_per_device` must be a whole number of at least 1, but got"):
-        gpu_slots.check_limit(limit)
+        RunOptions(trials_per_device=limit)
 
 
 # ---------------------------------------------------------------------- what is there
@@ -239,7 +241,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(gpu_slots, "_own", False)
+    monkeypatch.setattr(gpu_slots, "_runs_only_trials", False)
     monkeypatch.setattr(gpu_slots, "_kept", None)
     monkeypatch.setattr(gpu_slots, "_PAUSE", 0.05)
 
@@ -261,15 +263,15 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
 def test_the_driver_is_asked(machine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = machine(EQUAL)
-    assert gpu_slots.read_driver() == EQUAL
+    assert gpus.read_driver() == EQUAL
     machine((), "exit 9")
-    assert gpu_slots.read_driver() == ()
+    assert gpus.read_driver() == ()
     machine(EQUAL, "exec sleep 600")
-    monkeypatch.setattr(gpu_slots, "_PATIENCE", 0.2)
-    assert gpu_slots.read_driver() == ()
+    monkeypatch.setattr(gpus, "_DRIVER_TIMEOUT", 0.2)
+    assert gpus.read_driver() == ()
     (folder / "nvidia-smi").unlink()
     monkeypatch.setenv("PATH", str(folder))
-    assert gpu_slots.read_driver() == ()
+    assert gpus.read_driver() == ()
 
 
 class Log(logging.Logger):
@@ -302,7 +304,7 @@ def test_threads_are_told_numbers(machine: Callable[..., Path]) -> None:
     nested(4)
     # 100, 80, 100/2, 80/2: by hand.
     assert order == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert log.lines[2] == f"takes GPU 0 of 3 ({A}, 100 MiB free); trials of ours there already: 1"
+    assert log.lines[2] == f"takes GPU 0 of 3 ({A}, 100 MiB free); other trials of yours on it: 1"
     # All of it was given back.
     with taking() as device:
         assert device == "cuda:0"
@@ -405,9 +407,7 @@ def test_one_that_has_to_wait(machine: Callable[..., Path], monkeypatch: pytest.
         assert {first.took().split()[1], second.took().split()[1]} == {B, C}
         third = Process("cuda", 1)
         assert third.process.stderr is not None
-        assert (
-            third.process.stderr.readline() == "waits for a GPU: each of 2 has as many trials as it may (1)\n"
-        )
+        assert third.process.stderr.readline() == "waits for a GPU: each of 2 is at the limit of trials (1)\n"
         assert third.process.poll() is None
         first.end()
         assert third.took().startswith("cuda GPU-")

@@ -62,8 +62,8 @@ def test_the_median_of_running_averages(epoch: int, others: list[list[float]], m
 
 
 def test_fewer_than_five_may_be_enough_where_it_is_said() -> None:
-    assert median_to_reach(2, [[1, 3], [5, 5], [6, 8]], least=3) == 5.0
-    assert median_to_reach(2, [], least=0) is None
+    assert median_to_reach(2, [[1, 3], [5, 5], [6, 8]], min_siblings=3) == 5.0
+    assert median_to_reach(2, [], min_siblings=0) is None
 
 
 def a_curve(returns: Sequence[float]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`ppo-hpo run --warm`: real servers, clients and trials, beside the same command without it."""
+"""`ppo-hpo run --preload`: real servers, clients and trials, beside the same command without it."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Place:
 
     def servers(self, *options: str) -> list[int]:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "ppo_hpo", "warm", *options],
+            [sys.executable, "-P", "-m", "ppo_hpo", "preload", *options],
             env=self.environment, capture_output=True, text=True, check=True, timeout=60,
         )  # fmt: skip
         return [int(number) for number in re.findall(r"^process (\d+)", done.stdout, re.MULTILINE)]
@@ -175,7 +175,7 @@ def place(tmp_path: Path, runtime: Path) -> Place:
 def alone(tmp_path: Path) -> Iterator[Place]:
     """A place whose server is nobody else's."""
     (tmp_path / "runtime").mkdir()
-    made = Place(tmp_path / "place", tmp_path / "runtime", PPO_HPO_WARM_IDLE="30")
+    made = Place(tmp_path / "place", tmp_path / "runtime", PPO_HPO_PRELOAD_IDLE="30")
     yield made
     if (tmp_path / "runtime").stat().st_mode & 0o777 == 0o755:
         made.servers("--stop")
@@ -193,7 +193,7 @@ def test_the_results_are_those_of_a_plain_run(place: Place) -> None:
     for env in ("witness:Witness-v0", "Pendulum-v1"):
         chosen = [*options, "--set", f"env.id={env}"]
         plain = place.run(*chosen, directory=f"plain-{env[:3]}")
-        warm = place.run("--warm", *chosen, directory=f"warm-{env[:3]}")
+        warm = place.run("--preload", *chosen, directory=f"warm-{env[:3]}")
         assert (plain.returncode, warm.returncode) == (0, 0), warm.stderr
         assert without_clock(warm.stdout) == without_clock(plain.stdout)
         assert without_clock(warm.stderr) == without_clock(plain.stderr)
@@ -210,7 +210,7 @@ def test_the_results_are_those_of_a_plain_run(place: Place) -> None:
 
 def test_its_process_is_that_of_a_plain_run(place: Place) -> None:
     found = {}
-    for name, options in {"plain": [], "warm": ["--warm"], "again": ["--warm"]}.items():
+    for name, options in {"plain": [], "warm": ["--preload"], "again": ["--preload"]}.items():
         place.environment["ORION_OTHER"] = name
         done = place.run(*options, directory=name)
         assert done.returncode == 0, done.stderr
@@ -270,7 +270,7 @@ from ppo_hpo.cli.main import main
 assert main(sys.argv[1:]) == 0
 print("MODULES", *sorted(sys.modules))
 """
-    command = ["run", "--warm", "--config", "tiny.yaml", "--device", "cpu", "--dir", "trial"]
+    command = ["run", "--preload", "--config", "tiny.yaml", "--device", "cpu", "--dir", "trial"]
     done = subprocess.run(
         [sys.executable, "-c", code, *command], cwd=place.folder, env=place.environment,
         capture_output=True, text=True, check=True, timeout=60,
@@ -286,11 +286,12 @@ print("MODULES", *sorted(sys.modules))
         "ppo_hpo.trial.run_command",
     }
     assert not {"numpy", "yaml", "torch", "gymnasium"} & modules
-    assert "runs without a warm server" not in done.stderr
+    assert "runs without a preloaded process" not in done.stderr
 
 
-def test_the_variable_is_the_option(place: Place) -> None:
-    place.environment["PPO_HPO_WARM"] = "1"
+@pytest.mark.parametrize("name", ["PPO_HPO_PRELOAD", "PPO_HPO_WARM"])
+def test_the_variable_is_the_option(name: str, place: Place) -> None:
+    place.environment[name] = "1"
     assert place.run().returncode == 0
     assert place.seen()["ppid"] in place.servers()
 
@@ -310,7 +311,7 @@ def test_the_variable_is_the_option(place: Place) -> None:
 )
 def test_it_ends_as_a_plain_run_does(options: list[str], code: int, place: Place) -> None:
     plain = place.run(*options, directory="plain")
-    warm = place.run("--warm", *options, directory="warm")
+    warm = place.run("--preload", *options, directory="warm")
     assert (plain.returncode, warm.returncode) == (code, code)
     assert warm.stdout == plain.stdout
     # Tracebacks begin at the command in one and at the server in the other; their ends are equal.
@@ -318,7 +319,7 @@ def test_it_ends_as_a_plain_run_does(options: list[str], code: int, place: Place
     assert warm.stderr.count("Traceback") == plain.stderr.count("Traceback") == (code == 1)
 
 
-@pytest.mark.parametrize("options", [[], ["--warm"]], ids=["plain", "warm"])
+@pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "warm"])
 def test_the_end_of_the_process_loses_nothing(options: list[str], place: Place) -> None:
     # A file that nobody closes, a function to be called at the end, and a thread that takes a moment.
     end = (
@@ -347,7 +348,7 @@ def test_the_end_of_the_process_loses_nothing(options: list[str], place: Place) 
 )
 def test_a_signal_stops_the_trial(signum: signal.Signals, orion_code: str, code: int, place: Place) -> None:
     place.environment["ORION_INTERRUPT_CODE"] = orion_code
-    process = place.start("--warm", *LONG, start_new_session=True)
+    process = place.start("--preload", *LONG, start_new_session=True)
     pid = place.wait_for_epoch(2, process)
     assert pid != process.pid
     # As a terminal does it, and as whoever ends a whole job does it.
@@ -362,14 +363,14 @@ def test_a_signal_stops_the_trial(signum: signal.Signals, orion_code: str, code:
 
 
 def test_no_signal_is_lost_at_any_moment(place: Place) -> None:
-    assert place.run("--warm").returncode == 0
+    assert place.run("--preload").returncode == 0
     server = place.seen()["ppid"]
     codes = set()
     milliseconds = 0
     # Beyond 200 only on a slow machine, until a trial has come so far that it can end by itself.
     while milliseconds < 200 or 143 not in codes:
         assert milliseconds < 20_000, codes
-        process = place.start("--warm", *LONG, directory="signals")
+        process = place.start("--preload", *LONG, directory="signals")
         time.sleep(milliseconds / 1000)
         process.terminate()
         _, err = process.communicate(timeout=30)
@@ -383,12 +384,12 @@ def test_no_signal_is_lost_at_any_moment(place: Place) -> None:
 
 def test_a_trial_that_was_stopped_goes_on_and_ends_as_one_that_was_not(place: Place) -> None:
     options = ["--set", "task.epochs=60", "--set", "task.max_epochs=60"]
-    process = place.start("--warm", *options, directory="stopped")
+    process = place.start("--preload", *options, directory="stopped")
     place.wait_for_epoch(2, process, "stopped")
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 143
-    done = place.run("--warm", *options, directory="stopped")
+    done = place.run("--preload", *options, directory="stopped")
     assert done.returncode == 0, done.stderr
     assert "resumes: epoch" in done.stderr
     assert place.run(*options, directory="through").returncode == 0
@@ -397,7 +398,7 @@ def test_a_trial_that_was_stopped_goes_on_and_ends_as_one_that_was_not(place: Pl
 
 
 def test_without_its_client_a_trial_stops(place: Place) -> None:
-    process = place.start("--warm", *LONG)
+    process = place.start("--preload", *LONG)
     pid = place.wait_for_epoch(2, process)
     server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     process.kill()
@@ -411,33 +412,33 @@ def test_without_its_client_a_trial_stops(place: Place) -> None:
 
 def test_when_the_server_is_killed_the_client_runs_the_trial_itself(alone: Place) -> None:
     options = ["--set", "task.epochs=60", "--set", "task.max_epochs=60"]
-    process = alone.start("--warm", *options)
+    process = alone.start("--preload", *options)
     pid = alone.wait_for_epoch(2, process)
     (server,) = alone.servers()
     os.kill(server, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "runs without a warm server: the server died" in err
+    assert "runs without a preloaded process: the preloaded process died" in err
     assert "resumes: epoch" in err
     assert is_gone(pid)
     rows = [json.loads(line) for line in (alone.folder / "trial" / "timing.jsonl").read_text().splitlines()]
     assert {row["pid"] for row in rows} == {pid, process.pid}
     assert rows[-1]["epoch"] == 60
     # A server that died so is not tried again at once, in case it always does.
-    done = alone.run("--warm", directory="next")
+    done = alone.run("--preload", directory="next")
     assert done.returncode == 0
-    assert "runs without a warm server: the last one died" in done.stderr
+    assert "runs without a preloaded process: the last preloaded process died" in done.stderr
 
 
 # ------------------------------------------------------------- its server
 
 
 def test_many_clients_start_one_server(alone: Place) -> None:
-    together = [alone.start("--warm", directory=f"trial{number}") for number in range(4)]
+    together = [alone.start("--preload", directory=f"trial{number}") for number in range(4)]
     for process in together:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert "runs without a warm server" not in err
+        assert "runs without a preloaded process" not in err
     assert len(alone.servers()) == 1
     assert len(list(alone.runtime.rglob("*.sock"))) == 1
     clients = {process.pid for process in together}
@@ -447,17 +448,17 @@ def test_many_clients_start_one_server(alone: Place) -> None:
 
 
 def test_what_a_process_inherits_chooses_the_server(place: Place) -> None:
-    assert place.run("--warm").returncode == 0
+    assert place.run("--preload").returncode == 0
     before = place.servers()
     place.environment["SOMETHING"] = "else"
     (place.folder / "seen.json").unlink()
-    assert place.run("--warm", directory="other").returncode == 0
+    assert place.run("--preload", directory="other").returncode == 0
     seen = place.seen()
     assert seen["ppid"] in set(place.servers()) - set(before)
     assert seen["environ"]["SOMETHING"] == "else"
 
     (place.folder / "seen.json").unlink()
-    done = place.run("--warm", directory="masked", umask=0o027)
+    done = place.run("--preload", directory="masked", umask=0o027)
     assert done.returncode == 0
     masked = place.seen()
     assert masked["umask"] == 0o027
@@ -466,7 +467,7 @@ def test_what_a_process_inherits_chooses_the_server(place: Place) -> None:
 
 
 def test_two_threads_are_run_by_the_client(place: Place) -> None:
-    process = place.start("--warm", "--set", "task.threads=2")
+    process = place.start("--preload", "--set", "task.threads=2")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     seen = place.seen()
@@ -476,17 +477,17 @@ def test_two_threads_are_run_by_the_client(place: Place) -> None:
 
 def test_a_configuration_that_only_the_client_can_read(place: Place) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "ppo_hpo", "run", "--warm", "--config", "/dev/stdin", "--dir", "trial"],
+        [sys.executable, "-P", "-m", "ppo_hpo", "run", "--preload", "--config", "/dev/stdin", "--dir", "x"],
         input=yamlio.dump(TINY), cwd=place.folder, env=place.environment, capture_output=True, text=True,
         check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "runs without a warm server: --config names a file that only this process has open" in done.stderr
+    assert "runs without a preloaded process: only this process has the file of --config open" in done.stderr
 
 
 def test_an_idle_server_ends_and_leaves_nothing(alone: Place) -> None:
-    alone.environment["PPO_HPO_WARM_IDLE"] = "0.5"
-    assert alone.run("--warm").returncode == 0
+    alone.environment["PPO_HPO_PRELOAD_IDLE"] = "0.5"
+    assert alone.run("--preload").returncode == 0
     server = alone.seen()["ppid"]
     wait_until(lambda: is_gone(server))
     (directory,) = alone.runtime.iterdir()
@@ -495,13 +496,13 @@ def test_an_idle_server_ends_and_leaves_nothing(alone: Place) -> None:
 
 
 def test_a_server_that_is_stopped_waits_for_its_trials(alone: Place) -> None:
-    process = alone.start("--warm", *LONG, "--set", "env.id=CartPole-v1")
+    process = alone.start("--preload", *LONG, "--set", "env.id=CartPole-v1")
     pid = alone.wait_for_epoch(1, process)
     (server,) = alone.servers("--stop")
     wait_until(lambda: not alone.servers())
     assert not is_gone(server)
     # Who comes now has a server of its own.
-    assert alone.run("--warm", directory="next").returncode == 0
+    assert alone.run("--preload", directory="next").returncode == 0
     assert alone.servers() == [alone.seen()["ppid"]] != [server]
     assert not is_gone(pid)
     process.terminate()
@@ -515,11 +516,11 @@ def test_changed_code_is_never_run_stale(alone: Place, tmp_path: Path) -> None:
     for name in ("ppo_hpo", "spaces"):
         shutil.copytree(REPOSITORY / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     alone.environment["PYTHONPATH"] = str(tree)
-    assert alone.run("--warm").returncode == 0
+    assert alone.run("--preload").returncode == 0
     before = alone.servers()
     with (tree / "ppo_hpo" / "trial" / "runner.py").open("a") as file:
         file.write('\nprint("the new code")\n')
-    done = alone.run("--warm", directory="next")
+    done = alone.run("--preload", directory="next")
     assert done.returncode == 0, done.stderr
     assert "the new code" not in done.stdout  # printed by the server, while it imported
     (server,) = set(alone.servers()) - set(before)
@@ -533,10 +534,12 @@ def test_a_directory_that_is_open_to_others_is_refused(mode: int, alone: Place) 
     directory = alone.runtime / f"ppo-hpo-{os.geteuid()}"
     directory.mkdir()
     directory.chmod(mode)
-    process = alone.start("--warm")
+    process = alone.start("--preload")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert err.startswith(f"ppo-hpo: runs without a warm server: {directory} must be your own and closed")
+    assert err.startswith(
+        f"ppo-hpo: runs without a preloaded process: {directory} must be your own and closed"
+    )
     assert alone.seen()["pid"] == process.pid
     assert not list(directory.iterdir())
     directory.chmod(0o700)
@@ -547,7 +550,7 @@ def test_a_directory_of_somebody_else_is_refused(alone: Place) -> None:
     directory = alone.runtime / "ppo-hpo-0"
     directory.mkdir(mode=0o700)
     os.chown(directory, 65534, 65534)
-    done = alone.run("--warm")
+    done = alone.run("--preload")
     assert done.returncode == 0
     assert "must be your own" in done.stderr
     os.chown(directory, 0, 0)
@@ -558,9 +561,9 @@ def test_a_link_in_its_place_is_refused(alone: Place, tmp_path: Path) -> None:
     elsewhere.mkdir(mode=0o700)
     link = alone.runtime / f"ppo-hpo-{os.geteuid()}"
     link.symlink_to(elsewhere)
-    done = alone.run("--warm")
+    done = alone.run("--preload")
     assert done.returncode == 0
-    assert "runs without a warm server" in done.stderr
+    assert "runs without a preloaded process" in done.stderr
     assert not list(elsewhere.iterdir())
     link.unlink()
 
@@ -584,12 +587,12 @@ def test_a_hunt(tmp_path: Path, runtime: Path) -> None:
     trials = tmp_path / "trials"
     done = subprocess.run(
         [BIN / "orion", "hunt", "-n", "warm", "-c", "orion.yaml", "--working-dir", trials,
-         "ppo-hpo", "run", "--warm", "--config", "space.yaml", "--device", "cpu"],
+         "ppo-hpo", "run", "--preload", "--config", "space.yaml", "--device", "cpu"],
         cwd=place.folder, env=place.environment, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Search finished successfully" in done.stdout
-    assert "runs without a warm server" not in done.stdout + done.stderr
+    assert "runs without a preloaded process" not in done.stdout + done.stderr
     assert place.seen()["ppid"] in place.servers()
     completed = list(trials.glob("*/results.json"))
     assert 6 <= len(completed) <= 7

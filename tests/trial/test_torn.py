@@ -121,7 +121,7 @@ def test_by_hand_a_trial_of_which_all_is_torn_says_what_to_do(
     for name in FILES[:2]:
         path = tmp_path / "torn" / name
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(TornCheckpoint, match=r"None before it is whole: remove them to begin again\.$"):
+    with pytest.raises(TornCheckpoint, match=r"No earlier one is whole\. Remove them to start again\.$"):
         go_on(tmp_path / "torn", 3)
 
 

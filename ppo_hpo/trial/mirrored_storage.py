@@ -1,0 +1,188 @@
+"""Checkpoints in a trial's directory, with the same ones in a store that other machines reach."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppo_hpo.spec.errors import CheckpointError, UserError
+from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes
+from ppo_hpo.state.files import read_bytes
+from ppo_hpo.state.remote_store import Store, StoreError
+
+#: Folders of a store: checkpoints by trial, and trials by identity.
+TRIALS, IDENTITIES = "trials", "identities"
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
+
+
+def is_key(key: str) -> bool:
+    """Whether a trial's id can be a name in a store."""
+    return _KEY.fullmatch(key) is not None
+
+
+def part_key(key: str, part: str) -> str:
+    """The name in the store of one seed of the trial ``key``. If ``part`` is empty, it is the trial's."""
+    return f"{key}-{part}" if part else key
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Which checkpoints may be used; see `Storage.load`.
+
+    Attributes:
+        check: raises `CheckpointError` for a checkpoint that does not belong to the trial.
+        on_refused: called with the reason for each checkpoint that is skipped.
+        max_bytes: size in bytes above which a checkpoint is refused unread.
+    """
+
+    check: Callable[[Checkpoint], None]
+    on_refused: Callable[[CheckpointError], None]
+    max_bytes: int
+
+
+class MirroredStorage(Storage):
+    """Checkpoints in a directory, and the same ones in a store.
+
+    A checkpoint that cannot be put into the store is only a warning, because the directory has it. The next
+    epoch tries again, and `finish` tries for the last time.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        store: Store | None,
+        key: str,
+        write: Callable[[Path, bytes], None] | None = None,
+        log: logging.Logger | None = None,
+    ) -> None:
+        """Checkpoints in ``directory`` and, unless it is None, in ``store`` under ``key``.
+
+        Raises:
+            UserError: ``key`` cannot be a name in a store.
+        """
+        super().__init__(directory, write)
+        if not is_key(key):
+            raise UserError(f"A trial's id must be letters, digits, _ and -, but got {key!r}.")
+        self.store, self.key = store, key
+        self._log = log or logging.getLogger("ppo_hpo")
+        # Whether the newest checkpoint is not in the store yet.
+        self._behind = False
+
+    def put(self, epoch: int, content: bytes) -> Path:
+        """Write a serialised checkpoint whole, or not at all, into the directory and then into the store."""
+        path = super().put(epoch, content)
+        try:
+            # While the store cannot be reached, each epoch tries once and does not wait.
+            self._upload(path, content, **({"tries": 1} if self._behind else {}))
+            self._behind = False
+        except StoreError as error:
+            self._behind = True
+            self._log.warning("epoch %d is here, but not in the store yet: %s", epoch, error)
+        return path
+
+    def load(
+        self,
+        check: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        on_refused: Callable[[CheckpointError], None] = lambda error: None,
+        max_bytes: int = MAX_BYTES,
+    ) -> Checkpoint | None:
+        """The newest whole checkpoint of the directory and the store. For the arguments see `Storage.load`.
+
+        A checkpoint from the store is written into the directory. One that only the directory has is put into
+        the store.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used.
+            StoreError: the store cannot be read, so it is unknown whether it has a newer one.
+        """
+        found: Checkpoint | None = None
+        failure: CheckpointError | None = None
+        try:
+            found = super().load(check, on_refused, max_bytes)
+        except CheckpointError as error:
+            failure = error
+        if self.store is not None:
+            accept = Acceptance(check, on_refused, max_bytes)
+            try:
+                newer = self._newest_in_store(self.key, accept, above=found.epoch if found else -1)
+            except CheckpointError as error:
+                newer = None
+                if found is not None:
+                    on_refused(error)
+                failure = failure or error
+            if newer is not None:
+                checkpoint, content = newer
+                super().put(checkpoint.epoch, content)
+                self._log.info("found epoch %d in %s", checkpoint.epoch, self.store.path(TRIALS, self.key))
+                return checkpoint
+            if found and self.path_of(found.epoch).name not in self.store.names(TRIALS, self.key):
+                self.put(found.epoch, read_bytes(self.path_of(found.epoch), max_bytes))
+        if found is None and failure:
+            raise failure
+        return found
+
+    def finish(self) -> None:
+        """Put the newest checkpoint into the store if it is not there yet.
+
+        Raises:
+            StoreError: the store cannot be written. The directory is whole.
+        """
+        if self._behind and (paths := self.paths()):
+            try:
+                self._upload(paths[0], read_bytes(paths[0], MAX_BYTES))
+            except StoreError as error:
+                raise StoreError(
+                    f"{error} What was trained is whole in {self.directory}. Rerun the trial there to put it "
+                    f"into the store."
+                ) from None
+            self._behind = False
+
+    def _upload(self, path: Path, content: bytes, **options: int) -> None:
+        if self.store is None:
+            return
+        self.store.put(TRIALS, self.key, path.name, content=content, **options)
+        older = [name for name in self._names(self.key) if name < path.name]
+        for name in older[1:]:
+            self.store.remove(TRIALS, self.key, name)
+
+    def _names(self, key: str) -> list[str]:
+        """Names of a trial's checkpoints in the store, newest first."""
+        assert self.store is not None
+        return [n for n in reversed(self.store.names(TRIALS, key)) if epoch_of(n) is not None]
+
+    def _newest_in_store(
+        self, key: str, accept: Acceptance, *, above: int = -1, up_to: int | None = None
+    ) -> tuple[Checkpoint, bytes] | None:
+        """The newest whole checkpoint of a trial in the store, and its bytes.
+
+        Args:
+            key: the trial's name in the store.
+            accept: which checkpoints may be used.
+            above: the checkpoint's epoch must be above this one.
+            up_to: it must be at most this one, unless it is None.
+
+        Raises:
+            CheckpointError: there are some, but none can be used.
+        """
+        assert self.store is not None
+        refused: list[CheckpointError] = []
+        for name in self._names(key):
+            epoch = epoch_of(name)
+            if epoch is None or epoch <= above or (up_to is not None and epoch > up_to):
+                continue
+            try:
+                content = self.store.get(TRIALS, key, name, max_bytes=accept.max_bytes)
+                checkpoint = from_bytes(content, self.store.path(TRIALS, key, name), epoch)
+                accept.check(checkpoint)
+            except CheckpointError as error:
+                refused.append(error)
+                continue
+            for reason in refused:
+                accept.on_refused(reason)
+            return checkpoint, content
+        if refused:
+            raise refused[0]
+        return None
