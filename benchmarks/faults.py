@@ -252,8 +252,8 @@ class Sweep:
         if self.retrying is not None:
             self.retrying.wait()
         text = self.retried.read_text() if self.retried.exists() else ""
-        self.counts["broken put back"] += len(re.findall(r"  broken .*put back$", text, re.M))
-        self.counts["results told again"] += text.count("had not been told its result: told")
+        self.counts["broken put back"] += len(re.findall(r"  broken .*requeued$", text, re.M))
+        self.counts["results told again"] += text.count("the algorithm did not know its result: repaired")
 
     def put_back(self, client: Any, trial: Any) -> None:
         from orion.storage.base import FailedUpdate

@@ -1,17 +1,20 @@
-"""Put failed and stuck trials of an experiment back, so that the next worker goes on with them.
+"""Requeue broken and stuck trials of an experiment, so that the next worker resumes them.
 
-A trial is put back by giving it the status `interrupted`: it keeps its id and its directory, and with
-that its checkpoint. A broken trial waits for nothing else. A reserved one may have a worker that lives, so
-that two things are looked at:
+A trial is requeued by giving it the status `interrupted`. It keeps its id and its directory, and so its
+checkpoint. A broken trial can always be requeued. A reserved trial may still have a worker, so two things are
+checked first:
 
-- the trial's own lock, which tells on any machine whether a process trains it (`lock.active_writer`);
-- Orion's heartbeat, which a worker renews each minute: younger than two, its worker lives, and would fail
-  when it finds its trial taken. Only who names the trial takes it all the same.
+- the trial's own lock, which shows on any machine whether a process trains the trial (`lock.active_writer`);
+- Orion's heartbeat, which a worker renews each minute. If it is younger than two minutes, the worker is
+  probably alive, and would fail when it finds its trial taken. A trial that the user names is requeued
+  anyway.
 
-A worker that is killed while it holds the lock of the experiment's algorithm leaves it locked, and all
-others wait. Nothing says who holds it, only since when. They wait for a minute at a time, so that one who has
-held it for `PATIENCE` is gone, or as good as gone. One that is killed after it stored a result and before it
-told the algorithm leaves ASHA and Hyperband waiting for it for ever: results that were not told are told.
+A worker that is killed while it holds the lock of the experiment's algorithm leaves it locked, and all other
+workers wait. Nothing records who holds the lock, only since when. Workers wait for it for one minute at a
+time, so a worker that has held it for `PATIENCE` is gone, or as good as gone.
+
+A worker that is killed after it stored a result, and before it told the algorithm, leaves ASHA and Hyperband
+waiting for this result for ever. So the algorithm is told all results that it does not know.
 """
 
 from __future__ import annotations
@@ -24,49 +27,62 @@ from typing import Any
 from ppo_hpo.orion.experiment import open_experiment
 from ppo_hpo.spec.errors import UserError
 
-#: Statuses that a trial can be stuck in.
+#: Statuses of trials that can be requeued.
 STUCK = ("broken", "reserved")
-#: Seconds, two of Orion's heartbeats, and twice what Orion's workers wait for the algorithm's lock.
+#: Seconds without a sign of life after which a worker counts as gone. These are two of Orion's heartbeats,
+#: and twice the time that Orion's workers wait for the algorithm's lock.
 PATIENCE = 120.0
-_MOMENT = 10.0
-# Characters of the reason why a trial was broken; the rest is in its directory.
-_SHOWN = 200
+# Seconds to wait for the algorithm's lock.
+_LOCK_SECONDS = 10.0
+# Characters of the error of a broken trial that are printed. The trial's directory has all of it.
+_ERROR_CHARACTERS = 200
 
 
 def retry(
     name: str, config: str | None = None, *, trial: str | None = None, status: str | None = None
 ) -> str:
-    """Put trials back, release a lock that nobody holds any more, and say what was done.
+    """Requeue trials, and repair what a killed worker left behind.
 
     Args:
-        name: the experiment's name.
-        config: Orion's configuration file of the hunt, for its storage.
-        trial: only this one, by its id or the beginning of it; even if its worker was seen lately.
-        status: only those of this status, ``broken`` or ``reserved``.
+        name: name of the experiment, or path of a sweep's directory.
+        config: Orion's configuration file, which says where the database is.
+        trial: id of the only trial to requeue, or the beginning of it. It is requeued even if its worker was
+            seen less than two minutes ago.
+        status: requeue only trials of this status, ``broken`` or ``reserved``.
+
+    Returns:
+        What was done, for the user.
 
     Raises:
-        UserError: there is no such experiment or trial, or the one that was named is not stuck, or is being
-            trained.
+        UserError: there is no such experiment or trial, or the named trial is not stuck, or a process trains
+            it.
     """
     client = open_experiment(name, config, mode="w")
-    found = _chosen(client.fetch_trials(), name, trial, status)
-    lines = [_put_back(client, one, named=trial is not None) for one in found]
-    done = sum(line.endswith("put back") for line in lines)
-    lines += _mend_algorithm(client)
-    what = f"{status} " if status else "broken or reserved "
-    lines.append(f"{done} of {len(found)} {what}trial{'' if len(found) == 1 else 's'} put back")
-    if done:
-        lines.append("the next worker goes on with them: give the same orion hunt command again")
+    chosen = _choose(client.fetch_trials(), name, trial, status)
+    lines = [_requeue(client, one, named=trial is not None) for one in chosen]
+    count = sum(line.endswith("requeued") for line in lines)
+    lines += _repair_algorithm(client)
+    what = status or "broken or reserved"
+    lines.append(f"{count} of {len(chosen)} {what} trial{'' if len(chosen) == 1 else 's'} requeued")
+    if count:
+        lines.append("Rerun the sweep or the hunt: the next worker resumes them.")
     return "\n".join(lines)
 
 
-def mend(client: Any) -> list[str]:
-    """Put back what a killed worker left reserved, as `retry` does, and say what was done."""
-    stuck = client.fetch_trials_by_status("reserved")
-    return [_put_back(client, one, named=False) for one in stuck] + _mend_algorithm(client)
+def repair(client: Any) -> list[str]:
+    """Requeue reserved trials that a killed worker left, and repair the algorithm, as `retry` does.
+
+    Args:
+        client: Orion's client of the experiment.
+
+    Returns:
+        What was done, one line each.
+    """
+    reserved = client.fetch_trials_by_status("reserved")
+    return [_requeue(client, trial, named=False) for trial in reserved] + _repair_algorithm(client)
 
 
-def _chosen(trials: Sequence[Any], name: str, trial: str | None, status: str | None) -> list[Any]:
+def _choose(trials: Sequence[Any], name: str, trial: str | None, status: str | None) -> list[Any]:
     wanted = [t for t in trials if t.status in ((status,) if status else STUCK)]
     if trial is None:
         return wanted
@@ -74,19 +90,19 @@ def _chosen(trials: Sequence[Any], name: str, trial: str | None, status: str | N
     if len(matches) != 1:
         many = f"{len(matches)} trials" if matches else "no trial"
         raise UserError(
-            f"Experiment {name!r} has {many} whose id begins with {trial!r}. What a trial prints begins with "
-            f"its id, and `orion status -n {name} --all` lists all of them."
+            f"Experiment {name!r} has {many} whose id begins with {trial!r}. Each line that a trial prints "
+            f"begins with its id, and `orion status -n {name} --all` lists all ids."
         )
     if matches[0] not in wanted:
         raise UserError(
-            f"Trial {matches[0].id} is {matches[0].status}; only what is {status or ' or '.join(STUCK)} is "
-            f"put back."
+            f"Trial {matches[0].id} is {matches[0].status}, but only {status or ' or '.join(STUCK)} trials "
+            f"can be requeued."
         )
     return matches
 
 
-def _put_back(client: Any, trial: Any, *, named: bool) -> str:
-    """Put one trial back, or not; say so, and why."""
+def _requeue(client: Any, trial: Any, *, named: bool) -> str:
+    """Requeue one trial, unless it has a worker; the line that says so, and why."""
     from orion.storage.base import FailedUpdate
 
     from ppo_hpo.state import lock
@@ -94,63 +110,79 @@ def _put_back(client: Any, trial: Any, *, named: bool) -> str:
 
     was, line = trial.status, f"{trial.id}  {trial.status:8}  "
     directory = Path(trial.working_dir)
-    if holder := lock.active_writer(directory):
-        text = f"is being trained by {holder}"
+    if writer := lock.active_writer(directory):
         if named:
-            raise UserError(f"Trial {trial.id} {text}. End that first, or wait for it.")
-        return f"{line}{text}: left alone"
+            raise UserError(
+                f"Trial {trial.id} is being trained by {writer}. Stop that first, or wait for it."
+            )
+        return f"{line}skipped: it is being trained by {writer}"
     if was == "reserved" and not named and (seconds := seconds_since(trial.heartbeat)) < PATIENCE:
         return (
-            f"{line}has a worker, seen {max(seconds, 0):.0f} s ago: left alone; if that one is gone, try "
-            f"again in {PATIENCE - seconds:.0f} s, or take it with --trial {trial.id[:8]}"
+            f"{line}skipped: its worker was seen {max(seconds, 0):.0f} s ago; if that worker is gone, try "
+            f"again in {PATIENCE - seconds:.0f} s, or use --trial {trial.id[:8]}"
         )
     try:
         client.storage.set_trial_status(trial, "interrupted", was=was)
     except FailedUpdate:
-        return f"{line}was changed by somebody else just now: left alone"
+        return f"{line}skipped: its status has just changed"
     record = failure.read_record(directory)
-    why = f"{record.error[:_SHOWN]} ({record.at})  " if record and record.error and was == "broken" else ""
-    return f"{line}{why}put back"
+    if record and record.error and was == "broken":
+        line += f"{record.error[:_ERROR_CHARACTERS]} ({record.at})  "
+    return f"{line}requeued"
 
 
 def seconds_since(moment: datetime.datetime | None) -> float:
-    """Seconds since a moment, by this machine's clock; Orion keeps UTC without saying so."""
-    if moment is None:
-        return float("inf")
-    now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-    return (now - moment).total_seconds()
+    """Seconds since a moment, by this machine's clock; infinity for None.
+
+    Args:
+        moment: a time in UTC without a time zone, as Orion stores it.
+    """
+    return float("inf") if moment is None else (_now() - moment).total_seconds()
 
 
-def _mend_algorithm(client: Any) -> list[str]:
-    """Release the algorithm's lock where its holder is gone, and tell it what nobody did; say what was."""
-    # Orion's own calls neither tell since when it is held nor release it only if that is so still.
-    database = client.storage._db
-    query, lines = {"experiment": client.id, "locked": 1}, []
-    text = ""
-    if held := database.read("algo", query):
-        since = held[0]["heartbeat"]
-        seconds = seconds_since(since)
-        text = f"the algorithm's lock is held since {since:%Y-%m-%d %H:%M:%S} UTC"
-        if seconds >= PATIENCE:
-            now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-            data = {"locked": 0, "heartbeat": now}
-            if database.read_and_write("algo", query={**query, "heartbeat": since}, data=data) is None:
-                return [f"{text}, and was taken or released just now: left alone"]
-            lines.append(f"{text}, longer than anybody needs it: released")
-        else:
-            text += (
-                f", {max(seconds, 0):.0f} s: left alone; if that stays so, try again in "
-                f"{PATIENCE - seconds:.0f} s"
-            )
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+
+
+def _repair_algorithm(client: Any) -> list[str]:
+    """Release the algorithm's lock if its holder is gone, and tell the algorithm what it does not know."""
     from orion.storage.base import LockAcquisitionTimeout
 
+    lines, held = _release_lock(client)
     try:
-        # Workers that live pass it on in a moment.
-        with client._experiment.acquire_algorithm_lock(timeout=_MOMENT) as algorithm:
+        # Workers that are alive hold the lock for a moment only.
+        with client._experiment.acquire_algorithm_lock(timeout=_LOCK_SECONDS) as algorithm:
             for trial in client.fetch_trials_by_status("completed"):
                 if not algorithm.has_observed(trial):
                     algorithm.observe([trial])
-                    lines.append(f"{trial.id}  completed  the algorithm had not been told its result: told")
+                    lines.append(f"{trial.id}  completed  the algorithm did not know its result: repaired")
     except LockAcquisitionTimeout:
-        lines.append(text or "the algorithm's lock is taken: give this command again if nothing goes on")
+        lines.append(held or "The algorithm is locked. Run this command again if the hunt does not continue.")
     return lines
+
+
+def _release_lock(client: Any) -> tuple[list[str], str]:
+    """Release the algorithm's lock if it was held for too long.
+
+    Orion's own calls cannot do this: they neither say since when the lock is held, nor release it only if
+    its holder is still the same.
+
+    Returns:
+        What was done, and what to say if the lock cannot be acquired now.
+    """
+    database, query = client.storage._db, {"experiment": client.id, "locked": 1}
+    found = database.read("algo", query)
+    if not found:
+        return [], ""
+    since = found[0]["heartbeat"]
+    seconds = seconds_since(since)
+    held = f"The algorithm has been locked since {since:%Y-%m-%d %H:%M:%S} UTC"
+    if seconds < PATIENCE:
+        return [], (
+            f"{held}, for {max(seconds, 0):.0f} s: skipped; if it stays locked, try again in "
+            f"{PATIENCE - seconds:.0f} s"
+        )
+    data = {"locked": 0, "heartbeat": _now()}
+    if database.read_and_write("algo", query={**query, "heartbeat": since}, data=data) is None:
+        return [f"{held}: skipped, because another process has just taken or released it"], ""
+    return [f"{held}, longer than any worker needs it: released"], ""

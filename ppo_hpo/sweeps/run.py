@@ -253,7 +253,7 @@ def _run(
     from ppo_hpo.sweeps.executors import Watched, make
     from ppo_hpo.sweeps.progress import Progress, default_stream
 
-    retry.mend(client)
+    retry.repair(client)
     if client.is_done:
         return
     threads = function.space.fixed.get("task", {}).get("threads", 1)
@@ -333,7 +333,7 @@ def _let_go(client: ExperimentClient) -> None:
 def _refuse_to_wait_in_vain(client: ExperimentClient, place: Path) -> None:
     from ppo_hpo.inspect import retry
 
-    retry.mend(client)
+    retry.repair(client)
     if any(client.fetch_trials_by_status(status) for status in ("reserved", "interrupted", "new")):
         return  # somebody else's, and the algorithm waits for it; or put back just now
     broken = len(client.fetch_trials_by_status("broken"))

@@ -253,7 +253,7 @@ class Client:
 def test_orion_cannot_promote_without_the_parents_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When Orion itself can, `ppo_hpo.orion.promote` is not needed any more."""
+    """When Orion itself can, this patch of `ppo_hpo.orion.fixes` is not needed any more."""
     from orion.client.runner import prepare_trial_working_dir
     from orion.core.utils import backward
     from orion.core.worker.trial import Trial
@@ -333,7 +333,7 @@ def test_a_sweep_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
     assert 0 < reached < record.params["/task/epochs"]
     # Host B takes it over, and goes on with the sweep.
     said = finish(lab.start("b", "ppo-hpo", "retry", "two", "-c", "orion.yaml", "--trial", lost[:8]))
-    assert f"{lost}  reserved  put back" in said
+    assert f"{lost}  reserved  requeued" in said
     finish(lab.hunt("b", 6))
     # And A, back again, with what B did.
     finish(lab.hunt("a", 8))

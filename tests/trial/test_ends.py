@@ -363,7 +363,7 @@ def test_a_killed_trial_is_broken_until_it_is_put_back(faulty: Faulty) -> None:
     before, after = faulty.before["kill:1"], faulty.after["kill:1"]
     assert before.status == "broken"
     assert faulty.put_back.returncode == 0
-    assert f"{before.id}  broken    put back\n1 of 1 " in faulty.put_back.stdout
+    assert f"{before.id}  broken    requeued\n1 of 1 " in faulty.put_back.stdout
     assert faulty.second.began == [1]
     assert (after.id, after.status) == (before.id, "completed")
     assert curve(after) == curve(faulty.before[""])
@@ -725,24 +725,27 @@ def test_what_is_being_trained_is_not_put_back(tmp_path: Path) -> None:
         os.kill(orphan, signal.SIGKILL)
     going.end()
     assert alone.returncode == 0
-    assert f"{trial.id}  reserved  is being trained by writer 1, process {orphan} on " in alone.stdout
-    assert "0 of 1 broken or reserved trial put back" in alone.stdout
+    assert (
+        f"{trial.id}  reserved  skipped: it is being trained by writer 1, process {orphan} on "
+        in alone.stdout
+    )
+    assert "0 of 1 broken or reserved trial requeued" in alone.stdout
     assert named.returncode == 2
     assert named.stderr.splitlines()[-1].startswith(f"ppo-hpo: error: Trial {trial.id} is being trained by ")
     seen = hunt.retry()
-    assert "has a worker, seen " in seen.stdout
-    assert "0 of 1 broken or reserved trial put back" in seen.stdout
+    assert "its worker was seen " in seen.stdout
+    assert "0 of 1 broken or reserved trial requeued" in seen.stdout
     # Its heart stood still for two minutes.
     hunt.set("trials", {"heartbeat": utcnow() - datetime.timedelta(seconds=121)})
     put_back = hunt.retry("--status", "reserved")
-    assert f"{trial.id}  reserved  put back" in put_back.stdout
+    assert f"{trial.id}  reserved  requeued" in put_back.stdout
     after = hunt.run()
     assert (after.code, after.status, after.trial.id) == (0, "completed", trial.id)
     assert after.began[0] in (1, 2)
     for arguments, part in (
         (
             ["--trial", trial.id],
-            f"Trial {trial.id} is completed; only what is broken or reserved is put back",
+            f"Trial {trial.id} is completed, but only broken or reserved trials can be requeued",
         ),
         (["--trial", "zzz"], "no trial whose id begins with 'zzz'"),
     ):
@@ -763,15 +766,15 @@ def test_what_a_killed_worker_left_for_the_algorithm_is_mended(tmp_path: Path) -
     since = utcnow().replace(microsecond=0)
     hunt.set("algo", {"locked": 1, "heartbeat": since, "state": None})
     young = hunt.retry()
-    assert "the algorithm's lock is held since " in young.stdout
-    assert "left alone; if that stays so, try again in " in young.stdout
+    assert "The algorithm has been locked since " in young.stdout
+    assert "skipped; if it stays locked, try again in " in young.stdout
     assert hunt.get("algo")["locked"] == 1
     hunt.set("algo", {"heartbeat": since - datetime.timedelta(seconds=121)})
     old = hunt.retry()
-    assert "longer than anybody needs it: released" in old.stdout
-    assert old.stdout.count("the algorithm had not been told its result: told") == len(hunt.trials())
+    assert "longer than any worker needs it: released" in old.stdout
+    assert old.stdout.count("the algorithm did not know its result: repaired") == len(hunt.trials())
     assert hunt.get("algo")["locked"] == 0
-    assert "told" not in hunt.retry().stdout
+    assert "repaired" not in hunt.retry().stdout
 
 
 # ------------------------------------------------------------- signals and clocks
