@@ -31,7 +31,8 @@ import numpy as np
 from ppo_hpo import TrialConfig, UserError
 from ppo_hpo.spec.space import fill, get_space, read_space
 from ppo_hpo.spec.stats import claimed_and_kept
-from ppo_hpo.sweeps.batch import Job, Progress, Result, run_all
+from ppo_hpo.sweeps.batch import Job, Result, run_all
+from ppo_hpo.sweeps.progress import BatchProgress
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -118,23 +119,25 @@ def main() -> int:
     return 0
 
 
+class RemovesCheckpoints(BatchProgress):
+    """Nobody resumes a run that is done, and two checkpoints of each of 640 runs are 300 MB."""
+
+    def ended(self, job: Job, result: Result) -> None:
+        super().ended(job, result)
+        for path in job.directory.glob("checkpoint-*.safetensors"):
+            path.unlink()
+
+
 def run_env(env: str, arguments: argparse.Namespace) -> Any:
     """The scores of one environment, ``[C, S]``."""
     jobs = jobs_of(
         env, arguments.configurations, arguments.seeds, arguments.epochs or EPOCHS[env], arguments.dir
     )
-    show = Progress(sys.stderr, jobs)
-
-    def ended(job: Job, result: Result, number: int, of: int) -> None:
-        show.ended(job, result, number, of)
-        # Nobody goes on from a run that is done, and two checkpoints of each of 640 are 300 MB.
-        for path in job.directory.glob("checkpoint-*.safetensors"):
-            path.unlink()
-
+    progress = RemovesCheckpoints(sys.stderr, jobs)
     try:
-        results = run_all(jobs, workers=arguments.workers, device="cpu", on_end=ended, on_look=show.look)
+        results = run_all(jobs, n_workers=arguments.workers, device="cpu", progress=progress)
     finally:
-        show.close()
+        progress.close()
     return np.array([result.score for result in results]).reshape(-1, arguments.seeds)
 
 

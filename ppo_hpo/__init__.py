@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ppo_hpo.spec.config import TrialConfig
     from ppo_hpo.spec.errors import BadResume, CheckpointError, UserError
     from ppo_hpo.spec.space import get_space, list_spaces
-    from ppo_hpo.sweeps.run import SweepInterrupted, SweepResult, sweep
+    from ppo_hpo.sweeps.result import SweepResult
+    from ppo_hpo.sweeps.run import SweepInterrupted, sweep
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,7 @@ _HOMES = {
     "Policy": "ppo.policy",
     "RolloutLoader": "ppo.components",
     "SweepInterrupted": "sweeps.run",
-    "SweepResult": "sweeps.run",
+    "SweepResult": "sweeps.result",
     "TrialConfig": "spec.config",
     "UserError": "spec.errors",
     "export_policy": "ppo.policy",

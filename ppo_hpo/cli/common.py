@@ -80,7 +80,8 @@ def also(parser: argparse._ActionsContainer, action: argparse.Action, *names: st
 
 def add_experiment(parser: Parser) -> None:
     """Add the experiment's name, and the file that says where its database is."""
-    parser.add_argument("name", metavar="NAME", type=experiment_name, help="name of the experiment")
+    parser.add_argument("name", metavar="NAME", type=experiment_name,
+                        help="name of the experiment, or directory of a sweep")  # fmt: skip
     add_orion_config(
         parser, "Without it, ppo-hpo tries NAME/orion.yaml (which `ppo-hpo sweep` writes), then "
         "ORION_DB_TYPE and ORION_DB_ADDRESS, then Orion's default."

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ppo_hpo.cli import common
+from ppo_hpo.spec.errors import UserError
 from ppo_hpo.trial import process
 
 if TYPE_CHECKING:
@@ -83,23 +84,29 @@ def _add_best(commands: Commands) -> None:
 
 def _best(arguments: argparse.Namespace) -> int:
     common.find_modules_here()
+    from ppo_hpo.sweeps.best import Retraining, best
+
+    retraining = None
     if arguments.test_seeds:
         process.raise_on_signals()
-    from ppo_hpo.sweeps.best import best
-
+        retraining = Retraining(
+            seeds=arguments.test_seeds,
+            against=arguments.against,
+            n_workers=arguments.workers,
+            device=arguments.device,
+            directory=arguments.test_dir,
+            html=arguments.html,
+            progress=sys.stderr,
+        )
+    elif arguments.html is not None:
+        raise UserError("`--html` draws test scores. Add --test-seeds N.")
     text = best(
         arguments.name,
         arguments.orion_config,
         top=arguments.top,
-        test_seeds=arguments.test_seeds,
-        workers=arguments.workers or 2,
-        device=arguments.device,
-        directory=arguments.test_dir,
-        against=arguments.against,
+        retraining=retraining,
         export=arguments.export,
         policy=arguments.policy,
-        html=arguments.html,
-        progress=sys.stderr,
     )
     print(text)
     return 0

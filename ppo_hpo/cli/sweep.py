@@ -117,7 +117,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
             epochs=arguments.epochs,
             overrides=overrides,
             directory=arguments.dir,
-            store=arguments.checkpoint_store,
+            checkpoint_store=arguments.checkpoint_store,
             stop_poor=arguments.stop_poor,
             progress=not arguments.quiet,
         )

@@ -142,7 +142,7 @@ class Workers(BaseExecutor):  # type: ignore[misc]
     def __init__(self, n_workers: int = -1, retries: int = 0, **config: Any) -> None:
         if config:
             raise TypeError(f"`workers` takes n_workers and retries, but got {', '.join(config)}")
-        super().__init__(n_workers if n_workers > 0 else _cores())
+        super().__init__(n_workers if n_workers > 0 else usable_cores())
         self.retries = retries
         self._workers: list[_Worker] = []
         self._queue: collections.deque[_Task] = collections.deque()
@@ -273,7 +273,8 @@ class Workers(BaseExecutor):  # type: ignore[misc]
         self.close()
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """How many CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -13,15 +13,18 @@ from ppo_hpo.spec.space import Space, read_space
 if TYPE_CHECKING:
     from orion.client import ExperimentClient
 
-# These begin trials at the lowest fidelity.
+# These algorithms start trials at the lowest fidelity.
 _MULTI_FIDELITY = ("asha", "hyperband", "evolutiones", "pbt", "pb2")
 
 
 def configurations_of(warm_start: Any) -> list[TrialConfig]:
-    """What `sweep` was given to try first: a preset, a nested mapping, or several of them.
+    """Read what `sweep` was given to try first.
+
+    Args:
+        warm_start: a preset's name or file, a nested mapping, or a list of these.
 
     Raises:
-        UserError: one is a space, or no legal configuration.
+        UserError: one is a search space, or not a legal configuration.
     """
     if isinstance(warm_start, str | Mapping):
         warm_start = [warm_start]
@@ -31,7 +34,7 @@ def configurations_of(warm_start: Any) -> list[TrialConfig]:
             space = read_space(one)
             if any(space.priors.values()):
                 raise UserError(
-                    f"`warm_start` takes presets and configurations, but {one!r} has priors: it is a space."
+                    f"A warm start takes presets and configurations, but {one!r} is a search space."
                 )
             one = space.fixed
         found.append(TrialConfig.from_mapping(one))
@@ -39,7 +42,11 @@ def configurations_of(warm_start: Any) -> list[TrialConfig]:
 
 
 def insert(client: ExperimentClient, space: Space, configurations: Sequence[TrialConfig]) -> None:
-    """Register trials of given hyperparameters; workers take them first."""
+    """Register trials of these configurations, which workers take first.
+
+    Raises:
+        UserError: a configuration is outside of the space.
+    """
     from orion.core.io.database import DuplicateKeyError
     from orion.core.utils.format_trials import dict_to_trial
 
@@ -57,14 +64,14 @@ def insert(client: ExperimentClient, space: Space, configurations: Sequence[Tria
                 outside.append(f"{group}.{key} = {value!r} is not in {dimension.get_prior_string()}")
             params[dimension_name] = value
         if outside:
-            raise UserError(f"`warm_start` must lie in the space, but {'; '.join(outside)}.")
+            raise UserError(f"A warm start must be inside the space, but {'; '.join(outside)}.")
         trial = dict_to_trial(params, client.space)
         with contextlib.suppress(DuplicateKeyError):
             client._experiment.register_trial(trial, status="new")
 
 
 def _value(config: TrialConfig, group: str, key: str, dimension: Any) -> Any:
-    """A value in the spelling and the form of a dimension."""
+    """The value of a hyperparameter as the dimension spells it."""
     values = config.to_mapping()[group]
     if key == "one_minus_gamma":
         value: Any = 1 - values["gamma"]
@@ -75,7 +82,7 @@ def _value(config: TrialConfig, group: str, key: str, dimension: Any) -> Any:
     else:
         value = values[key]
     if dimension.type == "categorical":
-        # Choices may stand in words: 'none', '0.2'.
+        # Choices may be texts, as 'none' or '0.2'.
         for choice in dimension.interval():
             if choice == value and type(choice) is type(value):
                 return choice

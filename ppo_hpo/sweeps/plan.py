@@ -1,14 +1,14 @@
-"""A sweep's plan: its name and place, its space, and the experiment of Orion's that it is.
+"""What a sweep is: the user's request, its name and directory, its space, and its Orion experiment.
 
-What was begun is gone on with only as it was begun: another space, algorithm or database under the same name
-is refused with the difference.
+A sweep that has begun keeps its space, its algorithm and its database. A request that differs is refused, and
+the error names the difference.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,17 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import GROUPS, check_key
 from ppo_hpo.spec.errors import UserError, hide_passwords
 from ppo_hpo.spec.space import MARK, Space, read_space, with_fidelities
+from ppo_hpo.sweeps.storage import address_text, storage_of
+from ppo_hpo.trial.options import RunOptions
 
 if TYPE_CHECKING:
     from orion.client import ExperimentClient
 
-    from ppo_hpo.trial.options import RunOptions
-
+#: The content of a space's file: group to key to a value, or to a prior that begins with `MARK`.
 Document = dict[str, dict[str, Any]]
 
-#: Trials of a new sweep for which nobody said how many.
-MAX_TRIALS = 40
+# How many trials a new sweep completes if nobody says.
+_MAX_TRIALS = 40
 # What Orion's algorithms need so that they work and a sweep can be repeated:
 # docs/reference/orion-algorithms.md.
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,115 +38,109 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "evolutiones": {"seed": 1, "repetitions": 1},
     "pbt": {"seed": 1},
 }
-# What Python says of a file that is no pickle, or not all of one.
+# What Python raises for a file that is not a pickle, or not a whole one.
 _NO_PICKLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, KeyError)
 
 
-def algorithm_of(algorithm: str | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name to options, those that were given."""
-    if isinstance(algorithm, str):
-        name, options = algorithm, {}
-    elif isinstance(algorithm, Mapping) and len(algorithm) == 1:
-        ((name, given),) = algorithm.items()
-        options = dict(given or {})
-    else:
-        raise UserError(f"An algorithm is a name or {{name: options}}, but got {algorithm!r}.")
-    return {str(name): options}
-
-
-def _with_settings(algorithm: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """With what a new one needs to be told."""
-    return {name: {**_SETTINGS.get(name.lower(), {}), **options} for name, options in algorithm.items()}
-
-
-def options_of(options: RunOptions) -> list[str]:
-    """Of the command that each trial of an `orion hunt` runs."""
-    store, trials = options.checkpoint_store, options.trials_per_device
-    return [
-        *([] if options.device == "auto" else ["--device", options.device]),
-        *([] if trials is None else ["--trials-per-device", str(trials)]),
-        *([] if store is None else ["--store", store, "--parent", "{trial.parent}"]),
-        *(["--stop-poor"] if options.stop_poor else []),
-    ]
-
-
-def name_of(name: str | None, env: str | None, space: str | None, algorithm: Mapping[str, Any] | None) -> str:
-    """The sweep's name, checked; from its environment or space, and its algorithm, where none is given.
+@dataclass(frozen=True)
+class SweepRequest:
+    """The arguments of `ppo_hpo.sweep`, which describes them. ``options`` has those that each trial is given.
 
     Raises:
-        UserError: there is nothing to name it after, or it would not do as a file's name.
+        UserError: a number is not one.
     """
-    if name is None:
-        if env is None and space is None:
-            raise UserError("A sweep needs an environment, a space or a name. Give env='Acrobot-v1', say.")
-        what = (env or Path(str(space)).stem).rpartition(":")[2]
-        name = f"{what}-{next(iter(algorithm or {'asha': 0}))}"
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.").lower()
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise UserError(f"A sweep's name has letters, digits, and - _ . between them, but got {name!r}.")
-    return name
 
+    env: str | None
+    space: str | None
+    algorithm: str | Mapping[str, Any] | None
+    max_trials: int | None
+    n_workers: int | None
+    seeds: int | None
+    epochs: str | int | None
+    overrides: Mapping[str, Mapping[str, Any]] | None
+    warm_start: Any
+    executor: Any
+    name: str | None
+    directory: str | Path | None
+    storage: str | Mapping[str, Any] | None
+    progress: bool
+    options: RunOptions
 
-def storage_of(storage: str | Mapping[str, Any] | None, place: Path) -> dict[str, Any]:
-    """Orion's configuration of a storage."""
-    if isinstance(storage, Mapping):
-        content = dict(storage)
-        return content if "database" in content else {"type": "legacy", "database": content}
-    if storage is None and (place / "orion.yaml").is_file():
-        content = yamlio.load(place / "orion.yaml")
-        if isinstance(content, Mapping) and isinstance(content.get("storage"), Mapping):
-            return dict(content["storage"])
-    address = str(storage) if storage is not None else str(place / "orion.sqlite")
-    scheme, separator, rest = address.partition("://")
-    if scheme in ("sqlite", "sqlitedb", "pickleddb") and separator:  # a file all the same
-        kind = "pickleddb" if scheme == "pickleddb" else "sqlitedb"
-        return {"type": "legacy", "database": {"type": kind, "host": str(Path(rest).absolute())}}
-    if separator:
-        return {"type": "legacy", "database": {"type": scheme, "host": address}}
-    file = Path(address).absolute()
-    return {"type": "legacy", "database": {"type": _kind(file), "host": str(file)}}
+    def __post_init__(self) -> None:
+        for field in ("max_trials", "n_workers", "seeds"):
+            number = getattr(self, field)
+            if number is not None and (type(number) is not int or number < 1):
+                raise UserError(f"`{field}` must be a whole number of at least 1, but got {number!r}.")
 
+    def algorithm_settings(self) -> dict[str, dict[str, Any]] | None:
+        """The algorithm's name with the settings that were given."""
+        if self.algorithm is None:
+            return None
+        if isinstance(self.algorithm, str):
+            return {self.algorithm: {}}
+        if not isinstance(self.algorithm, Mapping) or len(self.algorithm) != 1:
+            raise UserError(f"An algorithm is a name or {{name: options}}, but got {self.algorithm!r}.")
+        ((name, given),) = self.algorithm.items()
+        return {str(name): dict(given or {})}
 
-def _kind(file: Path) -> str:
-    """Orion's name for the database in a file: by what is in it; by its suffix where there is nothing yet."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(16)
-    except OSError:
-        start = b""
-    if start:
-        return "sqlitedb" if start == b"SQLite format 3\0" else "pickleddb"
-    return "sqlitedb" if file.suffix == ".sqlite" else "pickleddb"
+    def sweep_name(self) -> str:
+        """The name of the sweep: the given one, or one made of environment or space and algorithm.
 
+        Raises:
+            UserError: there is nothing to name it after, or the name cannot be a file's.
+        """
+        name = self.name
+        if name is None:
+            if self.env is None and self.space is None:
+                raise UserError("A sweep needs an environment, a space or a name. Give env='Acrobot-v1'.")
+            what = (self.env or Path(str(self.space)).stem).rpartition(":")[2]
+            name = f"{what}-{next(iter(self.algorithm_settings() or {'asha': {}}))}"
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.").lower()
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise UserError(f"A sweep's name has letters, digits, and - _ . between them, but got {name!r}.")
+        return name
 
-def _address(storage: Mapping[str, Any]) -> str:
-    """A database's type and where it is, for messages."""
-    database = storage.get("database") or {}
-    return hide_passwords(f"{database.get('host') or storage} ({database.get('type')})")
+    def run_command(self, space: Path) -> list[str]:
+        """The command that `orion hunt` runs for each trial."""
+        options, trials = self.options, self.options.trials_per_device
+        command = ["ppo-hpo", "run", "--config", str(space)]
+        if options.device != "auto":
+            command += ["--device", options.device]
+        if trials is not None:
+            command += ["--trials-per-device", str(trials)]
+        if options.checkpoint_store is not None:
+            command += ["--checkpoint-store", options.checkpoint_store, "--parent", "{trial.parent}"]
+        return [*command, "--stop-poor"] if options.stop_poor else command
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep's name and place, and what the database knows of it."""
+    """A request, and what is there of the sweep already.
 
+    Attributes:
+        request: what the user asks for.
+        name: name of the sweep.
+        place: its directory.
+        storage: Orion's configuration of its storage.
+        stored: Orion's record of the experiment. None for a new sweep.
+    """
+
+    request: SweepRequest
     name: str
     place: Path
     storage: dict[str, Any]
     stored: dict[str, Any] | None
 
     @classmethod
-    def of(cls, name: str, place: Path, storage: Any, algorithm: Mapping[str, Any] | None) -> Plan:
-        """Read what there is of a sweep, and make its directory.
-
-        Args:
-            name: see `name_of`.
-            place: the directory.
-            storage: see `storage_of`.
-            algorithm: that was asked for, as `algorithm_of` has it.
+    def of(cls, request: SweepRequest) -> Plan:
+        """Make the sweep's directory, and read what the database has about the sweep.
 
         Raises:
             UserError: the directory or the database cannot be used, or the sweep has another algorithm.
         """
+        name = request.sweep_name()
+        wanted = request.algorithm_settings()
+        place = Path(request.directory or name).absolute()
         from orion.core.io.database import DatabaseError
         from orion.core.io.experiment_builder import ExperimentBuilder
 
@@ -153,25 +148,22 @@ class Plan:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"The sweep's directory {place} cannot be made: {error.strerror}.") from None
-        configuration = storage_of(storage, place)
+        storage = storage_of(request.storage, place)
         try:
-            stored = ExperimentBuilder(configuration).fetch_config_from_db(name) or None
+            stored = ExperimentBuilder(storage).fetch_config_from_db(name) or None
         except NotImplementedError as error:
             raise UserError(f"Orion has no such storage: {str(error).splitlines()[0]}.") from None
         except (OSError, DatabaseError, *_NO_PICKLE) as error:
             why = hide_passwords(" ".join(str(error).split()).rstrip("."))
-            raise UserError(f"The database {_address(configuration)} cannot be used: {why}.") from None
-        plan = cls(name, place, configuration, stored)
-        if stored is not None and algorithm is not None:
-            plan._refuse_another_algorithm(algorithm)
+            raise UserError(f"The database {address_text(storage)} cannot be used: {why}.") from None
+        plan = cls(request, name, place, storage, stored)
+        if stored is not None and wanted is not None:
+            plan._refuse_another_algorithm(wanted, stored["algorithm"])
         return plan
 
-    def _refuse_another_algorithm(self, wanted: Mapping[str, Any]) -> None:
-        assert self.stored is not None
-        have = self.stored["algorithm"]
-        have = {have: {}} if isinstance(have, str) else have
+    def _refuse_another_algorithm(self, wanted: Mapping[str, Any], stored: Any) -> None:
         ((name, options),) = wanted.items()
-        ((other, settings),) = have.items()
+        ((other, settings),) = ({stored: {}} if isinstance(stored, str) else stored).items()
         if name.lower() == other.lower():
             changed = [key for key in options if key in settings and settings[key] != options[key]]
             if not changed:
@@ -179,122 +171,117 @@ class Plan:
             key = changed[0]
             name, other = f"{name} with {key} = {options[key]}", f"{other} with {key} = {settings[key]}"
         raise UserError(
-            f"The sweep {self.name!r} is run by {other}, but {name} was asked for, and Orion cannot change "
-            f"that under way. Give the new one a name of its own."
+            f"The sweep {self.name!r} uses {other}, but {name} was asked for. Orion cannot change the "
+            f"algorithm of an experiment. Give the new sweep another name."
         )
 
-    def document(
-        self,
-        env: str | None,
-        space: str | None,
-        seeds: int | None,
-        epochs: str | int | None,
-        overrides: Mapping[str, Mapping[str, Any]] | None,
-    ) -> Document:
-        """The space that is asked for, as a file; it must be the one that the sweep has.
+    @property
+    def space_file(self) -> Path:
+        """The file that holds the sweep's space."""
+        return self.place / "space.yaml"
+
+    def document(self) -> Document:
+        """The space that is asked for. A sweep that has begun must have the same one.
 
         Raises:
-            UserError: it is another one, or a bad one.
+            UserError: the sweep has another space, or the space is wrong.
         """
-        own = self._own_document()
-        path = self.place / "space.yaml"
-        there = _to_document(read_space(str(path))) if path.is_file() else None
-        if own is not None and there is not None and (difference := _difference(own, there)):
+        stored = self._stored_document()
+        file = _to_document(read_space(str(self.space_file))) if self.space_file.is_file() else None
+        if stored is not None and file is not None and (difference := _difference(stored, file)):
             raise UserError(
-                f"{path} is not the space that the sweep began with any more: {difference}. A sweep keeps "
-                f"its space: put that back, or copy the file and give the new sweep a name of its own."
+                f"{self.space_file} was changed after the sweep began: {difference}. A sweep keeps its "
+                f"space. Undo the change, or copy the file and start a sweep with another name."
             )
-        if space is None and own is not None:
-            base = own
-        else:
-            base = _to_document(read_space(space or "default"))
-        base = {group: dict(values) for group, values in base.items()}
-        chosen: Document = {group: dict(values) for group, values in (overrides or {}).items()}
-        if env is not None:
-            chosen.setdefault("env", {})["id"] = env
-        if seeds is not None:
-            chosen.setdefault("task", {})["seeds"] = seeds
-        for group, values in chosen.items():
+        asked = self._asked_document(stored)
+        if stored is not None and (difference := _difference(stored, asked)):
+            raise UserError(
+                f"The sweep {self.name!r} has another space: {difference}. Give the new sweep another name, "
+                f"or leave out that value."
+            )
+        if stored is None and file is not None and (difference := _difference(file, asked)):
+            raise UserError(
+                f"{self.place} has a sweep of another space: {difference}. Give the new sweep "
+                "another directory."
+            )
+        return asked
+
+    def _asked_document(self, stored: Document | None) -> Document:
+        request = self.request
+        document = stored
+        if request.space is not None or document is None:
+            document = _to_document(read_space(request.space or "default"))
+        document = {group: dict(values) for group, values in document.items()}
+        fixed: Document = {group: dict(values) for group, values in (request.overrides or {}).items()}
+        if request.env is not None:
+            fixed.setdefault("env", {})["id"] = request.env
+        if request.seeds is not None:
+            fixed.setdefault("task", {})["seeds"] = request.seeds
+        for group, values in fixed.items():
             for key, value in values.items():
                 check_key(group, key)
-                base.setdefault(group, {})[key] = value
-        if epochs is not None:
-            base = _with_epochs(base, self.name, epochs)
-        if own is not None and (difference := _difference(own, base)):
-            raise UserError(
-                f"The sweep {self.name!r} has another space: {difference}. Give the new one a name of its "
-                f"own, or leave out what it has already."
-            )
-        if own is None and there is not None and (difference := _difference(there, base)):
-            raise UserError(
-                f"{self.place} has a sweep of another space: {difference}. Give the new one a directory of "
-                f"its own."
-            )
-        return base
+                document.setdefault(group, {})[key] = value
+        return document if request.epochs is None else _with_epochs(document, self.name, request.epochs)
 
-    def _own_document(self) -> Document | None:
+    def _stored_document(self) -> Document | None:
         if self.stored is None:
             return None
         parser = self.stored.get("metadata", {}).get("parser") or {}
         content = parser.get("config_file_data")
         if not isinstance(content, Mapping) or not content or not set(content) <= set(GROUPS):
             raise UserError(
-                f"There is an experiment {self.name!r} in the database already, but neither `sweep` nor "
-                f"`orion hunt ... ppo-hpo run --config FILE` made it. Choose another name, or go on with it "
-                f"as it was begun."
+                f"The database has an experiment {self.name!r} already, which neither `sweep` nor `orion "
+                f"hunt ... ppo-hpo run --config FILE` made. Choose another name, or resume it as it "
+                "was started."
             )
-        # Orion reads 1e-4 as a word.
+        # Orion reads 1e-4 as a text.
         return {
-            group: {k: yamlio.parse(v, k) if _is_word(v) else v for k, v in values.items()}
+            group: {k: yamlio.parse(v, k) if _is_text(v) else v for k, v in values.items()}
             for group, values in content.items()
         }
 
-    def build(
-        self,
-        document: Document,
-        algorithm: Mapping[str, Any] | None,
-        max_trials: int | None,
-        options: Sequence[str],
-    ) -> tuple[ExperimentClient, Path]:
-        """Orion's client of the experiment, and the directory with the sweep's files."""
-        path = self.place / "space.yaml"
-        new = not path.exists()
+    def open(self, document: Document) -> ExperimentClient:
+        """Write the sweep's files, and return Orion's client of its experiment, which is made if it is new.
+
+        Raises:
+            UserError: nothing is searched, or Orion refuses the algorithm.
+        """
+        if not any(str(v).startswith(MARK) for values in document.values() for v in values.values()):
+            raise UserError("Nothing is searched in this space: every value is fixed. `ppo-hpo run` runs it.")
+        new = not self.space_file.exists()
         try:
-            return self._build(document, algorithm, max_trials, options), self.place
+            _write_if_changed(
+                self.space_file,
+                f"# The space of the sweep {self.name}. Its trials read it from the database.\n"
+                + yamlio.dump(document),
+            )
+            client = self._client(read_space(str(self.space_file)))
         except BaseException:
             if new:
-                path.unlink(missing_ok=True)  # of a sweep that there is not
+                self.space_file.unlink(missing_ok=True)  # There is no such sweep.
             raise
+        _write_if_changed(self.place / "orion.yaml", yamlio.dump(self._hunt()))
+        return client
 
-    def _build(
-        self,
-        document: Document,
-        algorithm: Mapping[str, Any] | None,
-        max_trials: int | None,
-        options: Sequence[str],
-    ) -> ExperimentClient:
+    def _client(self, space: Space) -> ExperimentClient:
         from orion.client.experiment import ExperimentClient
         from orion.core.io import resolve_config
         from orion.core.io.experiment_builder import ExperimentBuilder
 
-        if not any(str(v).startswith(MARK) for values in document.values() for v in values.values()):
-            raise UserError("Nothing is searched in this space: every value is fixed. `ppo-hpo run` runs it.")
-        path = self.place / "space.yaml"
-        _keep(path, f"# The space of the sweep {self.name}; its trials have it from the database.\n"
-              + yamlio.dump(document))  # fmt: skip
-        space = read_space(str(path))
+        settings: dict[str, Any] = {"max_trials": self.request.max_trials}
         if self.stored is None:
-            if algorithm is None:
-                algorithm = algorithm_of("asha" if space.max_epochs else "random")
-            algorithm = _with_settings(algorithm)
-            user_args = ["ppo-hpo", "run", "--config", str(path), *options]
-            metadata = resolve_config.fetch_metadata(user_args=user_args)
-            settings: dict[str, Any] = {
-                "space": metadata["priors"], "metadata": metadata, "algorithm": algorithm,
-                "max_trials": max_trials or MAX_TRIALS, "working_dir": str(self.place / "trials"),
-            }  # fmt: skip
-        else:
-            settings = {"max_trials": max_trials}
+            algorithm = self.request.algorithm_settings() or {"asha" if space.max_epochs else "random": {}}
+            metadata = resolve_config.fetch_metadata(user_args=self.request.run_command(self.space_file))
+            settings = {
+                "space": metadata["priors"],
+                "metadata": metadata,
+                "algorithm": {
+                    name: {**_SETTINGS.get(name.lower(), {}), **options}
+                    for name, options in algorithm.items()
+                },
+                "max_trials": self.request.max_trials or _MAX_TRIALS,
+                "working_dir": str(self.place / "trials"),
+            }
         try:
             experiment = ExperimentBuilder(self.storage).build(self.name, **settings)
         except NotImplementedError as error:
@@ -305,8 +292,22 @@ class Plan:
             ) from error
         return ExperimentClient(experiment)
 
+    def _hunt(self) -> dict[str, Any]:
+        """The content of `orion.yaml`, with which `orion hunt -c` resumes the sweep."""
+        from ppo_hpo.orion.workers import usable_cores
 
-def _is_word(value: Any) -> bool:
+        return {
+            "storage": dict(self.storage),
+            # A hunt runs each trial in a process of its own, so that threads are enough to wait for them.
+            "worker": {
+                "n_workers": self.request.n_workers or usable_cores(),
+                "executor": "joblib",
+                "executor_configuration": {"backend": "threading"},
+            },
+        }
+
+
+def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not value.startswith(MARK)
 
 
@@ -330,32 +331,17 @@ def _with_epochs(document: Document, name: str, epochs: str | int) -> Document:
 
 
 def _difference(own: Document, other: Document) -> str | None:
+    """A phrase about the first value that differs."""
     for group in GROUPS:
         ours, theirs = own.get(group, {}), other.get(group, {})
         for key in sorted({*ours, *theirs}):
-            # Through YAML, in which Orion's database keeps no tuples and the like.
             if ours.get(key) != theirs.get(key):
                 return f"`{group}.{key}` is {ours.get(key)}, but {theirs.get(key)} was asked for"
     return None
 
 
-def _keep(path: Path, text: str) -> None:
-    """Write a file in one piece, unless that is what it holds."""
+def _write_if_changed(path: Path, text: str) -> None:
     from ppo_hpo.state.files import write_atomically
 
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomically(path, text.encode())
-
-
-def write_files(place: Path, storage: Mapping[str, Any], n_workers: int | None) -> None:
-    """Write `orion.yaml`, with which `orion hunt -c` goes on."""
-    hunt = {
-        "storage": dict(storage),
-        # Each trial of a hunt is a process of its own: threads are enough, and leave no daemons.
-        "worker": {
-            "n_workers": n_workers or 1,
-            "executor": "joblib",
-            "executor_configuration": {"backend": "threading"},
-        },
-    }
-    _keep(place / "orion.yaml", yamlio.dump(hunt))

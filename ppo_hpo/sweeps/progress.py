@@ -1,56 +1,90 @@
-"""What a sweep prints while it runs: a line for each trial that ends, and one that tells how far it is.
+"""What is printed while trials run: a line for each trial that ends, and a status line.
 
-On a terminal that line is written over itself each second; elsewhere it comes now and then, and at the end.
+On a terminal the status line is overwritten every second. Elsewhere it is printed now and then, or not at
+all. `SweepProgress` follows the trials of a sweep, whose number is known but not their names; `BatchProgress`
+follows a fixed list of jobs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-# Seconds between two looks, on a terminal and elsewhere.
+if TYPE_CHECKING:
+    from ppo_hpo.sweeps.batch import Job, Result
+
+# Seconds between two status lines, on a terminal and elsewhere.
 _TERMINAL, _ELSEWHERE = 1.0, 30.0
-# A line of a curve is some hundred bytes.
+# Bytes at the end of a curve's file that surely hold its last line, which has some hundred.
 _TAIL = 4096
+_ERASE = "\r\033[K"
 
 
-class Progress:
-    """Keeps count of a sweep, and prints it.
+class _Display:
+    """Prints lines, and a status line below them on a terminal. Without a stream, nothing."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self.terminal = stream is not None and stream.isatty()
+
+    def line(self, text: str) -> None:
+        self._write((_ERASE if self.terminal else "") + text + "\n")
+
+    def status(self, text: str) -> None:
+        """Overwrite the status line of a terminal."""
+        if self.terminal:
+            self._write(f"{_ERASE}{text[: shutil.get_terminal_size().columns - 1]}")
+
+    def close(self) -> None:
+        """Erase the status line."""
+        if self.terminal:
+            self._write(_ERASE)
+
+    def _write(self, text: str) -> None:
+        if self.stream is not None:
+            self.stream.write(text)
+            self.stream.flush()
+
+
+class SweepProgress:
+    """Counts the trials of a sweep as they start and end, and prints that.
 
     Args:
-        total: trials to be completed.
-        done: trials that were completed before.
-        best: the best return so far, None where there is none.
-        epochs: of the highest fidelity.
-        stream: where to print; None keeps quiet.
+        total: how many trials the sweep should complete.
+        done: how many of them were completed before.
+        best: the best return so far, or None.
+        epochs: epochs of the highest fidelity.
+        stream: where to print. None prints nothing.
     """
 
     def __init__(
         self, total: int, done: int, best: float | None, epochs: int, stream: TextIO | None = None
     ) -> None:
-        self.total, self.done, self.best, self.epochs, self.stream = total, done, best, epochs, stream
+        self.total, self.done, self.best, self.epochs = total, done, best, epochs
         self.failed = 0
         self.errors: list[str] = []
-        self._terminal = stream is not None and stream.isatty()
-        self._every = _TERMINAL if self._terminal else _ELSEWHERE
+        self._display = _Display(stream)
+        self._every = _TERMINAL if self._display.terminal else _ELSEWHERE
         self._began, self._done_before, self._steps = time.monotonic(), done, 0.0
         self._shown = self._began
         self._running: dict[str, Any] = {}
-        # Of each running trial epoch and steps when it was first seen: those were not trained here.
+        # Epoch and steps of each running trial when it was first seen. They were not trained here.
         self._at: dict[str, tuple[int, float] | None] = {}
 
     def started(self, trial: Any) -> None:
-        """A trial was given to a worker."""
+        """Note that a trial was given to a worker."""
         self._running[trial.id] = trial
         seen = last_row(Path(trial.working_dir))
         self._at[trial.id] = seen if seen[1] else None
 
     def ended(self, trial: Any, results: Any, error: Exception | None, traceback: str = "") -> None:
-        """A trial ended, with results or an error."""
+        """Note that a trial ended, with results or with an error."""
         self._running.pop(trial.id, None)
         self._at.pop(trial.id, None)
         if error is not None:
@@ -64,7 +98,7 @@ class Progress:
         epochs = f"{values.get('continued_from_epoch', 0):.0f} -> {values.get('epochs', 0):.0f}"
         how = "  stopped" if values.get("stopped") else ""
         self._line(
-            f"{self._clock()}  trial {self.done:3}  {trial.id[:8]}  epoch {epochs}  return {found:8.1f}  "
+            f"trial {self.done:3}  {trial.id[:8]}  epoch {epochs}  return {found:8.1f}  "
             f"best {self.best:8.1f}{how}"
         )
 
@@ -74,28 +108,26 @@ class Progress:
         self.failed += 1
         text = " ".join(f"{type(error).__name__}: {error}".split())
         self.errors.append(f"trial {trial.id[:8]}: {text}; {trial.working_dir}")
-        self._line(f"{self._clock()}  trial {trial.id[:8]}  broken: {text[:200]}")
-        if traceback and self.stream is not None:
-            self._line(traceback.rstrip())
+        self._line(f"trial {trial.id[:8]}  broken: {text[:200]}")
+        if traceback:
+            self._display.line(traceback.rstrip())
 
     def tick(self) -> None:
-        """Print how far it is, if it is time."""
-        if self.stream is None or time.monotonic() - self._shown < self._every:
+        """Print the status line if it is time."""
+        if self._display.stream is None or time.monotonic() - self._shown < self._every:
             return
         self._shown = time.monotonic()
-        text = self.text()
-        if self._terminal:
-            width = shutil.get_terminal_size().columns
-            self._write(f"\r\033[K{text[: width - 1]}")
+        if self._display.terminal:
+            self._display.status(self.text())
         else:
-            self._write(f"{self._clock()}  {text}\n")
+            self._display.line(f"{_seconds_since(self._began)}  {self.text()}")
 
     def text(self) -> str:
-        """How far it is, in one line."""
+        """The status line."""
         steps = self._steps
         running = []
         for name, trial in self._running.items():
-            epoch, of, now = self._look(trial)
+            epoch, of, now = self._position(trial)
             steps += now
             running.append(f"{name[:4]} {epoch}/{of}")
         elapsed = time.monotonic() - self._began
@@ -111,43 +143,90 @@ class Progress:
             parts.append(f"{duration(elapsed / here * (self.total - self.done))} left")
         return "  ".join(parts)
 
-    def _look(self, trial: Any) -> tuple[int, int, float]:
-        """A running trial's epoch, the one it is to reach, and the steps it took since it began here."""
+    def _position(self, trial: Any) -> tuple[int, int, float]:
+        """A running trial's epoch, its last epoch, and the steps that it took since it started here."""
+        from ppo_hpo.orion.experiment import params_of
+
         epoch, steps = last_row(Path(trial.working_dir))
         if self._at[trial.id] is None:
             self._at[trial.id] = (epoch, steps)
-        return epoch, epochs_of(trial) or self.epochs, steps - (self._at[trial.id] or (0, 0.0))[1]
+        before = (self._at[trial.id] or (0, 0.0))[1]
+        # Without a fidelity, the space fixes the epochs.
+        return epoch, int(params_of(trial).get("task.epochs", self.epochs)), steps - before
 
     def close(self) -> None:
-        """Leave the terminal's line."""
-        if self._terminal:
-            self._write("\r\033[K")
-
-    def _clock(self) -> str:
-        return f"{time.monotonic() - self._began:7.0f} s"
+        """Erase the status line."""
+        self._display.close()
 
     def _line(self, text: str) -> None:
-        self._write(("\r\033[K" if self._terminal else "") + text + "\n")
-        if self._terminal:
+        self._display.line(f"{_seconds_since(self._began)}  {text}")
+        if self._display.terminal:
             self._shown = 0.0
 
-    def _write(self, text: str) -> None:
-        if self.stream is not None:
-            self.stream.write(text)
-            self.stream.flush()
+
+class BatchProgress:
+    """Prints a line for each job that ends, and on a terminal a status line about the others.
+
+    Args:
+        stream: where to print. None prints nothing.
+        jobs: the jobs of `batch.run_all`, which calls the methods.
+    """
+
+    def __init__(self, stream: TextIO | None, jobs: Sequence[Job]) -> None:
+        self._display = _Display(stream)
+        self._began = time.monotonic()
+        self._epochs = {job.directory: job.config.task.epochs for job in jobs}
+        self._ended: set[Path] = set()
+        self._found = self._epochs_found = 0
+
+    def ended(self, job: Job, result: Result) -> None:
+        """Note that a job ended, or that its result was found."""
+        self._ended.add(job.directory)
+        if result.read:
+            self._found += 1
+            self._epochs_found += self._epochs[job.directory]
+            return
+        self._print_found()
+        how = "  diverged" if result.statistics["diverged"] else ""
+        self._display.line(
+            f"{_seconds_since(self._began)}  {len(self._ended):4} of {len(self._epochs)}  {job.label:28}  "
+            f"return {result.score:8.1f}{how}"
+        )
+
+    def tick(self, running: Sequence[Job]) -> None:
+        """Print which epoch the running jobs have reached."""
+        self._print_found()
+        if not self._display.terminal:
+            return
+        now = [(job.label, epochs_of(job), job.config.task.epochs) for job in running]
+        done = sum(self._epochs[place] for place in self._ended) + sum(epoch for _, epoch, _ in now)
+        new, left = done - self._epochs_found, sum(self._epochs.values()) - done
+        text = "; ".join(f"{label}: epoch {epoch} of {of}" for label, epoch, of in now)
+        rest = f"{duration((time.monotonic() - self._began) / new * left)} left  " if new > 0 else ""
+        self._display.status(rest + text)
+
+    def close(self) -> None:
+        """Erase the status line."""
+        self._print_found()
+        self._display.close()
+
+    def _print_found(self) -> None:
+        if self._found:
+            self._display.line(f"{self._found} of {len(self._epochs)} trials were done before")
+            self._found = 0
 
 
-def epochs_of(trial: Any) -> int:
-    """The epochs that a trial of Orion's is to reach; 0 where that is fixed."""
-    from ppo_hpo.orion.experiment import params_of
-
-    return int(params_of(trial).get("task.epochs", 0))
+def epochs_of(job: Job) -> int:
+    """How many epochs a running job has trained."""
+    return min(last_row(job.directory)[0], job.config.task.epochs)
 
 
 def last_row(directory: Path) -> tuple[int, float]:
-    """Epoch and steps of the last line of a trial's curve; zeros where none can be read from here."""
+    """Epoch and steps of the last line of a trial's curve; zeros if it cannot be read from this machine."""
     try:
-        with (directory / "curve.jsonl").open("rb") as file:
+        # Opened so, a pipe of that name has no end to seek to, instead of being waited for.
+        opened = os.open(directory / "curve.jsonl", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(opened, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL))
             row = json.loads(file.read().splitlines()[-1])
         return int(row["epoch"]), float(row["env_steps"])
@@ -156,7 +235,7 @@ def last_row(directory: Path) -> tuple[int, float]:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """A time in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
@@ -165,5 +244,9 @@ def duration(seconds: float) -> str:
 
 
 def default_stream() -> TextIO:
-    """Where progress goes: standard output is for what a program says in the end."""
+    """Standard error, because standard output is for the final summary."""
     return sys.stderr
+
+
+def _seconds_since(began: float) -> str:
+    return f"{time.monotonic() - began:7.0f} s"

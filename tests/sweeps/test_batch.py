@@ -13,7 +13,8 @@ import pytest
 
 from ppo_hpo import TrialConfig, UserError
 from ppo_hpo.state import lock
-from ppo_hpo.sweeps.batch import Job, Progress, Result, epochs_of, result_of, run_all
+from ppo_hpo.sweeps.batch import Job, Result, result_of, run_all
+from ppo_hpo.sweeps.progress import BatchProgress, epochs_of
 from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,15 +49,16 @@ def test_trials_come_to_what_they_come_to_alone_and_only_once(tmp_path: Path) ->
     alone = [job(tmp_path / "alone", seed) for seed in (5, 6, 7)]
     outcomes = [run_quietly(one.config, one.directory) for one in alone]
     run_quietly(jobs[1].config, jobs[1].directory)
-    seen: list[tuple[str, bool, int, int]] = []
+    seen: list[tuple[str, bool]] = []
     told = io.StringIO()
-    show = Progress(told, jobs)
 
-    def ended(one: Job, result: Result, number: int, of: int) -> None:
-        seen.append((one.label, result.read, number, of))
-        show.ended(one, result, number, of)
+    class Seen(BatchProgress):
+        def ended(self, job: Job, result: Result) -> None:
+            seen.append((job.label, result.read))
+            super().ended(job, result)
 
-    results = run_all([*jobs, jobs[0]], workers=2, device="cpu", on_end=ended, on_look=show.look)
+    show = Seen(told, jobs)
+    results = run_all([*jobs, jobs[0]], n_workers=2, device="cpu", progress=show)
     show.close()
     assert [curve(one) for one in jobs] == [curve(one) for one in alone]
     assert len({curve(one) for one in jobs}) == 3
@@ -64,17 +66,16 @@ def test_trials_come_to_what_they_come_to_alone_and_only_once(tmp_path: Path) ->
     for result, outcome in zip(results, outcomes, strict=False):
         assert result.statistics.keys() == outcome.statistics.keys()
         assert result.statistics["return_mean"] == outcome.statistics["return_mean"]
-    assert seen[0] == ("seed 6", True, 1, 3)
-    assert {(name, read) for name, read, _, _ in seen[1:]} == {("seed 5", False), ("seed 7", False)}
-    assert [row[2:] for row in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert seen[0] == ("seed 6", True)
+    assert set(seen[1:]) == {("seed 5", False), ("seed 7", False)}
     lines = told.getvalue().splitlines()
     assert lines[0] == "1 of 3 trials were done before"
-    assert len(lines) == 3
+    assert [" 2 of 3 " in lines[1], " 3 of 3 " in lines[2], len(lines)] == [True, True, 3]
     assert f"return {results[0].score:8.1f}" in told.getvalue()
 
     # Once more: nothing is run, and no file is touched.
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "batch").rglob("*")}
-    again = run_all(jobs, workers=2, device="cpu")
+    again = run_all(jobs, n_workers=2, device="cpu")
     assert [(r.score, r.read) for r in again] == [(r.score, True) for r in results[:3]]
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "batch").rglob("*")}
 
@@ -104,7 +105,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     undisturbed = fails(tmp_path / "one", "", tmp_path / "notes")
     run_quietly(undisturbed.config, undisturbed.directory)
     killed = fails(tmp_path / "other", "kill:1", tmp_path / "notes")
-    (result,) = run_all([killed], workers=1, device="cpu")
+    (result,) = run_all([killed], n_workers=1, device="cpu")
     assert (tmp_path / "notes-kill:1").stat().st_size == 1
     assert curve(killed) == curve(undisturbed)
     assert result.score == result.statistics["return_mean"]
@@ -112,9 +113,9 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
 
 def test_a_worker_that_is_killed_each_time(tmp_path: Path) -> None:
     one = fails(tmp_path, "kill", tmp_path / "notes", at=100)
-    death = r"seed-0 failed: the worker process \d+ ended in mid-trial, by signal SIGKILL\. What is fin"
+    death = r"seed-0 failed: the worker process \d+ ended in mid-trial, by signal SIGKILL\. Finished"
     with pytest.raises(UserError, match=death):
-        run_all([one], workers=2, device="cpu")
+        run_all([one], n_workers=2, device="cpu")
     assert (tmp_path / "notes-kill").stat().st_size == 3
 
 
@@ -122,15 +123,15 @@ def test_a_trial_that_fails_stops_the_others(tmp_path: Path) -> None:
     slow = job(tmp_path, 1, env={"id": "tests.envs:Sleeps-v0"}, task={"epochs": 1000, "max_epochs": 1000})
     bad = fails(tmp_path, "short", tmp_path / "notes")
     with pytest.raises(
-        UserError, match=r"returned an observation of shape \(1,\), .* same command goes on\."
+        UserError, match=r"returned an observation of shape \(1,\), .* Rerun the command to resume\."
     ):
-        run_all([slow, bad], workers=2, device="cpu")
+        run_all([slow, bad], n_workers=2, device="cpu")
     assert lock.active_writer(slow.directory) is None
 
 
 def test_too_few_workers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="`workers >= 1` must hold, but got 0"):
-        run_all([job(tmp_path)], workers=0)
+    with pytest.raises(UserError, match="`n_workers >= 1` must hold, but got 0"):
+        run_all([job(tmp_path)], n_workers=0)
 
 
 def test_killed_with_its_workers_it_goes_on(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ import sys
 from pathlib import Path
 from ppo_hpo.sweeps.batch import run_all
 from tests.sweeps.test_batch import SLOW, job
-run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], workers=2, device="cpu")
+run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], n_workers=2, device="cpu")
 """
     # No guard against being imported again is needed: workers are no copies of this script.
     leader = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "batch")], cwd=REPOSITORY)
@@ -153,7 +154,7 @@ run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], workers=2, de
     assert None not in holders
     assert all(result_of(one) is None for one in jobs)
     before = [epochs_of(one) for one in jobs]
-    results = run_all(jobs, workers=2, device="cpu")
+    results = run_all(jobs, n_workers=2, device="cpu")
     assert [r.statistics["continued_from_epoch"] for r in results] == before
     # The same environment without the sleep.
     quick = {**SLOW, "env": {**SLOW["env"], "id": "tests.envs:EndlessReward-v0"}}

@@ -25,18 +25,10 @@ from ppo_hpo.spec.seeds import fresh_seeds, tuning_seeds
 from ppo_hpo.spec.space import fill, get_space, read_space
 from ppo_hpo.spec.stats import advantage_interval, iqm_interval
 from ppo_hpo.sweeps.batch import Result
-from ppo_hpo.sweeps.best import (
-    Candidate,
-    as_preset,
-    baseline,
-    best,
-    candidates,
-    conclusions,
-    jobs_of,
-    preset_of,
-    summarise,
-    table,
-)
+from ppo_hpo.sweeps.best import best
+from ppo_hpo.sweeps.candidates import Candidate, as_preset, candidates
+from ppo_hpo.sweeps.retrain import baseline, jobs_of, preset_of, summarise
+from ppo_hpo.sweeps.retrain_text import conclusions, table
 from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
@@ -148,7 +140,7 @@ def test_on_fresh_seeds(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     row = next(line for line in said.out.splitlines() if line.startswith(one["label"]))
     assert row.split()[2:5] == ["1,024", f"{one['claimed']:.1f}", f"{one['iqm']:.1f}"]
     assert row.split()[-1] == f"{one['claimed'] - one['iqm']:.1f}"
-    assert f"over preset cartpole: {one['claimed'] - rival['iqm']:+.1f} claimed" in said.out
+    assert f"over preset cartpole: {one['claimed'] - rival['iqm']:+.1f} in tuning" in said.out
     assert len(said.err.splitlines()) == 12
     html = page.read_text(encoding="utf-8")
     assert "<h1>tiny&lt;i&gt;-v1</h1>" in html
@@ -227,7 +219,7 @@ def test_a_preset_is_the_trial(hunted: Path, tmp_path: Path, capsys: pytest.Capt
     outcome = run_quietly(config, tmp_path / "again")
     assert outcome.objective == first.objective.value
     assert ask(hunted, "--export", path) == 2
-    assert capsys.readouterr().err.endswith("is there already. Choose another name, or remove it.\n")
+    assert capsys.readouterr().err.endswith("exists already. Choose another name, or remove it.\n")
     assert path.read_text() == text
 
 
@@ -252,7 +244,10 @@ def test_the_policy_of_the_best(hunted: Path, tmp_path: Path, capsys: pytest.Cap
     ("options", "said"),
     [
         (["--html", "page.html"], "`--html` draws test scores. Add --test-seeds N."),
-        (["--test-seeds", "1", "--against", "classic-control"], "classic-control is a space and no preset"),
+        (
+            ["--test-seeds", "1", "--against", "classic-control"],
+            "classic-control is a search space, not a preset",
+        ),
         (["--test-seeds", "1", "--against", "nothing"], "No space is called 'nothing'."),
         (["--policy", "/nowhere/policy"], "/nowhere/policy cannot be written: No such file or directory."),
     ],
@@ -290,7 +285,9 @@ def test_the_best_of_each_configuration(tmp_path: Path) -> None:
         client.insert(params, results=entries(value, statistics))
     client.insert({"optimizer": {"lr": 0.5}, "task": {"epochs": 1}})
     trials = client.fetch_trials()
-    with pytest.raises(UserError, match=r"config\.yaml is missing: the files of trial \w+ are not on this"):
+    with pytest.raises(
+        UserError, match=r"config\.yaml is missing: the files of trial \w+ are on another machine"
+    ):
         candidates(trials, 1, "made-up")
     for one in trials:
         config = {"optimizer": {"lr": params_of(one)["optimizer.lr"]}}
@@ -302,10 +299,10 @@ def test_the_best_of_each_configuration(tmp_path: Path) -> None:
     assert told == [(0.1, 2, 40.0, True), (0.3, 4, 20.0, False), (0.2, 1, 20.0, False), (0.4, 4, 5.0, False)]
     assert found[0].steps == 2 * 2048
     assert [c.label[:2] for c in candidates(trials, 2, "made-up")] == ["1.", "2."]
-    with pytest.raises(UserError, match="Nothing is completed in 'made-up' yet"):
+    with pytest.raises(UserError, match="No trial of 'made-up' is completed yet"):
         candidates([one for one in trials if one.status != "completed"], 1, "made-up")
     text = best("made-up", config=orion_file(tmp_path))
-    assert f"hyperparameters of {found[0].label} changed in mid-life" in text
+    assert f"hyperparameters of {found[0].label} changed during training" in text
 
 
 def orion_file(root: Path) -> str:
@@ -422,9 +419,9 @@ def test_a_table_by_hand() -> None:
         ["default", "61,440", "24.0", "24.0 to 24.0", "24.0 to 24.0"],
     ]
     assert conclusions(tested) == [
-        f"winner      claimed 50.0; 25.0 is left on 4 fresh seeds, {span}",
-        f"advantage   over default: +26.0 claimed, +1.0 left, {low - 24:.1f} to {high - 24:.1f}; the "
-        f"interval holds 0, so no difference is shown",
+        f"winner      50.0 in tuning, 25.0 on 4 fresh seeds ({span})",
+        f"advantage   over default: +26.0 in tuning, +1.0 on fresh seeds ({low - 24:.1f} to {high - 24:.1f}"
+        f"); the interval contains 0, so this shows no difference",
     ]
 
 
@@ -438,9 +435,9 @@ def test_conclusions_that_are_not_always_there() -> None:
         summarise(Candidate("default", winner().replace(task={"epochs": 2})), rival, rival),
     ]
     assert conclusions(tested)[1:] == [
-        "advantage   over default: +49.0 claimed, +20.0 left, 19.0 to 21.0",
-        "            default has 40,960 steps: whole rollouts of its own",
-        "best now    2. bbbb with 31.0, again picked as the best of several",
+        "advantage   over default: +49.0 in tuning, +20.0 on fresh seeds (19.0 to 21.0)",
+        "            default has 40,960 steps, in whole rollouts of its own",
+        "best now    2. bbbb with 31.0, which is again the best of several",
         "diverged    2. bbbb: 3 of 3 runs",
     ]
     assert len(conclusions(tested[:1])) == 1

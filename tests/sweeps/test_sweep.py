@@ -25,7 +25,7 @@ from ppo_hpo import UserError
 from ppo_hpo.orion.experiment import params_of, statistics_of
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state.curve import read_curve
-from ppo_hpo.sweeps.progress import Progress, duration
+from ppo_hpo.sweeps.progress import SweepProgress, duration
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -104,7 +104,7 @@ def test_what_kind_of_database_a_file_is(tmp_path: Path) -> None:
     from orion.core.io.database.pickleddb import PickledDB
 
     from ppo_hpo.orion.sqlitedb import SQLiteDB
-    from ppo_hpo.sweeps.plan import storage_of
+    from ppo_hpo.sweeps.storage import storage_of
 
     def kind(name: str | None) -> tuple[str, str]:
         database = storage_of(None if name is None else str(tmp_path / name), tmp_path)["database"]
@@ -149,20 +149,20 @@ def test_a_password_is_not_printed(tmp_path: Path) -> None:
 
 def test_python_then_hunt_then_python(tmp_path: Path, space: str) -> None:
     """The same as one sweep that nothing interrupted, trial for trial and to the bit."""
-    first = ppo_hpo.sweep(space=space, algorithm=ASHA, name="mine", max_trials=3, progress=False)
+    first = ppo_hpo.sweep(space=space, algorithm=ASHA, name="mine", max_trials=3, n_workers=1, progress=False)
     assert_each_once(first, 3)
     assert (tmp_path / "mine" / "orion.sqlite").read_bytes().startswith(b"SQLite format 3")
     assert re.search(r"orion hunt -n mine -c mine/orion\.yaml", str(first))
     # It is done, so that the same call would do nothing.
     lines = str(first).splitlines()
-    assert lines[-4] == "go on       the same call with more max_trials, or"
+    assert lines[-4] == "resume      the same call with more max_trials, or"
     assert lines[-3].endswith("orion hunt -n mine -c mine/orion.yaml --exp-max-trials N")
     assert lines[-2].endswith("ppo-hpo sweep --name mine --max-trials N")
     assert first.commands[1].endswith("ppo-hpo sweep --name mine")
     hunt = next(command for command in first.commands if "orion hunt" in command)
     run("sh", "-c", f"{hunt} --exp-max-trials 5")
     # Nothing but the name is needed to go on.
-    second = ppo_hpo.sweep(name="mine", max_trials=8, progress=False)
+    second = ppo_hpo.sweep(name="mine", max_trials=8, n_workers=1, progress=False)
     assert_each_once(second, 8)
     assert set(first.trials["id"]) <= set(second.trials["id"])
     through = ppo_hpo.sweep(
@@ -350,8 +350,8 @@ def test_ctrl_c(tmp_path: Path, space: str, executor: str) -> None:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == (
-        "ppo-hpo: stopped by SIGINT; the sweep 'stopped' has 1 trial interrupted, and the same command "
-        "goes on with it (exit code 130)"
+        "ppo-hpo: stopped by SIGINT; the sweep 'stopped' has 1 trial interrupted. Rerun the command to "
+        "resume it (exit code 130)"
     )
     if executor == "workers":
         assert "best trial" in run(*command).stdout
@@ -379,8 +379,8 @@ def test_the_command_tells_how_far_it_is(tmp_path: Path, space: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"algorithm": "tpe"}, "is run by random, but tpe was asked for"),
-        ({"algorithm": {"random": {"seed": 2}}}, "by random with seed = 5, but random with seed = 2 was"),
+        ({"algorithm": "tpe"}, "uses random, but tpe was asked for"),
+        ({"algorithm": {"random": {"seed": 2}}}, "uses random with seed = 5, but random with seed = 2 was"),
         ({"env": "Acrobot-v1"}, "`env.id` is CartPole-v1, but Acrobot-v1 was asked for"),
         ({"space": "classic-control"}, "has another space"),
         ({"overrides": {"optimizer": {"lr": 1e-3}}}, "`optimizer.lr` is orion~loguniform"),
@@ -402,9 +402,7 @@ def test_a_space_that_was_edited_is_not_written_over(begun: Path) -> None:
     before = path.read_text()
     path.write_text(before.replace("eval_episodes: 1", "eval_episodes: 2"))
     try:
-        with pytest.raises(
-            UserError, match=r"not the space that the sweep began with any more: `task\.eval_ep"
-        ):
+        with pytest.raises(UserError, match=r"was changed after the sweep began: `task\.eval_ep"):
             ppo_hpo.sweep(name="begun", progress=False)
         with pytest.raises(UserError, match="has a sweep of another space"):
             ppo_hpo.sweep("Acrobot-v1", name="other", directory="begun", progress=False)
@@ -450,9 +448,9 @@ def begun(begun_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"env": "CartPole-v1", "name": "../up"}, "A sweep's name has letters"),
         ({"env": "CartPole-v1", "overrides": {"ppo": {"gama": 1}}}, "Did you mean"),
         ({"space": "cartpole"}, "Nothing is searched in this space"),
-        ({"env": "CartPole-v1", "warm_start": "classic-control"}, "it is a space"),
+        ({"env": "CartPole-v1", "warm_start": "classic-control"}, "is a search space"),
         ({"env": "CartPole-v1", "space": "classic-control", "warm_start": {"optimizer": {"lr": 0.5}}},
-         "`warm_start` must lie in the space, but optimizer.lr = 0.5 is not in"),
+         "A warm start must be inside the space, but optimizer.lr = 0.5 is not in"),
     ],
 )  # fmt: skip
 def test_bad_input(
@@ -511,7 +509,7 @@ def test_progress_on_a_terminal_and_elsewhere() -> None:
 
     terminal, pipe = Terminal(), io.StringIO()
     for stream in (terminal, pipe):
-        progress = Progress(4, 1, 12.5, 16, stream)
+        progress = SweepProgress(4, 1, 12.5, 16, stream)
         progress._shown = -math.inf
         progress.tick()
         progress.close()
@@ -532,7 +530,7 @@ def test_progress_of_running_trials(tmp_path: Path) -> None:
     def have(epochs: int) -> None:
         curve.write_text("".join(json.dumps(row) + "\n" for row in rows[: epochs + 1]))
 
-    progress = Progress(2, 0, None, 16)
+    progress = SweepProgress(2, 0, None, 16)
     # It goes on from epoch 1: those 100 steps are of somebody else.
     have(1)
     progress.started(Trial)

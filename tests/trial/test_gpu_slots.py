@@ -493,5 +493,5 @@ def test_a_sweep_hands_it_on(
 
 
 def test_ray_gives_out_gpus_itself() -> None:
-    with pytest.raises(UserError, match="Ray chooses GPUs itself: `device` must be cuda, but got 'cuda:1'"):
-        make("ray", 1, device="cuda:1")
+    with pytest.raises(UserError, match="Ray chooses GPUs itself: the device must be cuda, but got 'cuda:1'"):
+        make("ray", 1, RunOptions("cuda:1"))

@@ -423,6 +423,6 @@ def test_a_sweep_stops_its_poor_trial_and_counts_what_that_saves(
 
 
 def candidates_of(result: ppo_hpo.SweepResult) -> Any:
-    from ppo_hpo.sweeps.best import candidates
+    from ppo_hpo.sweeps.candidates import candidates
 
     return candidates(result.client.fetch_trials(), 10, "it")

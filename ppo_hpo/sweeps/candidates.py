@@ -1,0 +1,122 @@
+"""The best configurations of an experiment, and one of them as a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppo_hpo.orion.experiment import completed_trials, configuration_of, ranking_key, statistics_of
+from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.config import TrialConfig
+from ppo_hpo.spec.errors import UserError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration, with the score that tuning saw, or a baseline, which tuning did not see.
+
+    Attributes:
+        label: name in tables.
+        config: configuration of the trial that was scored, with the epochs that this trial had.
+        claimed: score that tuning saw. None for a baseline.
+        trial: Orion's id of the trial. None for a baseline.
+        directory: directory of the trial. None for a baseline.
+        forked: whether hyperparameters changed during the trial's life, as PBT does.
+    """
+
+    label: str
+    config: TrialConfig
+    claimed: float | None = None
+    trial: str | None = None
+    directory: Path | None = None
+    forked: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Environment steps of its training."""
+        return self.config.task.epochs * self.config.task.steps_per_epoch
+
+
+def candidates(trials: Sequence[Any], top: int, name: str) -> list[Candidate]:
+    """The best configurations, best first.
+
+    Each is represented by its trial of the lowest objective, and by the longest trained one among equals.
+
+    Args:
+        trials: Orion's trials.
+        top: how many configurations to return.
+        name: name of the experiment, for messages.
+
+    Raises:
+        UserError: no trial is completed, or a trial's configuration cannot be read.
+    """
+    completed = sorted(completed_trials(trials), key=ranking_key)
+    if not completed:
+        raise UserError(f"No trial of {name!r} is completed yet.")
+    found: dict[str, Any] = {}
+    for trial in completed:
+        found.setdefault(configuration_of(trial), trial)
+    return [_candidate(trial, number) for number, trial in enumerate(list(found.values())[:top], 1)]
+
+
+def _candidate(trial: Any, number: int) -> Candidate:
+    place = Path(trial.working_dir)
+    path = place / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing: the files of trial {trial.id} are on another machine, or were removed. Run "
+            f"this command where the files are."
+        )
+    config, statistics = TrialConfig.from_mapping(yamlio.load(path)), statistics_of(trial)
+    if statistics.get("stopped"):
+        # It was scored and saved before the last epoch that was asked for.
+        task = {"epochs": int(statistics["epochs"]), "max_epochs": config.max_epochs}
+        config = config.replace(task=task)
+    return Candidate(
+        label=f"{number}. {trial.id[:8]}",
+        config=config,
+        claimed=-float(trial.objective.value),
+        trial=str(trial.id),
+        directory=place,
+        forked=bool(statistics.get("forked")),
+    )
+
+
+def changed_values(config: TrialConfig) -> dict[str, Any]:
+    """The environment and all hyperparameters that differ from their default, by dotted name."""
+    default = TrialConfig().to_mapping()
+    return {
+        f"{group}.{key}": value
+        for group, values in config.to_mapping().items()
+        for key, value in values.items()
+        if value != default[group][key] or (group, key) == ("env", "id")
+    }
+
+
+def as_preset(candidate: Candidate, title: str) -> str:
+    """The content of a preset's file, for a configuration.
+
+    Args:
+        candidate: the configuration.
+        title: name and version of the experiment.
+    """
+    config, task = candidate.config, candidate.config.task
+    mapping = config.to_mapping()
+    mapping["task"]["max_epochs"] = config.max_epochs
+    # A line break in the experiment's name would end the comment.
+    title = title if title.isprintable() else ascii(title)
+    lines = [
+        f"# Preset: {config.env.id} in {candidate.steps:,} steps. Nothing is searched.",
+        "#",
+        f"# Found by the experiment {title}, trial {candidate.trial}, which claimed {candidate.claimed:.1f}.",
+    ]
+    if task.epochs < config.max_epochs:
+        lines.append(
+            f"# The trial was scored after {task.epochs} of {config.max_epochs} epochs; "
+            f"--epochs {config.max_epochs} trains it to the end."
+        )
+    if candidate.forked:
+        lines.append("# Its hyperparameters changed during training, as PBT does. These are the last ones.")
+    return "\n".join(lines) + "\n" + yamlio.dump(mapping)
