@@ -14,8 +14,8 @@ because what else the machine does changes them less than the clock; Orion compu
   algorithm's own `suggest` and `observe` without copies, and the rest is Orion's bookkeeping.
 - `orion hunt`: that of a longer hunt less that of a shorter one, for each trial more, as it is on PickledDB
   and by ours on SQLiteDB. "Script" is a Python script that imports nothing but `json`; "plain" is `ppo-hpo
-  run` on a trial of 16 steps, "warm" the same with `--warm`: the difference from the script is what imports
-  and the start of a trial cost.
+  run` on a trial of 16 steps, "warm" the same with `--preload`: the difference from the script is what
+  imports and the start of a trial cost.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def hunt(kind: str, orion: str, stored: int) -> float:
         command = {
             "script": [sys.executable, "script.py"],
             "plain": [str(BIN / "ppo-hpo"), "run", "--device", "cpu"],
-            "warm": [str(BIN / "ppo-hpo"), "run", "--warm", "--device", "cpu"],
+            "warm": [str(BIN / "ppo-hpo"), "run", "--preload", "--device", "cpu"],
         }[kind]
 
         def run(trials: int) -> float:

@@ -9,8 +9,8 @@ each one's own early stopping.
 
 - Ours: `orion hunt` with two workers on Orion's embedded PickledDB, the shipped space `classic-control`, 4
   epochs of 12,288 steps, 10 evaluation episodes after each (and of the untrained policy). Early stopping is
-  ASHA's. A command for each trial, the same with `--warm` (a server starts with each sweep and ends with it),
-  and from Python, by `workon` with two processes (Orion's pool executor).
+  ASHA's. A command for each trial, the same with `--preload` (a server starts with each sweep and ends with
+  it), and from Python, by `workon` with two processes (Orion's pool executor).
 - rl_zoo3: `python -m rl_zoo3.train --optimize --n-jobs 2 --num-threads 1`, its own space for PPO, one
   evaluation of 5 episodes at the end as by its default for so few steps. Early stopping is its default
   sampler and pruner, with 4 evaluations in a trial, without which its pruner never acts.
@@ -111,7 +111,7 @@ def ours(env: str, mode: str, seed: int, way: str) -> dict[str, Any]:
         else:
             command = [str(BIN / "orion"), "hunt", "-n", "sweep", "-c", "orion.yaml", "ppo-hpo", "run"]
             command += [
-                *(["--warm"] if way == "ours_warm" else []),
+                *(["--preload"] if way == "ours_warm" else []),
                 "--config",
                 "space.yaml",
                 "--device",
@@ -214,7 +214,7 @@ def measure(env: str, mode: str, contender: str) -> dict[str, Any]:
 
 
 LABELS = {
-    "ours_warm": "ours, `--warm`",
+    "ours_warm": "ours, `--preload`",
     "ours_python": "ours, from Python",
     "ours": "ours",
     "rl_zoo3": "rl_zoo3",

@@ -21,9 +21,9 @@ def timed(command: list[str], directory: Path, environment: dict[str, str]) -> d
     """Run a command and say what it took.
 
     Args:
-        command: with ``--warm`` in it, the warm servers of this environment are counted in and stopped.
+        command: with ``--preload`` in it, the warm servers of this environment are counted in and stopped.
         directory: to run it in.
-        environment: whose ``XDG_RUNTIME_DIR`` nothing else uses, where the command has ``--warm``.
+        environment: whose ``XDG_RUNTIME_DIR`` nothing else uses, where the command has ``--preload``.
 
     Returns:
         ``seconds``, ``cpu_seconds`` with those of its children, ``others_cpu_seconds`` of all else meanwhile.
@@ -37,7 +37,7 @@ def timed(command: list[str], directory: Path, environment: dict[str, str]) -> d
         raise SystemExit(f"{command} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
     cpu = _children_cpu() - before
     machine_cpu = _machine_cpu() - machine_before
-    if "--warm" in command:
+    if "--preload" in command:
         cpu += _stop_servers(environment)
     return {"seconds": seconds, "cpu_seconds": cpu, "others_cpu_seconds": max(machine_cpu - cpu, 0.0)}
 

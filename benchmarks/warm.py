@@ -1,4 +1,4 @@
-"""What `ppo-hpo run --warm` saves: CPU and wall seconds of tiny trials, alone and in hunts; memory.
+"""What `ppo-hpo run --preload` saves: CPU and wall seconds of tiny trials, alone and in hunts; memory.
 
     python benchmarks/warm.py            # medians of 11 trials and 5 hunts, as committed; about five minutes
     python benchmarks/warm.py --runs 3   # a quick look; writes nothing
@@ -137,7 +137,7 @@ def memories(place: Place) -> dict[str, dict[str, float]]:
     found = {}
     place.stop_servers()
     for name in ("plain", "warm"):
-        options = [*LONG, "--warm"] if name == "warm" else LONG
+        options = [*LONG, "--preload"] if name == "warm" else LONG
         processes = [place.start(place.trial(*options)) for _ in range(2)]
         timings = [place.folder / f"trial{place.count - other}" / "timing.jsonl" for other in (0, 1)]
         try:
@@ -181,20 +181,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder))
         place.measure(place.trial())  # fills the system's caches
-        place.measure(place.trial("--warm"))
+        place.measure(place.trial("--preload"))
         for _ in range(runs):
             note("a plain trial", place.measure(place.trial()))
-            note("a warm trial", place.measure(place.trial("--warm")))
+            note("a warm trial", place.measure(place.trial("--preload")))
         for _ in range(hunts):
             note("two plain trials at once", place.measure(place.trial(), place.trial()))
             place.stop_servers()
-            note("two warm ones, no server yet", place.measure(place.trial("--warm"), place.trial("--warm")))
+            note(
+                "two warm ones, no server yet",
+                place.measure(place.trial("--preload"), place.trial("--preload")),
+            )
             place.stop_servers()
-            note("one warm one, no server yet", place.measure(place.trial("--warm")))
+            note("one warm one, no server yet", place.measure(place.trial("--preload")))
         for _ in range(hunts):
             note(f"a hunt of {TRIALS} plain trials", place.measure(place.hunt()))
             place.stop_servers()
-            note(f"a hunt of {TRIALS} warm ones, no server yet", place.measure(place.hunt("--warm")))
+            note(f"a hunt of {TRIALS} warm ones, no server yet", place.measure(place.hunt("--preload")))
         resident = memories(place)
         place.stop_servers()
 

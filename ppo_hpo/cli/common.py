@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from ppo_hpo.spec.errors import UserError
@@ -19,9 +18,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` instead of ending the process."""
         raise UserError(f"{message.rstrip('.')}. See {self.prog} --help.")
-
-
-# ------------------------------------------------------------------------- types of values
 
 
 def positive(text: str) -> int:
@@ -66,9 +62,6 @@ def directory(text: str) -> str:
 def experiment_name(text: str) -> str:
     """An experiment's name. A shell that completes the name of its directory appends a slash."""
     return text.rstrip("/") or text
-
-
-# ---------------------------------------------------------------------------------- options
 
 
 def also(parser: argparse._ActionsContainer, action: argparse.Action, *names: str) -> None:
@@ -131,12 +124,3 @@ def add_checkpoint_store(parser: argparse._ActionsContainer, help: str) -> None:
         "--checkpoint-store", metavar="URL", help=f"{help} (default: $PPO_HPO_STORE)"
     )
     also(parser, action, "--store")
-
-
-def find_modules_here() -> None:
-    """Let environments be modules in the current directory.
-
-    ``python -m`` finds such modules; a console script does not, unless it is told to.
-    """
-    if "" not in sys.path:
-        sys.path.insert(0, "")

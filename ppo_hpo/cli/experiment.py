@@ -1,4 +1,4 @@
-"""Commands that read or repair an experiment: ``report``, ``best``, ``lineage``, ``retry`` and ``clean``."""
+"""Commands on experiments: ``report``, ``best``, ``lineage``, ``retry``, ``clean`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add all of them."""
-    _add_report(commands)
-    _add_best(commands)
-    _add_lineage(commands)
-    _add_retry(commands)
-    _add_clean(commands)
-
-
-# ---------------------------------------------------------------------------------- report
+    """Add all of them, in the order of the help."""
+    for add in (_add_report, _add_best, _add_lineage, _add_retry, _add_clean, _add_doctor):
+        add(commands)
 
 
 def _add_report(commands: Commands) -> None:
@@ -43,9 +37,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
     print(report(arguments.name, arguments.orion_config, html=arguments.html))
     return 0
-
-
-# ------------------------------------------------------------------------------------ best
 
 
 def _add_best(commands: Commands) -> None:
@@ -83,36 +74,21 @@ def _add_best(commands: Commands) -> None:
 
 
 def _best(arguments: argparse.Namespace) -> int:
-    common.find_modules_here()
+    process.find_modules_here()
     from ppo_hpo.sweeps.best import Retraining, best
 
     retraining = None
     if arguments.test_seeds:
         process.raise_on_signals()
         retraining = Retraining(
-            seeds=arguments.test_seeds,
-            against=arguments.against,
-            n_workers=arguments.workers,
-            device=arguments.device,
-            directory=arguments.test_dir,
-            html=arguments.html,
-            progress=sys.stderr,
-        )
+            arguments.test_seeds, arguments.against, arguments.workers, arguments.device, arguments.test_dir,
+            arguments.html, progress=sys.stderr,
+        )  # fmt: skip
     elif arguments.html is not None:
         raise UserError("`--html` draws test scores. Add --test-seeds N.")
-    text = best(
-        arguments.name,
-        arguments.orion_config,
-        top=arguments.top,
-        retraining=retraining,
-        export=arguments.export,
-        policy=arguments.policy,
-    )
-    print(text)
+    print(best(arguments.name, arguments.orion_config, top=arguments.top, retraining=retraining,
+               export=arguments.export, policy=arguments.policy))  # fmt: skip
     return 0
-
-
-# --------------------------------------------------------------------------------- lineage
 
 
 def _add_lineage(commands: Commands) -> None:
@@ -132,9 +108,6 @@ def _lineage(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# ----------------------------------------------------------------------------------- retry
-
-
 def _add_retry(commands: Commands) -> None:
     retry = commands.add_parser(
         "retry",
@@ -152,12 +125,8 @@ def _add_retry(commands: Commands) -> None:
 def _retry(arguments: argparse.Namespace) -> int:
     from ppo_hpo.inspect.retry import retry
 
-    text = retry(arguments.name, arguments.orion_config, trial=arguments.trial, status=arguments.status)
-    print(text)
+    print(retry(arguments.name, arguments.orion_config, trial=arguments.trial, status=arguments.status))
     return 0
-
-
-# ----------------------------------------------------------------------------------- clean
 
 
 def _add_clean(commands: Commands) -> None:
@@ -182,13 +151,30 @@ def _clean(arguments: argparse.Namespace) -> int:
     from ppo_hpo.inspect.clean import clean
     from ppo_hpo.state.remote_store import open_store
 
-    text = clean(
-        arguments.name,
-        arguments.orion_config,
-        dry_run=arguments.dry_run,
-        finished=arguments.finished,
-        keep=arguments.keep,
-        store=open_store(arguments.checkpoint_store),
-    )
-    print(text)
+    print(clean(arguments.name, arguments.orion_config, dry_run=arguments.dry_run,
+                finished=arguments.finished, keep=arguments.keep,
+                store=open_store(arguments.checkpoint_store)))  # fmt: skip
     return 0
+
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check the installation and a database, and say what to fix",
+        description="Print versions, devices and extras, and check a database for broken trials, stuck "
+        "trials and locks that a killed worker left. Each problem is one sentence that says how to fix it. "
+        "The exit code is 1 if there is a problem.",
+    )
+    common.add_orion_config(
+        doctor, "Without it, ppo-hpo tries ORION_DB_TYPE and ORION_DB_ADDRESS, then Orion's default."
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON, for other programs")
+    doctor.set_defaults(command=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.inspect.doctor import examine, to_json
+
+    report = examine(arguments.orion_config, progress=sys.stderr)
+    print(to_json(report) if arguments.json else report)
+    return 1 if report.findings else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ppo_hpo import __version__
-from ppo_hpo.cli import completion, doctor, experiment, run, space, sweep
+from ppo_hpo.cli import completion, experiment, run, space, sweep
 from ppo_hpo.cli.common import Parser
 from ppo_hpo.trial import process
 
@@ -44,7 +44,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"ppo-hpo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     # The help lists them in this order.
-    for module in (sweep, experiment, space, run, doctor):
+    for module in (sweep, experiment, space, run):
         module.add_commands(commands)
     completion.add_commands(commands, parser)
     return parser

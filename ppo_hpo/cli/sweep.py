@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.cli import common
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.trial import process
 
 if TYPE_CHECKING:
     from ppo_hpo.cli.common import Commands
@@ -91,7 +92,7 @@ def _epochs(text: str) -> int | str:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    common.find_modules_here()
+    process.find_modules_here()
     from ppo_hpo.sweeps.run import SweepInterrupted, sweep
     from ppo_hpo.trial.run_command import parse_setting
 
@@ -102,25 +103,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
         overrides.setdefault(group, {})[key] = value
     try:
         result = sweep(
-            env,
-            space,
-            _with_options(arguments.algorithm, "--algorithm"),
-            max_trials=arguments.max_trials,
-            n_workers=arguments.workers,
-            seeds=arguments.seeds,
-            storage=arguments.storage,
-            executor=_with_options(arguments.executor, "--executor"),
-            device=arguments.device,
-            trials_per_device=arguments.trials_per_device,
-            warm_start=arguments.warm_start,
-            name=arguments.name,
-            epochs=arguments.epochs,
-            overrides=overrides,
-            directory=arguments.dir,
-            checkpoint_store=arguments.checkpoint_store,
-            stop_poor=arguments.stop_poor,
+            env, space, _with_options(arguments.algorithm, "--algorithm"), max_trials=arguments.max_trials,
+            n_workers=arguments.workers, seeds=arguments.seeds, epochs=arguments.epochs, overrides=overrides,
+            warm_start=arguments.warm_start, executor=_with_options(arguments.executor, "--executor"),
+            device=arguments.device, trials_per_device=arguments.trials_per_device,
+            stop_poor=arguments.stop_poor, name=arguments.name, directory=arguments.dir,
+            storage=arguments.storage, checkpoint_store=arguments.checkpoint_store,
             progress=not arguments.quiet,
-        )
+        )  # fmt: skip
     except SweepInterrupted as stop:
         code = 128 + stop.signum
         print(f"ppo-hpo: {stop} (exit code {code})", file=sys.stderr)

@@ -61,7 +61,7 @@ class Store:
         self.name = hide_passwords(url)
         scheme = _SCHEME.match(url)
         if "::" in url:
-            raise StoreError(f"`--store` must be one URL without ::, but got {self.name!r}.")
+            raise StoreError(f"`--checkpoint-store` must be one URL without ::, but got {self.name!r}.")
         self._objects: _Directory | _FileSystem
         if scheme is None or scheme[1] in ("file", "local"):
             self._objects = _Directory(Path(url[scheme.end() :] if scheme else url).absolute())
@@ -69,7 +69,9 @@ class Store:
         try:
             import fsspec
         except ImportError:
-            raise StoreError(f"`--store {self.name}` needs fsspec: pip install 'ppo-hpo[remote]'.") from None
+            raise StoreError(
+                f"`--checkpoint-store {self.name}` needs fsspec: pip install 'ppo-hpo[remote]'."
+            ) from None
         try:
             fs, root = fsspec.core.url_to_fs(url)
         except Exception as error:  # Each file system has its own error types.

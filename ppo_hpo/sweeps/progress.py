@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,11 +240,6 @@ def duration(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def default_stream() -> TextIO:
-    """Standard error, because standard output is for the final summary."""
-    return sys.stderr
 
 
 def _seconds_since(began: float) -> str:

@@ -79,20 +79,14 @@ def result_of(client: ExperimentClient, place: Path) -> SweepResult:
     trials = client.fetch_trials()
     rows = [
         {
-            "id": trial.id,
-            "status": trial.status,
-            "parent": trial.parent,
+            "id": trial.id, "status": trial.status, "parent": trial.parent,
             "objective": trial.objective.value if trial.objective else None,
-            **params_of(trial),
-            **statistics_of(trial),
-            "working_dir": trial.working_dir,
-            "cost_env_steps": cost.env_steps,
-            "cost_eval_steps": cost.eval_steps,
-            "cost_wall_seconds": cost.wall_seconds,
-            "cost_cpu_seconds": cost.cpu_seconds,
+            **params_of(trial), **statistics_of(trial), "working_dir": trial.working_dir,
+            "cost_env_steps": cost.env_steps, "cost_eval_steps": cost.eval_steps,
+            "cost_wall_seconds": cost.wall_seconds, "cost_cpu_seconds": cost.cpu_seconds,
         }
         for trial, cost in zip(trials, costs_of(trials), strict=True)
-    ]
+    ]  # fmt: skip
     return SweepResult(
         name=client.name,
         directory=place,

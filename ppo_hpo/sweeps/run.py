@@ -200,11 +200,12 @@ def _run(
 
 
 def _progress_of(client: ExperimentClient, epochs: int, shown: bool) -> SweepProgress:
-    from ppo_hpo.sweeps.progress import SweepProgress, default_stream
+    from ppo_hpo.sweeps.progress import SweepProgress
 
     completed = client.fetch_trials_by_status("completed")
     returns = [-trial.objective.value for trial in completed if trial.objective]
-    stream = default_stream() if shown else None
+    # Standard output is for the final summary.
+    stream = sys.stderr if shown else None
     return SweepProgress(client.max_trials, len(completed), max(returns, default=None), epochs, stream)
 
 

@@ -31,6 +31,15 @@ def set_thread_variables(threads: int) -> None:
         os.environ[variable] = str(threads)
 
 
+def find_modules_here() -> None:
+    """Let environments be modules in the current directory.
+
+    `python -m` finds such modules; a console script does not, unless it is told to.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+
+
 def raise_on_signals() -> None:
     """Make SIGTERM and SIGINT raise `Interrupted`.
 

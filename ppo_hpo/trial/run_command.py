@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,9 +79,7 @@ def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
         request.device, request.trials_per_device, request.checkpoint_store, request.takeover, retries,
         request.stop_poor,
     )  # fmt: skip
-    # `python -m` finds modules in the current directory; a console script does not, unless it is told to.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    process.find_modules_here()
     if request.dir is not None:
         if not request.dir:
             raise UserError("`--dir` must name a directory, but got ''. Write . for the current one.")
