@@ -1,8 +1,8 @@
 """Adam over one flat buffer.
 
-`torch.optim.Adam` is not used for two reasons that were measured: constructing the first optimizer of a
-process imports torch's compiler, 0.8 to 1.2 s in every trial, and a step over the twelve small tensors of a
-multilayer perceptron takes four times as long as one over a single array of the same size.
+`torch.optim.Adam` is not used for two measured reasons. The first optimizer of a process imports torch's
+compiler, which takes 0.8 to 1.2 s in every trial. And a step over the twelve small tensors of a multilayer
+perceptron takes four times as long as one over a single array of the same size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 class FlatAdam:
     """Adam (Kingma & Ba 2015, algorithm 1), with the gradient clipped to a global norm.
 
-    The parameters become views into one buffer, and so do their gradients; whatever else holds the
+    The parameters become views into one buffer, and so do their gradients. So a module that holds the
     parameters sees every step.
 
     Attributes:
         lr: learning rate of the next step.
-        eps: added to the root of the second moment, after its bias was corrected.
-        n_steps: steps taken.
-        flat: all parameters, in the order they were given.
-        grad: all gradients, flat. Backpropagation adds to it; `step` sets it to zero.
+        eps: constant added to the root of the second moment, after the correction of its bias.
+        n_steps: number of steps taken.
+        flat: all parameters, in the order in which they were given.
+        grad: all gradients, in the same order. Backpropagation adds to it, and `step` sets it to zero.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class FlatAdam:
         self._grad = self.grad.numpy() if self.flat.device.type == "cpu" else None
 
     def step(self, max_norm: float) -> Tensor | float:
-        """Take one step along the gradient, scaled down where its norm exceeds ``max_norm``.
+        """Take one step along the gradient, whose norm is clipped to ``max_norm``.
 
         Returns:
-            The norm before clipping, a scalar.
+            The norm before clipping.
         """
         self.n_steps += 1
         if self._grad is not None:
@@ -76,8 +76,8 @@ class FlatAdam:
         norm = math.sqrt(float(np.dot(grad, grad)))
         if not norm <= max_norm:  # also where it is NaN
             grad *= np.float32(max_norm / (norm + 1e-6))
-        # What `torch.optim.Adam(fused=True)` calls: one pass over the buffers, a third of the time that
-        # numpy's twelve passes take.
+        # `torch.optim.Adam(fused=True)` calls this too. It is one pass over the buffers, and takes a third of
+        # the time of the twelve passes that numpy needs.
         torch._fused_adam_(
             [self.flat],
             [self.grad],
@@ -115,7 +115,7 @@ class FlatAdam:
         return all(bool(torch.isfinite(b).all()) for b in (self.flat, self._exp_avg, self._exp_avg_sq))
 
     def moments(self) -> dict[str, list[Tensor]]:
-        """``exp_avg`` and ``exp_avg_sq``, each a live view for each parameter."""
+        """``exp_avg`` and ``exp_avg_sq``: live views, one for each parameter."""
         return {
             "exp_avg": self._views(self._exp_avg),
             "exp_avg_sq": self._views(self._exp_avg_sq),

@@ -14,16 +14,19 @@ from ppo_hpo.spec.errors import MachineError, UserError
 
 
 def count_gpus() -> int:
-    """How many GPUs torch can use here; CUDA is not begun for it where the driver answers."""
+    """Number of GPUs that torch can use here. CUDA is not initialised for it where the driver answers."""
     return torch.cuda.device_count()
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device of a name; ``auto`` is the first GPU where there is one, and the CPU elsewhere.
 
+    Nothing falls back to another device. A trial that was to run on a GPU, and silently ran on a CPU, would
+    be noticed after hours.
+
     Raises:
-        UserError: no such device here. There is no falling back: a trial that was asked to run on
-            a GPU and quietly ran on a CPU would take hours to be noticed.
+        UserError: the name is not that of a device.
+        MachineError: this machine has no such device.
     """
     text = str(name)
     if text == "auto":
@@ -42,10 +45,10 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def limited_threads(n: int) -> Iterator[None]:
-    """Let torch and every BLAS that is loaded use ``n`` threads, and put back what was before.
+    """Let torch and every loaded BLAS use ``n`` threads, and restore their limits afterwards.
 
-    Trials run side by side. Two threads each on two cores made Stable-Baselines3's PPO up to 24 times slower
-    than one, and a network of two layers of 128 here 40 times.
+    Trials run side by side. With two threads each on two cores, Stable-Baselines3's PPO was up to 24 times
+    slower than with one, and a network of two layers of 128 here was 40 times slower.
     """
     before = torch.get_num_threads()
     with _shared_limit(n):
@@ -63,7 +66,7 @@ _users = 0
 
 @contextlib.contextmanager
 def _shared_limit(n: int) -> Iterator[None]:
-    """A BLAS's limit is the process's: the first trial in it sets the limit and the last one lifts it."""
+    """The limit of a BLAS holds for the process: its first trial sets the limit, its last one lifts it."""
     global _limit, _users
     from threadpoolctl import threadpool_limits
 
@@ -72,8 +75,8 @@ def _shared_limit(n: int) -> Iterator[None]:
             _limit = n, threadpool_limits(n)
         elif _limit[0] != n:
             raise UserError(
-                f"Trials that train in threads of one process share a BLAS: `task.threads` must be "
-                f"{_limit[0]} while another trial trains with it, but got {n}."
+                f"Trials that train in threads of one process share a BLAS. So `task.threads` must be "
+                f"{_limit[0]}, as in the other trial of this process, but got {n}."
             )
         _users += 1
     try:

@@ -25,18 +25,18 @@ def gae(
         delta[t] = reward[t] + gamma * next_value[t] * (1 - terminated[t]) - value[t]
         A[t]     = delta[t] + gamma * lam * (1 - done[t]) * A[t + 1],   A[T] = 0
 
-    ``reward[t]`` is what the action taken at ``value[t]``'s observation earned. ``next_value[t]``
-    values the observation that this very action led to, which at an episode's end is its final
-    observation and not the first one of the episode that follows.
+    ``reward[t]`` is the reward of the action that was taken at the observation of ``value[t]``.
+    ``next_value[t]`` is the value of the observation that this action led to. At the end of an episode that
+    is its final observation, not the first one of the next episode.
 
     Args:
-        reward: ``[T, N]``.
-        value: ``[T, N]``.
-        next_value: ``[T, N]``; ignored where ``terminated``.
-        terminated: ``[T, N]``, the task itself ended: stops the bootstrap.
-        done: ``[T, N]``, terminated or truncated: stops the recursion.
-        gamma: discount, in [0, 1].
-        lam: horizon of the estimate, in [0, 1].
+        reward: ``[T, N]`` rewards.
+        value: ``[T, N]`` values of the observations.
+        next_value: ``[T, N]`` values of the next observations; ignored where ``terminated``.
+        terminated: ``[T, N]`` whether the task itself ended; this stops the bootstrap.
+        done: ``[T, N]`` whether the episode was terminated or truncated; this stops the recursion.
+        gamma: discount factor, in [0, 1].
+        lam: decay of the estimate, in [0, 1]: 0 is the TD error, 1 the discounted return minus the value.
 
     Returns:
         Advantages, ``[T, N]``, in double precision.
@@ -50,9 +50,10 @@ def gae(
 
 
 def explained_variance(value: FloatArray, returns: FloatArray) -> float:
-    """The share of the returns' variance that the values explain: 1 - Var[returns - value] / Var[returns].
+    """Share of the variance of the returns that the values explain: 1 - Var[returns - value] / Var[returns].
 
-    1 is a perfect critic, 0 one that predicts a constant; NaN where the returns do not vary.
+    A perfect critic has 1, and one that predicts a constant has 0. The result is NaN where all returns are
+    equal.
     """
     variance = float(np.var(returns, dtype=np.float64))
     if variance == 0.0:

@@ -1,4 +1,4 @@
-"""The guard that keeps failed tasks from going on."""
+"""The guard that stops a failed task from being used again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class _Guarded(Protocol):
 
 
 class BadResumeGuard:
-    """Marks a task as bad when what it guards fails, and keeps bad tasks from going on.
+    """Marks a task as bad when the guarded block fails, and refuses to run a block of a bad task.
 
-    After a failure a task may be anywhere between two states. A new one, made with the same
-    hyperparameters and storage, starts at the last checkpoint instead.
+    After a failure a task may be anywhere between two states. A new task with the same hyperparameters and
+    storage resumes from the last checkpoint instead.
     """
 
     def __init__(self, task: _Guarded) -> None:
@@ -26,7 +26,7 @@ class BadResumeGuard:
         if self._task.bad_state:
             raise BadResume(
                 "This task failed before and may be in a bad state. Make a new one with the same "
-                "hyperparameters and storage: it goes on from the last checkpoint."
+                "hyperparameters and storage. It resumes from the last checkpoint."
             )
 
     def __exit__(

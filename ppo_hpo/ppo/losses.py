@@ -1,6 +1,6 @@
-"""PPO's loss and its policies' densities: pure functions over tensors of ``B`` samples.
+"""The loss of PPO and the densities of its policies: pure functions over tensors of ``B`` samples.
 
-`torch.distributions` is not used: its objects cost more than the arithmetic of a small policy.
+`torch.distributions` is not used, because its objects cost more than the arithmetic of a small policy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
 
 class LossParts(NamedTuple):
-    """The loss and what it is made of, each a scalar tensor."""
+    """The loss, its parts and two diagnostics, each a scalar tensor; see `ppo_loss`."""
 
     loss: Tensor
     policy_loss: Tensor
@@ -29,8 +29,8 @@ def categorical(logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability ``[B]`` and entropy ``[B]`` of a categorical policy.
 
     Args:
-        logits: ``[B, A]``, unnormalised.
-        action: ``[B]``, integers in ``[0, A)``.
+        logits: ``[B, A]`` unnormalised log-probabilities.
+        action: ``[B]`` integers in ``[0, A)``.
     """
     log_probs = torch.log_softmax(logits, dim=-1)
     log_prob = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -42,9 +42,9 @@ def diagonal_gaussian(mean: Tensor, log_std: Tensor, action: Tensor) -> tuple[Te
     """Log-density ``[B]`` and entropy ``[B]`` of independent normal action dimensions.
 
     Args:
-        mean: ``[B, A]``.
-        log_std: ``[A]``, the same in every state.
-        action: ``[B, A]``, as sampled: not clipped to the action space.
+        mean: ``[B, A]`` means.
+        log_std: ``[A]`` log standard deviations, the same in every state.
+        action: ``[B, A]`` actions as sampled: not clipped to the action space.
     """
     scaled = (action - mean) * torch.exp(-log_std)
     log_prob = (-0.5 * scaled * scaled - log_std - _HALF_LOG_TWO_PI).sum(-1)
@@ -53,15 +53,21 @@ def diagonal_gaussian(mean: Tensor, log_std: Tensor, action: Tensor) -> tuple[Te
 
 
 def normalize_advantage(advantage: Tensor) -> Tensor:
-    """Advantages of mean 0 and deviation 1 (with Bessel's correction, as in Stable-Baselines3)."""
+    """Advantages with mean 0 and standard deviation 1 (with Bessel's correction, as in Stable-Baselines3)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_range_vf: float | None) -> Tensor:
-    """Mean squared error of the critic, ``[B]`` to a scalar; there is no factor of a half.
+    """Mean squared error of the critic, a scalar, without a factor of a half.
 
-    With ``clip_range_vf`` it is the larger of the plain and the clipped error of each sample, as
-    in the authors' code; Stable-Baselines3 takes the clipped one alone.
+    With ``clip_range_vf`` each sample counts the larger of its plain and its clipped error, as in the
+    authors' code. Stable-Baselines3 counts the clipped error alone.
+
+    Args:
+        value: ``[B]`` values under the current critic.
+        old_value: ``[B]`` values under the critic of the rollout.
+        returns: ``[B]`` returns.
+        clip_range_vf: bound on the change of a value; None is unlimited.
     """
     error = (value - returns) ** 2
     if clip_range_vf is not None:
@@ -87,18 +93,18 @@ def ppo_loss(
         L = -mean(min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)) - ent_coef * mean(H) + vf_coef * L_V
 
     Args:
-        log_prob: ``[B]``, of the stored actions under the current policy.
-        old_log_prob: ``[B]``, of the same actions under the policy that took them.
-        advantage: ``[B]``.
-        critic_loss: scalar, see `value_loss`.
-        entropy: ``[B]``.
-        clip_range: the bound c on the ratio.
+        log_prob: ``[B]`` log-probabilities of the stored actions under the current policy.
+        old_log_prob: ``[B]`` log-probabilities of the same actions under the policy that took them.
+        advantage: ``[B]`` advantages.
+        critic_loss: loss of the critic, a scalar; see `value_loss`.
+        entropy: ``[B]`` entropies of the current policy.
+        clip_range: bound c on the ratio.
         ent_coef: weight of the entropy bonus.
-        vf_coef: weight of the value loss.
+        vf_coef: weight of the critic's loss.
 
     Returns:
-        The loss, its parts, and two diagnostics: ``approx_kl``, mean(ratio - 1 - log ratio), an
-        unbiased estimate that is never negative (http://joschu.net/blog/kl-approx.html), and the
+        The loss, its parts and two diagnostics. ``approx_kl`` is mean(ratio - 1 - log ratio), an unbiased
+        estimate that is never negative (http://joschu.net/blog/kl-approx.html). ``clip_fraction`` is the
         share of samples whose ratio was clipped.
     """
     log_ratio = log_prob - old_log_prob

@@ -14,9 +14,9 @@ class RunningMoments:
     """Mean and variance of all rows seen, merged batch by batch (Chan, Golub & LeVeque 1983).
 
     Attributes:
-        mean: of shape ``shape``.
-        var: population variance, of shape ``shape``; 1 before anything was seen.
-        count: rows seen.
+        mean: mean of the rows, of shape ``shape``.
+        var: population variance of the rows, of shape ``shape``; 1 before the first batch.
+        count: number of rows seen.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -25,14 +25,14 @@ class RunningMoments:
         self.count = 0.0
 
     def update(self, batch: NDArray[Any]) -> None:
-        """Take in ``[B, *shape]`` rows."""
+        """Add B rows, ``[B, *shape]``."""
         n = len(batch)
         batch = np.asarray(batch, np.float64)
         mean = batch.mean(axis=0)
         var = np.square(batch - mean).mean(axis=0)
         total = self.count + n
         delta = mean - self.mean
-        # Before the first batch the weight of the made-up unit variance is 0: it leaves no trace.
+        # Before the first batch the initial variance of 1 has the weight 0, so it leaves no trace.
         self.var = (self.var * self.count + var * n + delta * delta * (self.count * n / total)) / total
         self.mean = self.mean + delta * (n / total)
         self.count = total
@@ -46,25 +46,29 @@ class RunningMoments:
         }
 
     def load(self, state: dict[str, NDArray[np.float64]]) -> None:
-        """Take over what `state` gave."""
+        """Load what `state` returned."""
         self.mean = np.array(state["mean"], np.float64).reshape(self.mean.shape)
         self.var = np.array(state["var"], np.float64).reshape(self.var.shape)
         self.count = float(state["count"])
 
 
 class ObservationNormalizer:
-    """Details 28 and 29: standardise observations by all that were seen in training, then clip.
+    """Standardises observations by the statistics of training, then clips them (details 28 and 29).
 
     Evaluation uses the same statistics and never adds to them.
+
+    Attributes:
+        moments: running statistics of the observations.
+        enabled: whether observations are standardised.
     """
 
     def __init__(self, dim: int, *, enabled: bool, clip: float) -> None:
-        """Begin without statistics.
+        """Start without statistics.
 
         Args:
-            dim: D, entries of an observation; 0 for images, which pass as they are.
-            enabled: whether to do anything.
-            clip: bound of a standardised entry.
+            dim: D, entries of an observation; 0 for images, which stay unchanged.
+            enabled: whether observations are standardised.
+            clip: bound on a standardised entry.
         """
         self.moments = RunningMoments((dim,))
         self._images = dim == 0
@@ -72,12 +76,12 @@ class ObservationNormalizer:
         self._clip = clip
 
     def update(self, obs: NDArray[Any]) -> None:
-        """Take in observations of training, ``[N, D]``."""
+        """Add observations of training, ``[N, D]``."""
         if self.enabled:
             self.moments.update(obs)
 
     def __call__(self, obs: NDArray[Any]) -> NDArray[Any]:
-        """Observations ``[..., D]`` in single precision, or images, as the networks see them."""
+        """Observations ``[..., D]`` in single precision, or images, as the network sees them."""
         if not self.enabled:
             return obs if self._images else np.asarray(obs, np.float32)
         scaled = (obs - self.moments.mean) / np.sqrt(self.moments.var + EPSILON)
@@ -85,10 +89,14 @@ class ObservationNormalizer:
 
 
 class RewardScaler:
-    """Details 30 and 31: divide rewards by the deviation of the discounted return, then clip.
+    """Divides rewards by the standard deviation of the discounted return, then clips (details 30 and 31).
 
-    The discount is the trial's own, since the return whose scale matters is the one that the
-    critic learns. The reward's mean is not subtracted: that would change the task.
+    The discount factor is that of the trial, since the scale that matters is that of the return that the
+    critic learns. The mean of the rewards is not subtracted: that would change the task.
+
+    Attributes:
+        moments: running statistics of the discounted return.
+        enabled: whether rewards are scaled.
     """
 
     def __init__(self, n_envs: int, gamma: float, *, enabled: bool, clip: float) -> None:
@@ -99,11 +107,11 @@ class RewardScaler:
         self._return = np.zeros(n_envs, np.float64)
 
     def reset(self) -> None:
-        """Forget the returns under way: all environments were reset."""
+        """Start new returns in all environments, because they were reset."""
         self._return[:] = 0.0
 
     def __call__(self, reward: NDArray[Any], done: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Take in one step's rewards ``[N]`` and give them scaled."""
+        """Add the rewards ``[N]`` of one step, and return them scaled."""
         if not self.enabled:
             return reward
         self._return = self._return * self._gamma + reward

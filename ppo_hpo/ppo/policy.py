@@ -1,8 +1,9 @@
-"""A trained policy by itself: from raw observations to what an environment's ``step`` takes.
+"""A trained policy by itself: from raw observations to actions that an environment's ``step`` takes.
 
 A policy file is a safetensors file with the format, the checks and the bounds of a checkpoint
-(`ppo_hpo.state.checkpoint`): weights and the normaliser's statistics as arrays, hyperparameters and the
-environment's interface as plain data. Loading one runs no code of its author's, and imports no environment.
+(`ppo_hpo.state.checkpoint`). It holds weights and the normaliser's statistics as arrays, hyperparameters and
+the description of the environment as plain data. Loading it runs no code of its author, and imports no
+environment.
 
     from ppo_hpo import load_policy
     policy = load_policy("policy.safetensors")
@@ -36,21 +37,21 @@ from ppo_hpo.state.files import write_atomically as write
 
 _KIND = "policy"
 _MODEL, _NORMALIZER = "model.", "observation_normalizer."
-_MOST_SIDES = 1 << 24
-# Where the first seed of a trial of several lies; `ppo-hpo best` judges them together.
+_MAX_SIZE = 1 << 24
+# Subdirectory of the first seed, where a trial has several.
 _FIRST_SEED = "seed-1"
 
 
 class Policy(nn.Module):
-    """The most probable action for each observation; the normaliser of training is inside.
+    """Takes the most probable action for each observation; it contains the normaliser of training.
 
-    `act` is for playing: numpy in, and out what ``env.step`` takes, computed by the very code that judged the
-    trial. `forward` is the same as a torch module, for batches on any device, and for export: its actions
-    differ from those of `act` by rounding.
+    `act` is for playing. It takes numpy observations and returns what ``env.step`` takes, by the same code
+    that evaluated the trial. `forward` is the same as a torch module, for batches on any device and for
+    export. Its actions differ from those of `act` by rounding.
 
     Attributes:
         config: hyperparameters of the trial.
-        info: of the environment, as it was when the policy was exported.
+        info: description of the environment, as it was when the policy was exported.
         epoch: epochs that the policy was trained for.
         network: actor and critic, with `policy`, `value` and, for continuous actions, `log_std`.
     """
@@ -63,14 +64,14 @@ class Policy(nn.Module):
         arrays: Mapping[str, NDArray[Any]],
         device: str | torch.device = "cpu",
     ) -> None:
-        """Build the network and fill it.
+        """Build the network and load its weights.
 
         Args:
             config: hyperparameters of the trial.
-            info: of the environment.
-            epoch: epochs done.
+            info: description of the environment.
+            epoch: epochs that the policy was trained for.
             arrays: ``model.*`` and ``observation_normalizer.*`` of a checkpoint.
-            device: where `forward` and `act` compute.
+            device: device that `forward` and `act` compute on.
 
         Raises:
             KeyError: an array is missing.
@@ -113,21 +114,24 @@ class Policy(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.array(values)).to(at), persistent=False)
 
     def extra_repr(self) -> str:
-        """What it plays."""
+        """The environment and the epochs, for ``repr``."""
         return f"{self.info.id}, {self.info.kind} actions, {self.epoch} epochs"
 
     def act(self, observation: Any) -> Any:
-        """What ``env.step`` takes, for one raw observation; for a batch ``[N, ...]`` an array of such.
+        """The action that ``env.step`` takes; for a batch ``[N, ...]`` an array of N actions.
+
+        Args:
+            observation: raw observation, or a batch of raw observations.
 
         Raises:
-            UserError: observations of another shape.
+            UserError: the observation has another shape.
         """
         shape = self.info.obs_shape
         obs = np.asarray(observation, self.info.obs_dtype)
         if obs.shape != shape and obs.shape[1:] != shape:
             raise UserError(
-                f"An observation of {self.info.id} has the shape {shape}, and a batch one dimension more in "
-                f"front, but got {obs.shape}."
+                f"An observation of {self.info.id} must have the shape {shape}, or in a batch (N, ...) "
+                f"with N of them, but got {obs.shape}."
             )
         one = obs.shape == shape
         actions = self._learner.act(self._normalizer(obs[None] if one else obs), None)
@@ -148,7 +152,10 @@ class Policy(nn.Module):
         return bounded.reshape(-1, *info.action_shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy, as `load_policy` reads it.
+        """Write a policy file for `load_policy`.
+
+        Args:
+            path: file to write; an existing file is replaced.
 
         Raises:
             UserError: the file cannot be written.
@@ -165,7 +172,10 @@ class Policy(nn.Module):
         write(Path(path), to_bytes(Checkpoint(self.epoch, arrays, meta)))
 
     def save_onnx(self, path: str | os.PathLike[str]) -> None:
-        """Write `forward` in ONNX: input ``observations [N, ...]``, output ``actions``, any N.
+        """Write `forward` in ONNX: input ``observations [N, ...]``, output ``actions``, for any N.
+
+        Args:
+            path: file to write; an existing file is replaced.
 
         Raises:
             UserError: the packages of ``ppo-hpo[onnx]`` are missing, or the file cannot be written.
@@ -181,7 +191,7 @@ class Policy(nn.Module):
         import logging
         import warnings
 
-        # The exporter warns of its own parts, and of packages that nothing here uses.
+        # The exporter warns about its own parts, and about packages that nothing here uses.
         log = logging.getLogger("torch.onnx")
         level = log.level
         log.setLevel(logging.ERROR)
@@ -208,17 +218,17 @@ def load_policy(path: str | os.PathLike[str], device: str | torch.device = "cpu"
     """Read a policy that `Policy.save` or ``ppo-hpo best --policy`` wrote.
 
     Args:
-        path: of the file.
-        device: where it computes.
+        path: policy file.
+        device: device that the policy computes on.
 
     Raises:
-        CheckpointError: the file is torn, cannot be read, or is no policy.
+        CheckpointError: the file is torn, cannot be read, or is not a policy.
         UserError: there is no such device.
     """
     found = from_bytes(read_bytes(Path(path), MAX_BYTES), str(path))
     if found.meta.get("kind") != _KIND:
         raise CheckpointError(
-            f"{path} is no policy: it is a checkpoint. Use ppo_hpo.export_policy on the trial's directory."
+            f"{path} is a checkpoint, not a policy. Use ppo_hpo.export_policy on the trial's directory."
         )
     try:
         config = TrialConfig.from_mapping(found.meta["hyperparameters"])
@@ -226,27 +236,27 @@ def load_policy(path: str | os.PathLike[str], device: str | torch.device = "cpu"
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError) and not isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is no policy that this ppo_hpo reads: {error}.") from None
+        raise CheckpointError(f"{path} is not a policy that this ppo_hpo can read: {error}.") from None
 
 
 def export_policy(
     directory: str | os.PathLike[str], path: str | os.PathLike[str], epoch: int | None = None
 ) -> Policy:
-    """Write the policy of a trial's newest checkpoint to a file: ONNX if it ends in ``.onnx``.
+    """Write the policy of a trial's newest checkpoint to a file, as ONNX if its name ends in ``.onnx``.
 
-    The environment is made once, to look at its spaces. Of a trial of several seeds it is the first one's.
+    The environment is made once, to describe it. A trial of several seeds gives the policy of the first.
 
     Args:
-        directory: of the trial.
-        path: of the file; what is there is replaced.
-        epoch: the epoch that the checkpoint has to be of; None takes the newest.
+        directory: directory of the trial.
+        path: file to write; an existing file is replaced.
+        epoch: epoch that the checkpoint must be of; None takes the newest.
 
     Returns:
         The policy.
 
     Raises:
-        UserError: there is no checkpoint that can be used, the environment cannot be made, or the file cannot
-            be written.
+        UserError: there is no usable checkpoint, the environment cannot be made, or the file cannot be
+            written.
     """
     policy = policy_of(Path(directory), epoch)
     if str(path).endswith(".onnx"):
@@ -262,8 +272,8 @@ def policy_of(directory: Path, epoch: int | None = None) -> Policy:
     found = Storage(place).load(lambda checkpoint: _refuse_other_epochs(checkpoint, epoch, place))
     if found is None:
         raise UserError(
-            f"{place} has no checkpoint. `ppo-hpo clean` keeps only those of the best trials; "
-            f"`ppo-hpo run --config {directory / 'config.yaml'} --dir {directory}` trains it again."
+            f"{place} has no checkpoint. `ppo-hpo clean` keeps only those of the best trials. To train the "
+            f"trial again run `ppo-hpo run --config {directory / 'config.yaml'} --dir {directory}`."
         )
     try:
         config = TrialConfig.from_mapping(found.meta["hyperparameters"])
@@ -275,11 +285,11 @@ def policy_of(directory: Path, epoch: int | None = None) -> Policy:
 
 
 def _refuse_other_sizes(config: TrialConfig, info: EnvInfo, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse arrays that the network will not have, before the memory for it is taken.
+    """Refuse arrays that do not fit the network, before it is built: it could need much memory.
 
     Raises:
-        KeyError: one is missing.
-        ValueError: one has another shape.
+        KeyError: an array is missing.
+        ValueError: an array has another shape.
     """
     model, shapes = config.model, dict[str, tuple[int, ...]]()
     if info.images:
@@ -299,11 +309,11 @@ def _refuse_other_sizes(config: TrialConfig, info: EnvInfo, arrays: Mapping[str,
 
 def _refuse_other_epochs(checkpoint: Checkpoint, epoch: int | None, place: Path) -> None:
     if epoch not in (None, checkpoint.epoch):
-        raise CheckpointError(f"{place} has a checkpoint of epoch {checkpoint.epoch}, and not of {epoch}.")
+        raise CheckpointError(f"{place} has a checkpoint of epoch {checkpoint.epoch}, not of {epoch}.")
 
 
 def _to_plain(info: EnvInfo) -> dict[str, Any]:
-    """An environment's interface as JSON has it; an infinite bound is null."""
+    """The description of an environment as JSON can hold it; an infinite bound is null."""
 
     def bounds(values: NDArray[Any]) -> list[float | None]:
         return [float(value) if math.isfinite(value) else None for value in values]
@@ -324,12 +334,12 @@ def _to_plain(info: EnvInfo) -> dict[str, Any]:
 
 
 def _from_plain(plain: Mapping[str, Any]) -> EnvInfo:
-    """What `_to_plain` gave; it may come from anybody.
+    """Read and check what `_to_plain` returned; it may come from anybody.
 
     Raises:
         KeyError: something is missing.
-        TypeError: something is of another type.
-        ValueError: something is impossible.
+        TypeError: something has another type.
+        ValueError: a value is impossible.
     """
     obs_dtype, action_dtype = _dtype(plain["obs_dtype"]), _dtype(plain["action_dtype"])
     obs_shape, action_shape = _shape(plain["obs_shape"]), _shape(plain["action_shape"])
@@ -339,8 +349,8 @@ def _from_plain(plain: Mapping[str, Any]) -> EnvInfo:
         raise ValueError(f"actions are {kind!r}, observations have the shape {obs_shape}")
     continuous = kind == "continuous"
     sizes = {len(low), len(high), math.prod(action_shape)} if continuous else {dim}
-    if type(dim) is not int or not 0 < dim <= _MOST_SIDES or sizes != {dim}:
-        raise ValueError(f"`action_dim` is {dim!r}, which its bounds and its shape do not have")
+    if type(dim) is not int or not 0 < dim <= _MAX_SIZE or sizes != {dim}:
+        raise ValueError(f"`action_dim` is {dim!r}, which does not fit the bounds and the shape of actions")
     if continuous and action_dtype.kind != "f":
         raise ValueError(f"continuous actions cannot be {action_dtype}")
 
@@ -365,8 +375,8 @@ def _from_plain(plain: Mapping[str, Any]) -> EnvInfo:
 def _shape(sides: Any) -> tuple[int, ...]:
     if not isinstance(sides, list) or not all(type(side) is int and side > 0 for side in sides):
         raise ValueError(f"a shape must be a list of whole numbers, but got {sides!r}")
-    if math.prod(sides) > _MOST_SIDES:
-        raise ValueError(f"a shape of more than {_MOST_SIDES} entries is none: {sides!r}")
+    if math.prod(sides) > _MAX_SIZE:
+        raise ValueError(f"a shape must have at most {_MAX_SIZE} entries, but got {sides!r}")
     return tuple(sides)
 
 

@@ -205,7 +205,7 @@ def test_observations_of_another_shape(trained: Callable[[str], Trained], tmp_pa
     export_policy(trained("discrete").directory, tmp_path / "p")
     policy = load_policy(tmp_path / "p")
     for shape in ((3,), (2, 3), (2, 2, 4), ()):
-        with pytest.raises(UserError, match=r"has the shape \(4,\), and a batch one dimension more"):
+        with pytest.raises(UserError, match=r"must have the shape \(4,\), or in a batch"):
             policy.act(np.zeros(shape))
 
 
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_epoch(trained: Callable[[str], Trained], tmp_pa
     one = trained("discrete")
     export_policy(one.directory, tmp_path / "p", epoch=1)
     assert load_policy(tmp_path / "p").epoch == 1
-    with pytest.raises(CheckpointError, match="of epoch 2, and not of 3"):
+    with pytest.raises(CheckpointError, match="of epoch 2, not of 3"):
         export_policy(one.directory, tmp_path / "p", epoch=3)
 
 
@@ -236,9 +236,7 @@ def test_the_first_of_several_seeds(trained: Callable[[str], Trained], tmp_path:
 
 def test_a_checkpoint_is_no_policy(trained: Callable[[str], Trained]) -> None:
     path = trained("discrete").task._storage.path_of(2)  # type: ignore[union-attr]
-    with pytest.raises(
-        CheckpointError, match=r"is no policy: it is a checkpoint\. Use ppo_hpo\.export_policy"
-    ):
+    with pytest.raises(CheckpointError, match=r"is a checkpoint, not a policy\. Use ppo_hpo\.export_policy"):
         load_policy(path)
 
 
@@ -295,7 +293,7 @@ def test_a_file_of_somebody_else(
     found = from_bytes(path.read_bytes(), "p")
     damage(found)
     path.write_bytes(to_bytes(found))
-    with pytest.raises(CheckpointError, match="is no policy that this ppo_hpo reads"):
+    with pytest.raises(CheckpointError, match="is not a policy that this ppo_hpo can read"):
         load_policy(path)
 
 
