@@ -1,21 +1,24 @@
-"""Who came from whom: the promotions and forks of an experiment as a tree."""
+"""The promotions and forks of an experiment as a tree."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ppo_hpo.orion.experiment import open_experiment, params_of, statistics_of
+from ppo_hpo.orion.experiment import asked_epochs, open_experiment, params_of, statistics_of
 
 
 def lineage(name: str, config: str | None = None) -> str:
-    """The trials of an experiment, each below its parent, to be read.
+    """Print the trials of an experiment as a tree, each one below its parent.
 
-    A parent is what Orion calls so: the trial whose directory it copied (ASHA, population-based training).
+    A parent is what Orion calls so: the trial whose directory Orion copied (ASHA, population-based training).
 
     Args:
-        name: the experiment's name.
-        config: Orion's configuration file of the hunt, for its storage.
+        name: name of the experiment, or path of a sweep's directory.
+        config: Orion's configuration file, which says where the database is.
+
+    Returns:
+        The tree, for the user.
 
     Raises:
         UserError: there is no such experiment.
@@ -24,22 +27,25 @@ def lineage(name: str, config: str | None = None) -> str:
 
 
 def tree(trials: Sequence[Any]) -> str:
-    """One line for each trial: id, epochs, return, and what its hyperparameters changed to at its birth."""
+    """One line for each trial: its id, epochs and return, and the hyperparameters that a fork changed.
+
+    Args:
+        trials: Orion's trials, all of an experiment.
+    """
     by_id = {trial.id: trial for trial in trials}
     children: dict[str | None, list[Any]] = {}
-    for trial in trials:
-        parent = trial.parent if trial.parent in by_id else None
-        children.setdefault(parent, []).append(trial)
+    for trial in sorted(trials, key=lambda trial: (str(trial.submit_time), trial.id)):
+        children.setdefault(trial.parent if trial.parent in by_id else None, []).append(trial)
     lines: list[str] = []
 
     def add(trial: Any, indent: str, branch: str) -> None:
         lines.append(f"{indent}{branch}{_line(trial, by_id.get(trial.parent))}")
-        below = sorted(children.get(trial.id, []), key=_order)
-        further = indent + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
-        for index, child in enumerate(below):
-            add(child, further, "└─ " if index == len(below) - 1 else "├─ ")
+        below = children.get(trial.id, [])
+        deeper = indent + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
+        for child in below:
+            add(child, deeper, "└─ " if child is below[-1] else "├─ ")
 
-    for root in sorted(children.get(None, []), key=_order):
+    for root in children.get(None, []):
         add(root, "", "")
     forks = sum(bool(_changes(t, by_id.get(t.parent))) for t in trials)
     promotions = sum(t.parent in by_id for t in trials) - forks
@@ -47,15 +53,10 @@ def tree(trials: Sequence[Any]) -> str:
     return "\n".join(lines)
 
 
-def _order(trial: Any) -> tuple[Any, str]:
-    return (str(trial.submit_time), trial.id)
-
-
 def _line(trial: Any, parent: Any) -> str:
-    params = params_of(trial)
     words = [trial.id[:8]]
-    if "task.epochs" in params:
-        words.append(f"epochs {float(params['task.epochs']):g}")
+    if (epochs := asked_epochs(trial)) is not None:
+        words.append(f"epochs {epochs:g}")
     statistics = statistics_of(trial)
     if trial.status == "completed" and "return_mean" in statistics:
         words.append(f"return {statistics['return_mean']:.1f}")
@@ -69,19 +70,15 @@ def _line(trial: Any, parent: Any) -> str:
 
 
 def _changes(trial: Any, parent: Any) -> list[str]:
-    """Hyperparameters that differ from the parent's, in words; how far it is to go is none of them."""
+    """Hyperparameters that differ from the parent's, as text. The number of epochs does not count."""
     if parent is None:
         return []
-    here, there = _own(trial), _own(parent)
+    new, old = params_of(trial), params_of(parent)
     return [
-        f"{name} {_value(there.get(name))} -> {_value(here.get(name))}"
-        for name in sorted({*here, *there})
-        if here.get(name) != there.get(name)
+        f"{name} {_value(old.get(name))} -> {_value(new.get(name))}"
+        for name in sorted({*new, *old} - {"task.epochs"})
+        if new.get(name) != old.get(name)
     ]
-
-
-def _own(trial: Any) -> Mapping[str, Any]:
-    return {name: value for name, value in params_of(trial).items() if name != "task.epochs"}
 
 
 def _value(value: Any) -> str:

@@ -1,8 +1,9 @@
-"""What an experiment of Orion's found, told from its trials."""
+"""The report of an experiment: its best trial, the steps that early stopping saved, and the cost."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ppo_hpo.inspect.cost import Cost, cost_of, costs_of
 from ppo_hpo.orion.experiment import (
     completed_trials,
     configuration_of,
+    highest_epochs,
     open_experiment,
     params_of,
     ranking_key,
@@ -29,19 +31,19 @@ class Summary:
     """An experiment in numbers.
 
     Attributes:
-        name: of the experiment.
-        version: of the experiment.
-        algorithm: Orion's name of it.
-        working_dir: where the trials lie.
-        by_status: Orion's status to number of trials.
+        name: name of the experiment.
+        version: version of the experiment.
+        algorithm: Orion's name of the algorithm.
+        working_dir: directory that contains the trials' directories.
+        by_status: number of trials of each of Orion's statuses.
         best: the completed trial of the lowest objective; among equals, the longest trained.
-        configurations: distinct sets of hyperparameters that were completed at some fidelity.
-        steps: environment steps trained; what a promoted trial had done before counts once.
-        steps_in_full: had every configuration been trained to the highest fidelity.
-        steps_restarted: had every promotion that went on started again.
+        configurations: number of different configurations that completed at some fidelity.
+        steps: environment steps trained. What a promoted trial resumed from counts once.
+        steps_in_full: steps if every configuration were trained to the highest fidelity.
+        steps_restarted: steps if promoted trials started from scratch instead of resuming.
         max_epochs: the highest fidelity, or the epochs of every trial.
-        reached: the most epochs that a completed trial has.
-        cost: of all trials, whatever became of them.
+        reached: the most epochs of a completed trial.
+        cost: what all trials have cost, however they ended.
     """
 
     name: str
@@ -60,16 +62,18 @@ class Summary:
 
 
 def report(name: str, config: str | None = None, html: str | None = None) -> str:
-    """A summary of an experiment, to be read.
+    """Summarize an experiment as text, and as a web page.
 
     Args:
-        name: the experiment's name.
-        config: Orion's configuration file of the hunt, for its storage; None uses Orion's own
-            configuration, which `ORION_DB_TYPE` and `ORION_DB_ADDRESS` set.
-        html: write a page with pictures to this file.
+        name: name of the experiment, or path of a sweep's directory.
+        config: Orion's configuration file; None looks in the places that `ppo_hpo.orion.experiment` lists.
+        html: file to write a page with plots to; None writes none.
+
+    Returns:
+        The summary, for the user.
 
     Raises:
-        UserError: there is no such experiment, or nothing is completed yet.
+        UserError: there is no such experiment, no trial is completed yet, or the page cannot be written.
     """
     client = open_experiment(name, config)
     trials = client.fetch_trials()
@@ -81,36 +85,34 @@ def report(name: str, config: str | None = None, html: str | None = None) -> str
             path.write_text(_page(client, summary, trials, text), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-        text += f"\npictures    {path}"
+        text += f"\nplots       {path}"
     return text
 
 
 def summarise(client: Any, trials: Sequence[Any]) -> Summary:
-    """Count an experiment.
+    """Summarize an experiment in numbers.
+
+    Args:
+        client: Orion's client of the experiment.
+        trials: all trials of the experiment.
 
     Raises:
         UserError: no trial is completed yet.
     """
-    by_status: dict[str, int] = {}
-    for trial in trials:
-        by_status[trial.status] = by_status.get(trial.status, 0) + 1
+    by_status = dict(Counter(trial.status for trial in trials))
     completed = completed_trials(trials)
     if not completed:
         counts = ", ".join(f"{n} {status}" for status, n in by_status.items()) or "no trial"
-        raise UserError(f"Nothing is completed in {client.name!r} yet ({counts}).")
-    rungs: dict[str, list[Any]] = {}
-    for trial in completed:
-        rungs.setdefault(configuration_of(trial), []).append(trial)
-    forked = any(statistics_of(trial).get("forked") for trial in completed)
-    steps_of = [[int(statistics_of(trial)["env_steps"]) for trial in group] for group in rungs.values()]
-    if forked:  # a child's life contains its parent's: only what each process trained adds up
-        steps = sum(int(statistics_of(trial)["env_steps_here"]) for trial in completed)
-    else:
-        steps = sum(max(group) for group in steps_of)
+        raise UserError(f"No trial of {client.name!r} is completed yet ({counts}).")
     cost = cost_of(trials)
-    some = next((t for t in completed if not statistics_of(t)["diverged"]), completed[0])
-    per_epoch = statistics_of(some)["env_steps"] / max(statistics_of(some)["epochs"], 1.0)
-    max_epochs = _max_epochs(client, completed)
+    steps = _trained_steps(completed)
+    configurations = len({configuration_of(trial) for trial in completed})
+    reached = int(max(statistics_of(trial)["epochs"] for trial in completed))
+    max_epochs = highest_epochs(client) or reached
+    # A trial that diverged in its first epoch would give a wrong number of steps per epoch.
+    typical = next((found for t in completed if not (found := statistics_of(t))["diverged"]), None)
+    typical = typical or statistics_of(completed[0])
+    steps_per_epoch = typical["env_steps"] / max(typical["epochs"], 1.0)
     return Summary(
         name=client.name,
         version=client.version,
@@ -118,18 +120,31 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
         working_dir=Path(client.working_dir),
         by_status=by_status,
         best=min(completed, key=ranking_key),
-        configurations=len(rungs),
+        configurations=configurations,
         steps=steps,
-        steps_in_full=int(len(rungs) * max_epochs * per_epoch),
+        steps_in_full=int(configurations * max_epochs * steps_per_epoch),
         steps_restarted=steps + cost.saved_steps,
         max_epochs=max_epochs,
-        reached=int(max(statistics_of(trial)["epochs"] for trial in completed)),
+        reached=reached,
         cost=cost,
     )
 
 
+def _trained_steps(completed: Sequence[Any]) -> int:
+    """Environment steps of completed trials. Steps that several trials share count once."""
+    statistics = [statistics_of(trial) for trial in completed]
+    if any(found.get("forked") for found in statistics):
+        # A fork's steps contain its parent's, so only what each process trained can be added up.
+        return sum(int(found["env_steps_here"]) for found in statistics)
+    longest: dict[str, int] = {}
+    for trial, found in zip(completed, statistics, strict=True):
+        key = configuration_of(trial)
+        longest[key] = max(int(found["env_steps"]), longest.get(key, 0))
+    return sum(longest.values())
+
+
 def to_text(summary: Summary) -> str:
-    """The summary as lines."""
+    """The summary as lines of text."""
     best, stats = summary.best, statistics_of(summary.best)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.by_status.items()))
     lines = [
@@ -147,93 +162,88 @@ def to_text(summary: Summary) -> str:
     params = params_of(best)
     width = max(len(name) for name in params)
     lines += [f"            {name:{width}}  {value}" for name, value in sorted(params.items())]
-    lines.append(f"steps       {summary.steps:,} trained for {summary.configurations} configurations")
-    if summary.steps_in_full > summary.steps:
-        saved = summary.steps_in_full - summary.steps
-        # Before the first trial is at the top, the hunt has only just begun.
-        how = "saved by early stopping" if summary.reached == summary.max_epochs else "not trained so far"
-        lines.append(
-            f"            {saved:,} ({saved / summary.steps_in_full:.0%}) {how}: all of "
-            f"them in full are {summary.steps_in_full:,}"
-        )
-    again = summary.cost.saved_steps
-    if again > 0:
-        lines.append(
-            f"            {again:,} ({again / summary.steps_restarted:.0%}) more saved by continuing "
-            f"promoted trials instead of starting them again"
-        )
-    lines.append(str(summary.cost))
-    lines.append(f"lies in     {best.working_dir}")
+    lines += [f"directory   {best.working_dir}", *_steps_text(summary), str(summary.cost)]
     return "\n".join(lines)
 
 
+def _steps_text(summary: Summary) -> list[str]:
+    lines = [f"steps       {summary.steps:,} trained for {summary.configurations} configurations"]
+    missing = summary.steps_in_full - summary.steps
+    if missing > 0:
+        # Before a trial has reached the highest fidelity, the hunt has only begun and saved nothing yet.
+        how = "saved by early stopping" if summary.reached == summary.max_epochs else "not trained so far"
+        lines.append(
+            f"            {missing:,} ({missing / summary.steps_in_full:.0%}) {how}: training all in full "
+            f"would take {summary.steps_in_full:,}"
+        )
+    if (saved := summary.cost.saved_steps) > 0:
+        lines.append(
+            f"            {saved:,} ({saved / summary.steps_restarted:.0%}) more saved because "
+            f"promoted trials resumed instead of starting from scratch"
+        )
+    return lines
+
+
 def curve_text(values: Sequence[float]) -> str:
-    """A learning curve in one line: bars, and the numbers where they are few."""
+    """A learning curve in one line: bars and numbers. Of more than eight numbers only three are shown."""
     numbers = values if len(values) <= 8 else [values[0], values[len(values) // 2], values[-1]]
-    between = ", " if len(values) <= 8 else " ... "
-    return f"{sparkline(values)}  {between.join(f'{value:.0f}' for value in numbers)}"
+    separator = ", " if len(values) <= 8 else " ... "
+    return f"{sparkline(values)}  {separator.join(f'{value:.0f}' for value in numbers)}"
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Numbers as a row of bars, the lowest to the highest of them."""
+    """Numbers as a row of bars, scaled from the lowest to the highest. NaN and infinity are left out."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite), max(finite)
     span = (high - low) or 1.0
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in finite)
 
 
-def _max_epochs(client: Any, completed: Sequence[Any]) -> int:
-    from ppo_hpo.orion.objective import epochs_prior
-    from ppo_hpo.spec.prior import highest_fidelity
-
-    prior = epochs_prior(client.space)
-    if prior is not None:
-        return highest_fidelity(prior)
-    return int(max(statistics_of(trial)["epochs"] for trial in completed))
-
-
 def _page(client: Any, summary: Summary, trials: Sequence[Any], text: str) -> str:
-    """One HTML file that needs no network: learning curves, and Orion's own regret plot."""
+    """One HTML file that needs no network: learning curves, Orion's regret plot and a table of costs."""
     import html
 
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for trial in trials:
-        curve = read_curve(Path(trial.working_dir)) if trial.status == "completed" else []
-        if not curve or trial.id == summary.best.id:
+    best = summary.best
+    completed = [trial for trial in trials if trial.status == "completed" and trial.id != best.id]
+    for trial in [*completed, best]:  # The best is drawn last, on top of the others.
+        curve = read_curve(Path(trial.working_dir))
+        if not curve:
             continue
+        if trial is best:
+            style: dict[str, Any] = {"name": f"best: {best.id[:8]}", "line": {"color": "#c2410c", "width": 3}}
+        else:
+            style = {
+                "name": trial.id[:8], "line": {"color": "rgba(110,110,110,0.45)", "width": 1},
+                "marker": {"size": 4}, "showlegend": False,
+            }  # fmt: skip
         figure.add_scatter(
             x=[row["env_steps"] for row in curve], y=[row["return_mean"] for row in curve],
-            mode="lines+markers", line={"color": "rgba(110,110,110,0.45)", "width": 1},
-            marker={"size": 4}, name=trial.id[:8], showlegend=False,
+            mode="lines+markers", **style,
         )  # fmt: skip
-    curve = read_curve(Path(summary.best.working_dir))
-    figure.add_scatter(
-        x=[row["env_steps"] for row in curve], y=[row["return_mean"] for row in curve],
-        mode="lines+markers", line={"color": "#c2410c", "width": 3}, name=f"best: {summary.best.id[:8]}",
-    )  # fmt: skip
     figure.update_layout(
         title="Learning curves: a line that ends early was stopped early",
         xaxis_title="environment steps", yaxis_title="mean evaluation return", template="simple_white",
     )  # fmt: skip
-    pictures = [figure.to_html(full_html=False, include_plotlyjs=True)]
     regret = client.plot.regret()
     regret.update_layout(template="simple_white")
-    pictures.append(regret.to_html(full_html=False, include_plotlyjs=False))
+    plots = figure.to_html(full_html=False, include_plotlyjs=True)
+    plots += regret.to_html(full_html=False, include_plotlyjs=False)
     title = html.escape(f"{summary.name}-v{summary.version}")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<body style="font-family: sans-serif; max-width: 70em; margin: 2em auto">'
-        f"<h1>{title}</h1><pre>{html.escape(text)}</pre>{''.join(pictures)}{_cost_table(trials)}</body></html>\n"
+        f"<h1>{title}</h1><pre>{html.escape(text)}</pre>{plots}{_cost_table(trials)}</body></html>\n"
     )
 
 
 def _cost_table(trials: Sequence[Any]) -> str:
-    """What each trial cost, as a table of the page."""
+    """The cost of each trial, as a table of the page."""
     import html
 
-    names = ("trial", "status", "steps", "of evaluation", "repeated or not ended", "wall s", "CPU s")
+    names = ("trial", "status", "steps", "in evaluations", "repeated or not ended", "wall s", "CPU s")
     rows = "".join(
         f"<tr><td>{html.escape(trial.id[:8])}<td>{html.escape(trial.status)}<td>{cost.env_steps:,}"
         f"<td>{cost.eval_steps:,}<td>{cost.unkept_steps:,}<td>{cost.wall_seconds:.1f}<td>{cost.cpu_seconds:.1f}"

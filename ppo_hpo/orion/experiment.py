@@ -22,6 +22,7 @@ from typing import Any
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.canonical import configuration_key
 from ppo_hpo.spec.errors import UserError, hide_passwords
+from ppo_hpo.spec.prior import highest_fidelity
 from ppo_hpo.spec.space import flatten_params
 
 # Types of databases that are one file.
@@ -175,3 +176,26 @@ def configuration_of(trial: Any) -> str:
 def params_of(trial: Any) -> dict[str, Any]:
     """A trial's hyperparameters by dotted name; in `orion hunt` they have names like ``/task/epochs``."""
     return {f"{group}.{key}": value for group, key, value in flatten_params(trial.params)}
+
+
+def asked_epochs(trial: Any) -> float | None:
+    """The epochs that Orion asked a trial for; None if all trials train the same number.
+
+    A trial that diverged or was stopped has trained fewer, but still counts for this rung.
+    """
+    epochs = params_of(trial).get("task.epochs")
+    return None if epochs is None else float(epochs)
+
+
+def epochs_prior(space: Mapping[str, Any]) -> str | None:
+    """The prior of ``task.epochs`` in one of Orion's spaces; None if the space has no such dimension."""
+    for name, dimension in space.items():
+        if name.lstrip("/").replace("/", ".") == "task.epochs":
+            return str(dimension.get_prior_string())
+    return None
+
+
+def highest_epochs(client: Any) -> int | None:
+    """The highest fidelity of an experiment; None if all trials train the same number of epochs."""
+    prior = epochs_prior(client.space)
+    return None if prior is None else highest_fidelity(prior)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.orion import fixes
+from ppo_hpo.orion.experiment import epochs_prior
 from ppo_hpo.ppo.components import merge
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import Interrupted
@@ -228,11 +229,3 @@ def run_trial(
         raise
     client.observe(trial, found)
     return found
-
-
-def epochs_prior(space: Mapping[str, Any]) -> str | None:
-    """The fidelity of an Orion space; `orion hunt` names it ``/task/epochs``, Python ``task.epochs``."""
-    for name, dimension in space.items():
-        if name.lstrip("/").replace("/", ".") == "task.epochs":
-            return str(dimension.get_prior_string())
-    return None

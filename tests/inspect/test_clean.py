@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ppo_hpo.cli.main import main
-from ppo_hpo.inspect.clean import clean, forking, highest, obsolete
+from ppo_hpo.inspect.clean import clean, forking, obsolete
+from ppo_hpo.orion.experiment import highest_epochs
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.results import entries
@@ -110,7 +111,7 @@ def test_a_trial_that_a_process_has_is_left_alone(tmp_path: Path) -> None:
     held = insert(client, 0.2, 4, -5.0)
     with lock.hold(Path(held.working_dir)):
         said = clean("it", str(tmp_path / "orion.yaml"))
-    assert f"kept     {held.id[:8]}  2 checkpoints, 0.25 MiB  a process has it" in said
+    assert f"kept     {held.id[:8]}  2 checkpoints, 0.25 MiB  a process is training it" in said
     assert len(names(held)) == 2
     clean("it", str(tmp_path / "orion.yaml"))
     assert names(held) == []
@@ -148,7 +149,7 @@ def test_population_based_training_may_have_children_of_any_trial(tmp_path: Path
     one = insert(client, 0.1, 1, -1.0)
     insert(client, 0.1, 2, -2.0)
     top = insert(client, 0.1, 4, -4.0)
-    found = obsolete(client.fetch_trials(), highest(client), forking(client))
+    found = obsolete(client.fetch_trials(), highest_epochs(client), forking(client))
     assert list(found) == [top.id]
     assert list(obsolete(client.fetch_trials(), 4.0, False)) != [top.id]
     assert names(one) == ["00", "01"]

@@ -213,9 +213,9 @@ def test_report_counts_a_broken_and_a_killed_trial(tmp_path: Path) -> None:
     # The report and its page say the same; the cost of each trial is in the page.
     page = tmp_path / "page.html"
     text = report("costs", str(tmp_path / "orion.yaml"), str(page))
-    assert f"cost        {total.env_steps:,} steps with evaluation ({total.eval_steps:,}), " in text
-    assert "4 of them were repeated, or in epochs that did not end" in text
-    assert "less than an epoch each of 1 that were killed, or run still" in text
+    assert f"cost        {total.env_steps:,} steps, of which {total.eval_steps:,} in evaluations; " in text
+    assert "4 were repeated, or in epochs that did not end" in text
+    assert "less than an epoch of each of 1 processes that were killed or still run" in text
     html = page.read_text(encoding="utf-8")
     assert str(total) in html
     for uid, cost in each.items():

@@ -86,7 +86,7 @@ def test_report_of_a_hunt(hunted: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "after 2 of 2 epochs, 512 steps" in text
     best = next(line.split()[-1] for line in text.splitlines() if line.startswith("best trial"))
     (directory,) = (
-        Path(line[len("lies in") :].strip()) for line in text.splitlines() if line.startswith("lies in")
+        Path(line[len("directory") :].strip()) for line in text.splitlines() if line.startswith("directory")
     )
     assert directory.parent == hunted / "trials"
     assert directory.name.endswith(best)
@@ -294,8 +294,8 @@ def test_promoted_trials_are_counted_once(tmp_path: Path) -> None:
     text = to_text(summary)
     assert "6 completed, 1 interrupted; 3 configurations" in text
     assert "return 40.0 +- 1.5 after 4 of 4 epochs, 400 steps" in text
-    assert "500 (42%) saved by early stopping: all of them in full are 1,200" in text
-    assert "400 (36%) more saved by continuing promoted trials" in text
+    assert "500 (42%) saved by early stopping: training all in full would take 1,200" in text
+    assert "400 (36%) more saved because promoted trials resumed" in text
 
 
 def test_among_equals_the_longest_trained_is_the_best(tmp_path: Path) -> None:
@@ -336,10 +336,10 @@ def test_what_ending_trials_saved_is_counted_once(tmp_path: Path) -> None:
     summary = summarise(client, client.fetch_trials())
     assert summary.cost.stopped_steps == 370 + 100
     text = to_text(summary)
-    assert "470 of the steps not trained are of trials that diverged or were poor" in text
+    assert "470 steps not trained because trials diverged or were poor" in text
     # Four configurations in full are 1,600 steps: these 470 are what early stopping saved, no further ones.
     assert (summary.steps_in_full, summary.steps) == (1600, 30 + 300 + 400 + 400)
-    assert "470 (29%) saved by early stopping: all of them in full are 1,600" in text
+    assert "470 (29%) saved by early stopping: training all in full would take 1,600" in text
     assert text.count("more saved") == 1  # by continuing
 
 
@@ -355,10 +355,10 @@ def test_without_fidelity_the_epochs_are_those_of_the_trials(tmp_path: Path) -> 
 
 def test_nothing_completed_yet(tmp_path: Path) -> None:
     client = experiment(tmp_path, small_space())
-    with pytest.raises(UserError, match=r"Nothing is completed in 'tiny<i>' yet \(no trial\)"):
+    with pytest.raises(UserError, match=r"No trial of 'tiny<i>' is completed yet \(no trial\)"):
         summarise(client, client.fetch_trials())
     client.insert({"optimizer": {"lr": 0.1}, "task": {"epochs": 1}})
-    with pytest.raises(UserError, match=r"Nothing is completed in 'tiny<i>' yet \(1 interrupted\)"):
+    with pytest.raises(UserError, match=r"No trial of 'tiny<i>' is completed yet \(1 interrupted\)"):
         summarise(client, client.fetch_trials())
 
 

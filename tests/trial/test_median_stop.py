@@ -406,7 +406,7 @@ def test_a_sweep_stops_its_poor_trial_and_counts_what_that_saves(
     saved = (4 - epoch) * 2560
     assert result.cost.stopped_steps == saved
     assert result.cost.env_steps - result.cost.eval_steps == (5 * 4 + epoch) * 2560
-    assert f"{saved:,} of the steps not trained are of trials that diverged or were poor" in str(result)
+    assert f"{saved:,} steps not trained because trials diverged or were poor" in str(result)
     # What goes on with it in a shell stops as well.
     stored = result.client._experiment.metadata["user_args"]
     assert stored[-1] == "--stop-poor"
