@@ -2,8 +2,8 @@
 
 Two mechanisms work together:
 
-- ``lock`` in the trial's directory is held by flock while a process trains. The kernel
-  releases it when the process ends. Some file systems do not have flock, or hold it per machine only.
+- ``lock`` in the trial's directory is held by flock while a process trains. The kernel releases it when the
+  process ends. Some file systems do not have flock, or hold it per machine only.
 - A claim (`ppo_hpo.state.claim`) keeps a writer that lost the lock from writing. It works without flock.
 
 A process waits until it knows that the latest writer has ended, or until that writer gave no sign of life for
