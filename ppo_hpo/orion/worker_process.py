@@ -1,4 +1,4 @@
-"""What a process of `workers` does: it answers one call after the other."""
+"""The process of a worker of `ppo_hpo.orion.workers`: it answers one call after the other."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from typing import Any, NoReturn
 
 from ppo_hpo.spec.errors import Interrupted
 
-#: Seconds that a worker gets to end what it does, before it is killed.
-GRACE = 10.0
+#: Seconds that a worker has to stop its call, before it is killed.
+STOP_SECONDS = 10.0
 
 
 def serve(connection_fd: int, lifeline: int) -> NoReturn:
-    """What a worker does: answer one call after the other, until nobody is at the other end."""
+    """Answer calls until the executor is gone, then end this process.
+
+    Args:
+        connection_fd: file descriptor of the connection that calls come from.
+        lifeline: file descriptor of a pipe that closes when the executor's process ends.
+    """
     from ppo_hpo.trial import gpu_slots
     from ppo_hpo.trial.process import leave
 
     gpu_slots.own_process()
 
     def stop(signum: int, frame: object) -> None:
-        # One is enough: a second must not disturb the tidying up after the first.
+        # A second signal must not interrupt the cleanup that the first one started.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Interrupted(signum)
 
@@ -35,48 +40,48 @@ def serve(connection_fd: int, lifeline: int) -> NoReturn:
             signal.signal(signal.SIGTERM, stop)
             for descriptor in (connection_fd, lifeline):
                 os.set_inheritable(descriptor, False)
-            threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
+            threading.Thread(target=_stop_with_executor, args=(lifeline,), daemon=True).start()
             connection = multiprocessing.connection.Connection(connection_fd)
             while True:
                 connection.send_bytes(_answer(connection.recv_bytes()))
         except (EOFError, OSError):
-            pass  # nobody is there any more
+            pass  # The executor is gone.
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-        # The leader closes the connection first and sends SIGTERM then: it may come here, too.
+        # The executor closes the connection first and then sends SIGTERM, which may arrive here as well.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except (Interrupted, KeyboardInterrupt):
         code = 128 + signal.SIGTERM
     leave(code)
 
 
-def _answer(payload: bytes) -> bytes:
+def _answer(pickled_call: bytes) -> bytes:
+    """Make a call; its result, its error and the error's traceback, pickled."""
     import warnings
 
     import cloudpickle
 
     try:
         with warnings.catch_warnings():
-            # pkg_resources announces its end when Orion is imported.
+            # Orion imports pkg_resources, which warns that it is deprecated.
             warnings.simplefilter("ignore")
-            function, args, kwargs = pickle.loads(payload)
+            function, args, kwargs = pickle.loads(pickled_call)
         answer: tuple[Any, Exception | None, str] = function(*args, **kwargs), None, ""
     except Exception as error:
         answer = None, error, traceback.format_exc()
     try:
         return bytes(cloudpickle.dumps(answer))
     except Exception:
-        text = (
-            f"what the worker has to say cannot be pickled: {answer[0] if answer[1] is None else answer[1]!r}"
-        )
+        value, call_error, _ = answer
+        text = f"the worker's answer cannot be pickled: {(value if call_error is None else call_error)!r}"
         return pickle.dumps((None, TypeError(text[:2000]), traceback.format_exc()))
 
 
-def _watch(lifeline: int) -> None:
-    """Stop this process when the one that leads is gone."""
+def _stop_with_executor(lifeline: int) -> None:
+    """Stop this process, and what it started, when the executor's process is gone."""
     while os.read(lifeline, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
-    # The environment's processes, too.
+    time.sleep(STOP_SECONDS)
+    # This reaches the processes of the environment, too.
     os.killpg(os.getpid(), signal.SIGKILL)

@@ -1,17 +1,19 @@
-"""An executor of Orion's whose workers are processes of their own, and may die.
+"""An executor for Orion that runs trials in separate processes, and survives when one of them dies.
 
-Orion's own pools fork: a worker that has torch's threads half copied hangs, it is a daemon and may have no
-children, and when it dies `workon` waits for ever. Here each worker is a new interpreter that runs one
-function at a time:
+Orion's own pools fork. A forked worker that has copied half of torch's threads hangs. It is also a daemon, so
+it cannot start processes, and when it dies `workon` waits for ever. Here each worker is a new Python process
+that makes one call at a time:
 
-- started by a command of its own, so that scripts need no ``if __name__ == "__main__"``;
-- in a session of its own: Ctrl-C reaches only the process that leads, which then ends its workers;
-- on a line to the leader: when that is gone, however it went, the worker stops as by SIGTERM;
-- seen by the leader when it dies: what it ran is given to a new one, ``retries`` times, and fails then.
+- It is started by a command, so scripts need no ``if __name__ == "__main__"``.
+- It has a session of its own, so Ctrl-C reaches only this process, which then stops its workers.
+- It holds one end of a pipe, the lifeline. When this process ends, for whatever reason, the lifeline closes,
+  and the worker stops as if by SIGTERM.
+- If it dies, its call is given to a new worker, up to ``retries`` times. After that the call fails.
 
-`concurrent.futures` and loky would do for all but the last: there the death of one ends what all others run.
+`concurrent.futures` and loky can do all of this but the last: there, one dead worker ends all calls.
 
-Orion knows it as ``workers``. What this module imports, every user of Orion imports with it.
+Orion finds this executor by the name ``workers``. Every user of Orion imports this module with Orion, so it
+must stay cheap to import.
 """
 
 from __future__ import annotations
@@ -33,31 +35,35 @@ from typing import Any
 
 from orion.executor.base import AsyncException, AsyncResult, BaseExecutor, ExecutorClosed, Future
 
-from ppo_hpo.orion.worker_process import GRACE
+from ppo_hpo.orion.worker_process import STOP_SECONDS
+from ppo_hpo.trial.process import THREAD_VARIABLES
 
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_START = (
+_PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from ppo_hpo.orion.worker_process import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended in the middle of what it ran."""
+    """A worker process ended in the middle of a call."""
 
 
 class _Task(Future):  # type: ignore[misc]
-    """One call, and what became of it."""
+    """A call and its result."""
 
-    def __init__(self, executor: Workers, payload: bytes, retries: int) -> None:
-        self.executor, self.payload, self.retries = executor, payload, retries
+    def __init__(self, executor: Workers, pickled_call: bytes, retries: int) -> None:
+        self.executor, self.pickled_call, self.retries = executor, pickled_call, retries
         self.done = False
         self.value: Any = None
         self.error: Exception | None = None
         self.traceback = ""
 
     def get(self, timeout: float | None = None) -> Any:
-        """The result; what the call raised is raised here."""
+        """Wait for the result and return it, or raise what the call raised.
+
+        Raises:
+            TimeoutError: the call is not done after ``timeout`` seconds.
+        """
         self.wait(timeout)
         if not self.done:
             raise TimeoutError
@@ -66,27 +72,31 @@ class _Task(Future):  # type: ignore[misc]
         return self.value
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until it is done, at most ``timeout`` seconds."""
+        """Wait until the call is done, at most ``timeout`` seconds."""
         end = None if timeout is None else time.monotonic() + timeout
         while not self.done and (end is None or time.monotonic() < end):
-            self.executor.pump(1.0 if end is None else max(0.0, min(1.0, end - time.monotonic())))
+            self.executor.poll_workers(1.0 if end is None else max(0.0, min(1.0, end - time.monotonic())))
 
     def ready(self) -> bool:
-        """Whether it is done."""
+        """Whether the call is done."""
         return self.done
 
     def successful(self) -> bool:
-        """Whether it was done without an exception."""
+        """Whether the call raised nothing.
+
+        Raises:
+            ValueError: the call is not done yet.
+        """
         if not self.done:
             raise ValueError("the call is not done yet")
         return self.error is None
 
-    def end(self, value: Any = None, error: Exception | None = None, text: str = "") -> None:
+    def finish(self, value: Any = None, error: Exception | None = None, text: str = "") -> None:
         self.value, self.error, self.traceback, self.done = value, error, text, True
 
 
 class _Worker:
-    """One process."""
+    """A worker process, and the task that it works on."""
 
     def __init__(self) -> None:
         self.task: _Task | None = None
@@ -95,34 +105,34 @@ class _Worker:
         path = [os.path.abspath(entry) for entry in sys.path]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(path), str(theirs.fileno()), str(lifeline)],
+                [sys.executable, "-c", _PROGRAM, json.dumps(path), str(theirs.fileno()), str(lifeline)],
                 pass_fds=(theirs.fileno(), lifeline),
                 stdin=subprocess.DEVNULL,
-                # Trials side by side: what is never started does not have to be limited.
-                env={**dict.fromkeys(_THREADS, "1"), **os.environ},
+                # Trials run side by side, so each starts with one thread for numerical libraries.
+                env={**dict.fromkeys(THREAD_VARIABLES, "1"), **os.environ},
                 start_new_session=True,
             )
         finally:
             theirs.close()
             os.close(lifeline)
 
-    def give(self, task: _Task) -> None:
+    def start(self, task: _Task) -> None:
         self.task = task
-        # A worker that is gone is noticed where its answer is awaited.
+        # If the worker has just died, `Workers.poll_workers` notices.
         with contextlib.suppress(OSError):
-            self.connection.send_bytes(task.payload)
+            self.connection.send_bytes(task.pickled_call)
 
-    def ask_to_end(self) -> None:
+    def ask_to_stop(self) -> None:
         self.connection.close()
         with contextlib.suppress(OSError):
             os.close(self._lifeline)
         if self.process.poll() is None:
             self.process.terminate()
 
-    def end(self, until: float) -> int:
-        """Wait for it until a moment of `time.monotonic`, then kill it; return its exit code."""
+    def wait_or_kill(self, deadline: float) -> int:
+        """Wait for the process until a time of `time.monotonic`, then kill it; return its exit code."""
         try:
-            return self.process.wait(max(0.1, until - time.monotonic()))
+            return self.process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -130,13 +140,17 @@ class _Worker:
 
 
 class Workers(BaseExecutor):  # type: ignore[misc]
-    """Worker processes for ``workon``; see the module's text.
+    """Worker processes for Orion's ``workon``; see this module's docstring.
 
     Args:
-        n_workers: how many at most, each started when it is needed; 0 and less: as many as there are cores.
-        retries: how often a call whose worker died is given to another one. 0 is right for what must not run
-            twice; a trial goes on from its checkpoint.
-        **config: nothing else is known.
+        n_workers: the most workers at a time. Each is started when it is needed. 0 or less means the number
+            of usable CPU cores.
+        retries: how many times a call is repeated whose worker died. Use 0 for calls that must not run twice.
+            A trial resumes from its checkpoint.
+        **config: not allowed.
+
+    Raises:
+        TypeError: another argument is given.
     """
 
     def __init__(self, n_workers: int = -1, retries: int = 0, **config: Any) -> None:
@@ -156,14 +170,14 @@ class Workers(BaseExecutor):  # type: ignore[misc]
 
     @property
     def processes(self) -> list[int]:
-        """Process ids of the workers that were started."""
+        """Process ids of the workers."""
         return [worker.process.pid for worker in self._workers]
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> _Task:
-        """Let a worker call ``function``, as soon as one is free.
+        """Let a worker call ``function(*args, **kwargs)`` as soon as one is free.
 
         Raises:
-            ExecutorClosed: it was closed.
+            ExecutorClosed: this executor is closed.
         """
         import cloudpickle
 
@@ -171,17 +185,25 @@ class Workers(BaseExecutor):  # type: ignore[misc]
             raise ExecutorClosed
         task = _Task(self, cloudpickle.dumps((function, args, kwargs)), self.retries)
         self._queue.append(task)
-        self._assign()
+        self._start_tasks()
         return task
 
     def wait(self, futures: list[_Task]) -> list[Any]:
-        """The results of all of them."""
+        """Wait for all results and return them; raise the first error."""
         return [future.get() for future in futures]
 
     def async_get(self, futures: list[_Task], timeout: float | None = 0.01) -> list[Any]:
-        """Take out of ``futures`` those that are done; wait for the first at most ``timeout`` seconds."""
+        """Remove the calls that are done from ``futures``, and return their results.
+
+        Args:
+            futures: calls that were submitted.
+            timeout: seconds to wait for the first of them.
+
+        Returns:
+            An `AsyncResult` or an `AsyncException` for each.
+        """
         if not any(future.done for future in futures):
-            self.pump(timeout or 0.0)
+            self.poll_workers(timeout or 0.0)
         done = [future for future in futures if future.done]
         for future in done:
             futures.remove(future)
@@ -192,39 +214,39 @@ class Workers(BaseExecutor):  # type: ignore[misc]
             for future in done
         ]
 
-    def pump(self, timeout: float) -> None:
-        """Wait for a worker's answer or end, at most ``timeout`` seconds, and give the idle ones work."""
-        by_connection = {worker.connection: worker for worker in self._workers}
-        if not by_connection:
+    def poll_workers(self, timeout: float) -> None:
+        """Wait until a worker answers or dies, at most ``timeout`` seconds, and start queued tasks."""
+        connections = [worker.connection for worker in self._workers]
+        if not connections:
             time.sleep(timeout)
-        ready = multiprocessing.connection.wait(list(by_connection), timeout)
+        ready = multiprocessing.connection.wait(connections, timeout)
         for worker in self._workers[:]:
             if worker.connection in ready or worker.process.poll() is not None:
-                self._hear(worker)
-        self._assign()
+                self._receive(worker)
+        self._start_tasks()
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive(self, worker: _Worker) -> None:
+        """Take a worker's answer. A worker that is dead may have answered before."""
         try:
-            # One that ended may have answered before.
             answer = worker.connection.recv_bytes() if worker.connection.poll() else None
         except (EOFError, OSError):
             answer = None
-        task = worker.task
         if answer is None:
-            self._bury(worker)
+            self._remove_dead(worker)
             return
-        worker.task = None
+        task, worker.task = worker.task, None
         assert task is not None
         try:
             value, error, text = pickle.loads(answer)
         except Exception as problem:
             value, error, text = None, problem, traceback.format_exc()
-        task.end(value, error, text)
+        task.finish(value, error, text)
 
-    def _bury(self, worker: _Worker) -> None:
+    def _remove_dead(self, worker: _Worker) -> None:
+        """Remove a worker that died. Queue its task again, or let the task fail."""
         self._workers.remove(worker)
-        worker.ask_to_end()
-        code, task = worker.end(time.monotonic() + GRACE), worker.task
+        worker.ask_to_stop()
+        code, task = worker.wait_or_kill(time.monotonic() + STOP_SECONDS), worker.task
         if task is None:
             return
         if task.retries > 0:
@@ -232,35 +254,34 @@ class Workers(BaseExecutor):  # type: ignore[misc]
             self._queue.appendleft(task)
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        task.end(error=WorkerDied(f"the worker process {worker.process.pid} ended in mid-trial, by {how}"))
+        task.finish(error=WorkerDied(f"the worker process {worker.process.pid} ended in mid-trial, by {how}"))
 
-    def _assign(self) -> None:
-        if self._closed:
-            return
-        while self._queue:
+    def _start_tasks(self) -> None:
+        """Give queued tasks to idle workers, and start workers up to the limit."""
+        while self._queue and not self._closed:
             worker = next((one for one in self._workers if one.task is None), None)
             if worker is None:
                 if len(self._workers) >= self.n_workers:
                     return
                 worker = _Worker()
                 self._workers.append(worker)
-            worker.give(self._queue.popleft())
+            worker.start(self._queue.popleft())
 
     def close(self) -> None:
-        """End all workers, and what they run; wait for them."""
+        """Stop all workers and what they run, and wait for them. Calls that are not done fail."""
         if getattr(self, "_closed", True):
             return
         self._closed = True
         for worker in self._workers:
-            worker.ask_to_end()
-        until = time.monotonic() + GRACE
+            worker.ask_to_stop()
+        deadline = time.monotonic() + STOP_SECONDS
         for worker in self._workers:
-            worker.end(until)
+            worker.wait_or_kill(deadline)
             if worker.task is not None:
-                worker.task.end(error=ExecutorClosed())
+                worker.task.finish(error=ExecutorClosed())
         self._workers.clear()
         for task in self._queue:
-            task.end(error=ExecutorClosed())
+            task.finish(error=ExecutorClosed())
         self._queue.clear()
 
     def __enter__(self) -> Workers:
@@ -274,7 +295,7 @@ class Workers(BaseExecutor):  # type: ignore[misc]
 
 
 def usable_cores() -> int:
-    """How many CPU cores this process may use."""
+    """The number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

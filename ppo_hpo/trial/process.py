@@ -20,14 +20,14 @@ from typing import NoReturn
 from ppo_hpo.spec.errors import DeterministicFailure, Interrupted, UserError
 
 # Numerical libraries read these variables when they are first imported.
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # The signal that asked this process to stop, once one has.
 _received: list[int] = []
 
 
 def set_thread_variables(threads: int) -> None:
     """Limit the threads of numerical libraries that are imported later."""
-    for variable in _THREAD_VARIABLES:
+    for variable in THREAD_VARIABLES:
         os.environ[variable] = str(threads)
 
 
