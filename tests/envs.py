@@ -23,9 +23,9 @@ def _box(*shape: int) -> spaces.Box:
 
 
 class EndlessReward(gymnasium.Env[Obs, int]):
-    """Reward 1 forever, whatever one does: every state is worth 1 / (1 - gamma).
+    """Gives the reward 1 forever, so every state has the value 1 / (1 - gamma).
 
-    Only the time limit of its registration cuts it, so that a value that depends on the limit is wrong.
+    Only the time limit of its registration cuts episodes. A value that depends on that limit is wrong.
     """
 
     observation_space = _box(1)
@@ -40,10 +40,10 @@ class EndlessReward(gymnasium.Env[Obs, int]):
 
 
 class Target(gymnasium.Env[Obs, Obs]):
-    """Continuous: reward 1 for the action `TARGET`, and less by the squared distance from it.
+    """Gives the reward 1 for the continuous action `TARGET`, less the squared distance from it.
 
-    Each episode begins at a random place, from which the observation then decays. Actions outside of
-    their bounds are an error.
+    Each episode starts at a random place, from which the observation then decays. An action outside of its
+    bounds is an error.
     """
 
     TARGET = np.array([0.5, -0.25])
@@ -64,11 +64,10 @@ class Target(gymnasium.Env[Obs, Obs]):
 
 
 class RandomWalk(gymnasium.Env[Obs, int]):
-    """Discrete: action 2 pays 1 and the others nothing, until a random walk leaves (-3, 3).
+    """Gives the reward 1 for action 2 and 0 for the others, until a random walk leaves (-3, 3).
 
-    The walk depends on no action, so that neither does an episode's length; it is drawn in `step`, so
-    that an episode depends on how often its random state was used before. Registered with a time limit
-    that cuts about half of the episodes.
+    Neither the walk nor the length of an episode depends on the actions. `step` draws the walk, so an episode
+    depends on how often its rng was used before. The time limit of its registration cuts about half of them.
     """
 
     observation_space = _box(2)
@@ -89,13 +88,13 @@ class RandomWalk(gymnasium.Env[Obs, int]):
 
 
 class Counter(gymnasium.Env[Obs, int]):
-    """Observes the steps of this episode and of its whole life; rewards the latter.
+    """Observes the number of steps of this episode and of its whole life; the reward is the latter.
 
-    It hands out the same array every time and changes it in place, as environments may: whoever keeps
-    an observation without copying it sees the next one, or the reset.
+    It returns the same array every time and changes it in place, as environments may. An observation that is
+    kept without a copy becomes the next one, or that of the reset.
 
     Args:
-        ends_at: step of the episode that terminates it; None never does.
+        ends_at: step of the episode that terminates it; None never terminates.
     """
 
     observation_space = _box(2)
@@ -116,11 +115,11 @@ class Counter(gymnasium.Env[Obs, int]):
 
 
 class BecomesNaN(EndlessReward):
-    """`EndlessReward` until something is NaN.
+    """`EndlessReward` whose reward or observation becomes NaN.
 
     Args:
-        after: steps of its whole life that are good.
-        part: ``reward`` or ``observation``, what becomes NaN.
+        after: steps of its whole life before that.
+        part: what becomes NaN, ``reward`` or ``observation``.
     """
 
     def __init__(self, after: int = 100, part: str = "reward") -> None:
@@ -139,7 +138,7 @@ class BecomesNaN(EndlessReward):
 
 
 class FromFive(EndlessReward):
-    """Discrete actions 5, 6 and 7; the reward is the action's number."""
+    """Has the discrete actions 5, 6 and 7; the reward is the number of the action."""
 
     action_space = spaces.Discrete(3, start=5)
 
@@ -149,7 +148,7 @@ class FromFive(EndlessReward):
 
 
 class Swallows(EndlessReward):
-    """Takes whatever is raised while it steps for an error of its own, as careless code does."""
+    """Suppresses whatever is raised while it steps, as careless code does."""
 
     def step(self, action: int) -> StepResult:
         with contextlib.suppress(BaseException):
@@ -158,19 +157,19 @@ class Swallows(EndlessReward):
 
 
 class Short(EndlessReward):
-    """Gives one number where its space promises three."""
+    """Returns one number where its space promises three."""
 
     observation_space = _box(3)
 
 
 class Image(EndlessReward):
-    """An observation space that is not supported: two dimensions."""
+    """Has an observation space of two dimensions, which is not supported."""
 
     observation_space = _box(4, 4)
 
 
 class Switches(EndlessReward):
-    """An action space that is not supported."""
+    """Has an action space that is not supported."""
 
     action_space = spaces.MultiBinary(3)
 
@@ -184,7 +183,7 @@ class Sleeps(EndlessReward):
 
 
 class Walks(gymnasium.vector.VectorEnv[Obs, Obs, Obs]):
-    """`RandomWalk`, all at once: episodes end outside of (-2, 2), and begin again in the same step."""
+    """`RandomWalk` for all at once: episodes end outside of (-2, 2), and reset in the same step."""
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
 
@@ -209,19 +208,18 @@ class Walks(gymnasium.vector.VectorEnv[Obs, Obs, Obs]):
 
 
 class Late(Walks):
-    """`Walks` that say to begin again in the step after."""
+    """`Walks` whose metadata says that it resets in the step after."""
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
 
 
 class Eyes(gymnasium.Env[Obs, int]):
-    """Images ``[36, 40, 2]``: reward 1 for the number of the corner that a bright square is in.
+    """Shows images ``[36, 40, 2]``; the reward is 1 for the number of the corner with a bright square.
 
-    The square's channel and the noise around it say nothing, and no corner's images are brighter than
-    another's.
+    The channel of the square and the noise tell nothing, and the images of all corners are equally bright.
 
     Args:
-        channels_first: show the same images as ``[2, 36, 40]``.
+        channels_first: whether the same images are ``[2, 36, 40]``.
     """
 
     action_space = spaces.Discrete(4)
@@ -248,11 +246,11 @@ class Eyes(gymnasium.Env[Obs, int]):
 
 
 class Gray(EndlessReward):
-    """Images of bytes that are too small for convolutions, or of another range.
+    """Shows images that are too small for convolutions, or have another range than bytes.
 
     Args:
-        side: height and width.
-        high: what bytes go up to.
+        side: height and width of an image.
+        high: largest value of a pixel.
     """
 
     def __init__(self, side: int = 35, high: int = 255) -> None:
@@ -264,14 +262,14 @@ class Gray(EndlessReward):
 
 
 class Console:
-    """What `Atari` asks of an Arcade Learning Environment, with a script that can be followed by hand.
+    """Replaces the console of the Arcade Learning Environment by a script, as far as `Atari` needs it.
 
-    The screen is 84 x 84, so that it is not resized. Pixel (0, 0) shows the number of the game's frame; a
-    sprite of brightness 200 stands at (1, 0) in even frames and at (1, 1) in odd ones.
+    The screen is 84 x 84, so that it is not resized. Pixel (0, 0) shows the number of the game's frame. A
+    sprite of brightness 200 is at (1, 0) in even frames and at (1, 1) in odd ones.
 
     Attributes:
-        frame: of the game.
-        games: begun so far.
+        frame: number of the current frame of the game.
+        games: number of games started so far.
         pressed: names of all actions, one for each frame.
     """
 
@@ -314,7 +312,7 @@ class Console:
 
 
 class Arcade(gymnasium.Env[Obs, int]):
-    """A game on a `Console`; its arguments are the script."""
+    """A game on a `Console`; its arguments are the script of the game."""
 
     action_space = spaces.Discrete(3)
     observation_space = spaces.Box(0, 255, (128,), np.uint8)
@@ -344,13 +342,14 @@ class Arcade(gymnasium.Env[Obs, int]):
 
 
 class Fails(RandomWalk):
-    """`RandomWalk`, to which something happens after so many steps of all environments.
+    """`RandomWalk` that fails after so many steps of all environments.
 
     Args:
-        how: what, and how often in all processes of a trial, as in ``kill:1``; without a number always.
-            ``raise`` happens only in some states, so that it comes again at the same step. Empty is nothing.
-        at: the step from which on it happens. Evaluations are steps too.
-        notes: a file that counts how often it happened.
+        how: kind of failure, and how often it happens in all processes of a trial, as in ``kill:1``; without
+            a number it always happens. ``raise`` happens in some states only, so that it comes again at the
+            same step. An empty string never fails.
+        at: step from which on it happens; steps of evaluations count, too.
+        notes: file that counts how often it happened.
     """
 
     steps_of_all: ClassVar[int] = 0

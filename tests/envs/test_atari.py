@@ -1,4 +1,4 @@
-"""Atari games: the wrapper against a game that can be followed by hand, and against loops over real ones."""
+"""Atari games: the wrapper against a scripted game, and against hand-written loops over real games."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def no_ops(seed: int) -> int:
 # ------------------------------------------------------------------------ by hand
 
 
-def test_a_game_begins_with_no_ops_and_the_fire_button() -> None:
+def test_a_game_starts_with_no_ops_and_the_fire_button() -> None:
     env = arcade()
     n = no_ops(SEED)
     assert start(env) == n + 8
@@ -77,7 +77,7 @@ def test_a_step_is_four_frames_and_shows_the_brighter_of_the_last_two() -> None:
     assert obs.dtype == np.uint8
     assert env.observation_space.contains(obs)
     assert frames(obs)[-1] == first + 4
-    # The sprite stands left in even frames and right in odd ones; the newest picture has both.
+    # The sprite is left in even frames and right in odd ones, so the newest picture has both.
     assert obs[1, :2, -1].tolist() == [200, 200]
 
 
@@ -121,7 +121,7 @@ def test_rewards_are_signs_in_training_and_whole_in_evaluation() -> None:
         assert [env.step(0)[1] for _ in range(2)] == expected
 
 
-def test_a_life_is_an_episode_in_training_and_the_game_goes_on() -> None:
+def test_a_life_is_an_episode_in_training_and_the_game_continues() -> None:
     first = no_ops(SEED) + 8
     env = arcade(lose_at=(first + 3, first + 30), over_at=first + 50)
     assert start(env) == first
@@ -130,7 +130,7 @@ def test_a_life_is_an_episode_in_training_and_the_game_goes_on() -> None:
     assert frames(obs)[-1] == first + 4
     pressed = len(console(env).pressed)
     obs, _ = env.reset()
-    # One step of nothing, then the button: the same game, and none of the old life's pictures.
+    # One step without action, then the button: the same game, without pictures of the old life.
     assert console(env).games == 1
     assert console(env).pressed[pressed:] == ["NOOP"] * 4 + ["FIRE"] * 4 + ["UP"] * 4
     assert frames(obs) == [0, 0, 0, first + 16]
@@ -160,8 +160,8 @@ def test_evaluation_plays_a_whole_game_and_starts_lives_as_in_training() -> None
     assert console(env).games == 1
 
 
-def test_no_life_left_is_not_the_end() -> None:
-    """Some games show 0 lives for a while before they are over: Stable-Baselines3 goes on then, too."""
+def test_a_game_without_lives_may_continue() -> None:
+    """Some games show 0 lives for some frames before they end. Stable-Baselines3 continues then, too."""
     first = no_ops(SEED) + 8
     env = arcade(none_at=first + 3, over_at=first + 7)
     start(env)
@@ -182,7 +182,7 @@ def test_evaluation_plays_whole_games_for_their_own_rewards() -> None:
     assert (found.returns, found.lengths) == ((42.0,), (5,))  # the first step takes 16 frames
 
 
-def test_a_game_that_ends_while_the_next_life_begins_is_followed_by_a_new_one() -> None:
+def test_a_game_that_ends_while_the_next_life_starts_is_followed_by_a_new_one() -> None:
     first = no_ops(SEED) + 8
     env = arcade(lose_at=(first + 3,), over_at=first + 6)
     start(env)
@@ -218,7 +218,7 @@ def test_time_limits_cut_and_do_not_terminate() -> None:
     assert [short.step(0)[3] for _ in range(3)] == [False, False, True]
 
 
-def test_a_seed_begins_a_new_game_whatever_went_before() -> None:
+def test_a_seed_always_starts_a_new_game() -> None:
     first = no_ops(SEED) + 8
     env = arcade(lose_at=(first + 3,), max_episode_steps=4)
     start(env)
@@ -319,7 +319,7 @@ def test_real_games_against_a_loop_by_hand(game: str) -> None:
     assert obs.std() > 10  # it shows something
 
 
-def test_a_used_game_begins_anew_with_a_seed() -> None:
+def test_a_seed_resets_everything_of_a_used_game() -> None:
     """Law 3: lives, pictures, the console's memory and its random numbers all start again."""
 
     def play(env: Any) -> list[Any]:
@@ -344,7 +344,7 @@ def test_a_used_game_begins_anew_with_a_seed() -> None:
 
 
 def pong(**task: Any) -> TrialConfig:
-    """The preset, as small as can be."""
+    """The preset `pong`, made as small as possible."""
     preset = TrialConfig.from_mapping(fill(read_space("pong"), {}))
     return preset.replace(
         env={"n_envs": 2, "max_episode_steps": 30, "kwargs": {"repeat_action_probability": 0.25}},
@@ -355,7 +355,7 @@ def pong(**task: Any) -> TrialConfig:
 
 
 def test_pong_learns_the_same_after_a_stop(tmp_path: Path) -> None:
-    """Law 3 on a real game with sticky actions: 2 epochs, and 1, a stop in the middle of the next, and 1."""
+    """Law 3 on a real game with sticky actions: a trial that stops in its second epoch ends the same."""
 
     class Stopped(Exception):
         pass
@@ -415,7 +415,7 @@ def test_the_wrapper_needs_a_game() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{"frameskip": 4}, {"obs_type": "rgb"}, {"continuous": True}], ids=str)
-def test_what_the_wrapper_decides_is_refused(kwargs: dict[str, Any]) -> None:
+def test_arguments_that_the_wrapper_sets_are_refused(kwargs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"sets `{next(iter(kwargs))}` itself"):
         make(EnvConfig(id="ALE/Pong-v5", wrapper="atari", kwargs=kwargs))
 
@@ -426,7 +426,7 @@ def test_environments_that_are_not_gymnasiums_cannot_be_wrapped(kind: str) -> No
         TrialConfig.from_mapping({"env": {"id": "ALE/Pong-v5", "wrapper": "atari", "vectorization": kind}})
 
 
-def test_without_ale_py_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ale_py_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ale_py", None)
     known = {key: spec for key, spec in gymnasium.registry.items() if "ale_py" not in str(spec.entry_point)}
     monkeypatch.setattr(gymnasium.envs.registration, "registry", known)

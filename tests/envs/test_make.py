@@ -1,4 +1,4 @@
-"""Environments: what is supported, what actions become, and that no step is lost or made up."""
+"""Environments: supported spaces, conversion of actions, and no lost or invented step."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_time_limit_may_be_replaced_or_missing() -> None:
         ("no_such_module_of_ours:Any-v0", r"needs the module 'no_such_module_of_ours'"),
     ],
 )
-def test_what_is_not_supported_says_so(env_id: str, message: str) -> None:
+def test_unsupported_environments_are_refused(env_id: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         probe(EnvConfig(id=env_id))
 
@@ -68,7 +68,7 @@ def test_arguments_that_the_environment_does_not_take() -> None:
 # ---------------------------------------------------------------------------- actions
 
 
-def test_discrete_actions_begin_where_the_space_begins() -> None:
+def test_discrete_actions_start_where_the_space_starts() -> None:
     envs = make_envs("FromFive", n_envs=3)
     envs.reset([0, 1, 2])
     assert probe(config("FromFive")).action_dim == 3
@@ -159,7 +159,7 @@ def test_the_same_seeds_give_the_same_episodes() -> None:
 
     envs = make_envs("Target", n_envs=2)
     first = observations(envs, [3, 4])
-    # Used environments begin anew with their seeds, and each has its own.
+    # Used environments start again with their seeds, and each has its own seed.
     np.testing.assert_array_equal(observations(envs, [3, 4]), first)
     np.testing.assert_array_equal(observations(make_envs("Target", n_envs=2), [4, 3]), first[:, ::-1])
     assert not np.array_equal(first[:, 0], first[:, 1])
@@ -171,7 +171,7 @@ def test_seeds_and_environments_must_be_as_many() -> None:
         make_envs("RandomWalk", n_envs=2).reset([1])
 
 
-def test_environments_of_ones_own_keep_their_time_limit_and_arguments() -> None:
+def test_custom_environments_keep_their_time_limit_and_arguments() -> None:
     env = make(config("Counter", kwargs={"ends_at": 2}, max_episode_steps=9))
     env.reset(seed=0)
     assert env.step(0)[2:4] == (False, False)

@@ -1,4 +1,4 @@
-"""Vector environments: every step is a transition, and the same seeds begin it all again, whatever steps."""
+"""Vector environments: every step is a transition, and the same seeds start the same episodes again."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def random_actions(name: str, steps: int, n_envs: int = 3) -> np.ndarray:
 
 
 def play(envs: VectorEnv, seeds: list[int], actions: np.ndarray) -> dict[str, np.ndarray]:
-    """Everything that was seen; final observations where an episode ended, zeros elsewhere."""
+    """All results of the steps; final observations are zeros where no episode ended."""
     seen: dict[str, list[Any]] = {
         name: [] for name in ("obs", "final_obs", "reward", "terminated", "truncated")
     }
@@ -75,12 +75,12 @@ def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
 
 
 @EACH
-def test_the_same_seeds_begin_the_same_episodes(name: str, kind: str) -> None:
+def test_the_same_seeds_start_the_same_episodes(name: str, kind: str) -> None:
     actions = random_actions(name, T)
     envs = make(name, kind)
     first = play(envs, [3, 4, 5], actions)
     assert (first["terminated"] | first["truncated"]).any() or name == "Pendulum-v1"
-    # Used environments forget whatever they went through, and new ones begin like them.
+    # Used environments forget their past, and new ones start in the same way.
     play(envs, [7, 8, 9], actions[:17])
     assert_equal(play(envs, [3, 4, 5], actions), first)
     assert_equal(play(make(name, kind), [3, 4, 5], actions), first)
@@ -123,7 +123,7 @@ def dynamics(obs: np.ndarray, action: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["sync", "async", "native", "envpool"])
 def test_every_row_is_a_step_of_the_cart_and_no_row_is_a_reset(kind: str) -> None:
-    """Each row's outcome follows from its observation and action by the laws of motion, resets never do."""
+    """Each result follows from observation and action by the laws of motion, which no reset does."""
     actions = random_actions("CartPole-v1", 150)
     seen = play(make("CartPole-v1", kind), [1, 2, 3], actions)
     done = seen["terminated"] | seen["truncated"]
@@ -132,11 +132,11 @@ def test_every_row_is_a_step_of_the_cart_and_no_row_is_a_reset(kind: str) -> Non
     outcome = np.where(done[..., None], seen["final_obs"], seen["obs"])
     for t in range(150):
         np.testing.assert_allclose(outcome[t], dynamics(before[t], actions[t]), rtol=1e-4, atol=1e-5)
-    # An episode ends where the pole or the cart has left its bounds, and nowhere else.
+    # An episode ends where the pole or the cart is out of bounds, and nowhere else.
     outside = (np.abs(outcome[..., 2]) > 12 * np.pi / 180) | (np.abs(outcome[..., 0]) > 2.4)
     np.testing.assert_array_equal(seen["terminated"], outside)
     assert not seen["truncated"].any()
-    # The next episode begins at once, near the middle, and every step was paid.
+    # The next episode starts at once, near the middle, and every step has the reward 1.
     assert (np.abs(seen["obs"][done]) <= 0.05).all()
     assert len(np.unique(seen["obs"][done][:, 0])) == done.sum()
     assert (seen["reward"] == 1.0).all()
@@ -202,7 +202,7 @@ def test_in_a_daemon_which_may_have_no_children() -> None:
         assert executor.submit(_in_a_pool, "async").result() == "async"
 
 
-def test_the_log_says_which(tmp_path: Path) -> None:
+def test_the_log_names_the_kind_of_vectorization(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
         "env: {id: CartPole-v1, n_envs: 2, vectorization: native}\n"
@@ -221,7 +221,7 @@ def test_the_log_says_which(tmp_path: Path) -> None:
         ("tests.envs:Target-v0", "envpool", "it has no `env.id: tests.envs:Target-v0`"),
     ],
 )
-def test_what_cannot_be_had_is_refused_in_one_sentence(name: str, kind: str, said: str) -> None:
+def test_impossible_kinds_are_refused(name: str, kind: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         make(name, kind)
     assert "Choose auto" in str(caught.value)
@@ -241,8 +241,8 @@ def test_without_envpool(monkeypatch: pytest.MonkeyPatch) -> None:
         vectorize(config, probe(config))
 
 
-def test_a_quick_space_gives_the_same_answers() -> None:
-    """Environments made by sync assert each action; the shortcut must not let a wrong one through."""
+def test_the_faster_contains_gives_the_same_answers() -> None:
+    """Environments assert that their space contains each action: the shortcut must not accept a wrong one."""
     plain, quick = gymnasium.spaces.Discrete(3, start=-1), gymnasium.spaces.Discrete(3, start=-1)
     from ppo_hpo.envs.vector import _speed_up_contains
 
@@ -261,7 +261,7 @@ def test_a_quick_space_gives_the_same_answers() -> None:
 
 @pytest.mark.parametrize("kind", ["native", "envpool"])
 def test_a_task_learns_on_it(kind: str) -> None:
-    """The return that is judged is that of gymnasium's own environment."""
+    """Evaluation takes gymnasium's own environment, whatever the training environments are."""
     if kind == "envpool":
         pytest.importorskip("envpool")
     config = TrialConfig.from_mapping(

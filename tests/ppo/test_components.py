@@ -67,7 +67,7 @@ def test_a_loader_reaches_into_three_groups() -> None:
         (lambda: RolloutLoader("CartPole-v1", num_envs=2), "`env.num_envs`. Did you mean n_envs?"),
     ],
 )
-def test_mistakes_are_found_at_once(make: object, message: str) -> None:
+def test_mistakes_are_errors_at_once(make: object, message: str) -> None:
     assert callable(make)
     with pytest.raises(UserError, match=re.escape(message)):
         make()

@@ -1,4 +1,4 @@
-"""Evaluation: whole episodes on their own seeds, which leave no trace in training."""
+"""Evaluation: whole episodes with their own seeds, which do not influence training."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_sampled_actions_have_their_own_noise_in_every_episode_and_step() -> Non
     rows = np.concatenate(seen)
     assert len(rows) == result.steps
     assert len(np.unique(rows, axis=0)) == len(rows)
-    # An episode's noise is its own: which others have ended does not matter.
+    # The noise of an episode does not depend on which other episodes have ended.
     stream, lengths = np.random.default_rng(0), np.array(result.lengths)
     for step, noise in enumerate(seen):
         expected = sampling_noise(stream, (300, 3), continuous=False)
@@ -91,16 +91,16 @@ def test_sampled_actions_have_their_own_noise_in_every_episode_and_step() -> Non
     assert share == pytest.approx(1 / 3, abs=4 * np.sqrt(2 / 9 / result.steps))
 
 
-def test_an_episode_without_a_limit_is_cut() -> None:
+def test_an_episode_without_a_time_limit_is_cut() -> None:
     result = run(evaluator("Counter", [0, 1], max_steps=4))
     assert result.lengths == (4, 4)
     assert result.returns == (1.0 + 2.0 + 3.0 + 4.0,) * 2
-    # One that ends by itself before is not, and one that ends just there counts once.
+    # An episode that ends before is not cut, and one that ends in that very step counts once.
     assert run(evaluator("Counter", [0], max_steps=4, kwargs={"ends_at": 3})).lengths == (3,)
     assert run(evaluator("Counter", [0], max_steps=4, kwargs={"ends_at": 4})).lengths == (4,)
 
 
-def test_a_return_that_is_not_finite_shows() -> None:
+def test_a_return_that_is_not_finite_is_reported() -> None:
     assert run(evaluator("RandomWalk", [0])).finite
     bad = evaluator("BecomesNaN", [0, 1], kwargs={"after": 3})(ByObservation(), plain(1), None)
     assert not bad.finite
@@ -108,8 +108,8 @@ def test_a_return_that_is_not_finite_shows() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_evaluation_leaves_no_trace_in_training(deterministic: bool) -> None:
-    """Neither in the statistics nor in any stream: twice as many episodes, the same parameters."""
+def test_evaluation_does_not_influence_training(deterministic: bool) -> None:
+    """More evaluation episodes change no parameter, no statistic and no rng of training."""
 
     def trained(episodes: int) -> dict[str, Any]:
         mapping = {

@@ -60,7 +60,7 @@ def slow(
     gamma: float,
     lam: float,
 ) -> np.ndarray:
-    """The definition: for each step the sum of what follows it in its episode."""
+    """The definition: for each step, the sum over the later steps of its episode."""
     T, N = reward.shape
     advantage = np.zeros((T, N))
     for n in range(N):
@@ -126,7 +126,7 @@ def test_lambda_1_is_the_discounted_return_minus_the_value() -> None:
 
 
 def test_environments_do_not_mix() -> None:
-    """Each column is what it is alone."""
+    """Each column equals the result of that column alone."""
     case = random_case(0)
     together = gae(*case, 0.99, 0.95)
     for n in range(3):

@@ -32,7 +32,7 @@ RANDOM = np.random.default_rng
 
 
 def network(*, continuous: bool = False, **options: Any) -> NatureCNN:
-    """With every parameter moved from its initial value, lest anything cancels."""
+    """A network whose parameters are moved from their initial values, so that nothing cancels."""
     given = {"image_shape": LAST, "channels_last": True, "seed": 3, **options}
     module = NatureCNN(
         given.pop("image_shape"), 4, ModelConfig(features_dim=16), continuous=continuous, **given
@@ -195,7 +195,7 @@ def test_densities_values_and_gradients_are_those_of_stable_baselines3() -> None
 
 
 class Twice(nn.Module):
-    """The same network without `policy_and_value`, as one's own network may be."""
+    """The same network without `policy_and_value`, as a custom network may be."""
 
     log_std = None
 
@@ -262,7 +262,7 @@ def test_an_update_moves_every_layer_and_shuffles_images_with_their_samples() ->
         assert not torch.equal(parameter, old)
 
 
-def test_many_images_are_rated_in_portions() -> None:
+def test_many_images_are_evaluated_in_portions() -> None:
     many = np.zeros((1100, 1, 1, 1), np.uint8)
     many[:, 0, 0, 0] = np.arange(1100) % 251
     parts = _portions(many)
@@ -322,8 +322,8 @@ def trial(**groups: Any) -> TrialConfig:
     )
 
 
-def test_it_learns_where_to_look() -> None:
-    """Only where the square is says what pays."""
+def test_a_trial_learns_from_images() -> None:
+    """Only the place of the square tells which action is rewarded."""
     task = PPO.from_config(trial(), "cpu")
     assert isinstance(task.model, NatureCNN)
     assert "images of 36 x 40 x 2" in task.summary()
@@ -332,7 +332,7 @@ def test_it_learns_where_to_look() -> None:
     shares = [row["return_mean"] / row["episode_length"] for row in task.metrics.curve]
     assert shares[0] < 0.6  # one corner of four, or a lucky mixture
     assert shares[-1] > 0.95
-    # One draw among actions that see nothing finds a quarter.
+    # Random actions are right in a quarter of the steps.
     blind = Evaluator(trial().env, task.info, randomness.evaluation_seeds(40), 12)
     found = blind(
         Blind(), ObservationNormalizer(0, enabled=False, clip=10.0), randomness.make_rng(0, "eval", 0)
@@ -342,7 +342,7 @@ def test_it_learns_where_to_look() -> None:
 
 
 class Blind:
-    """Acts by noise alone."""
+    """A policy that acts by noise alone."""
 
     def act(self, obs: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
         assert obs.dtype == np.uint8
@@ -350,7 +350,7 @@ class Blind:
         return noise.argmax(-1)
 
 
-def test_a_state_goes_through_a_file_and_the_learner_is_its_own(tmp_path: Any) -> None:
+def test_a_state_survives_a_file(tmp_path: Any) -> None:
     config = trial(task={"epochs": 2, "max_epochs": 2, "steps_per_epoch": 128, "eval_episodes": 2})
     one = PPO.from_config(config, "cpu", storage=tmp_path)
     one.fit(1)
@@ -378,7 +378,7 @@ def test_a_state_goes_through_a_file_and_the_learner_is_its_own(tmp_path: Any) -
         ("CartPole-v1", {"model": {"features_dim": 64}}, r"features_dim` has no effect.*are vectors"),
     ],
 )
-def test_hyperparameters_that_would_do_nothing_are_refused(env: str, groups: Any, message: str) -> None:
+def test_hyperparameters_without_effect_are_refused(env: str, groups: Any, message: str) -> None:
     config = TrialConfig.from_mapping({"env": {"id": env}, **groups})
     with pytest.raises(UserError, match=message):
         check_hyperparameters_fit(config, probe(config.env))
@@ -386,13 +386,13 @@ def test_hyperparameters_that_would_do_nothing_are_refused(env: str, groups: Any
         PPO.from_config(config, "cpu")
 
 
-def test_a_network_of_ones_own_has_its_own_size() -> None:
+def test_a_custom_network_ignores_the_hyperparameters_of_networks() -> None:
     config = TrialConfig.from_mapping({"env": {"id": "CartPole-v1"}, "model": {"features_dim": 64}})
     PPO.from_config(config, "cpu", model=MLPActorCritic(4, 2, continuous=False))
 
 
 @pytest.mark.parametrize("kwargs", [{"side": 35}, {"side": 40, "high": 1}], ids=str)
-def test_images_that_are_none_for_this_network_are_refused(kwargs: dict[str, int]) -> None:
+def test_images_that_the_network_cannot_take_are_refused(kwargs: dict[str, int]) -> None:
     message = "must be 36 or more" if kwargs["side"] < 36 else "Box of uint8 from 0 to 255"
     with pytest.raises(UserError, match=message):
         probe(EnvConfig(id="tests.envs:Gray-v0", kwargs=kwargs))

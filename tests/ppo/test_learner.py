@@ -1,4 +1,4 @@
-"""The update, from minibatches to learned numbers that are known."""
+"""The update: minibatches, optimizer steps, and learned values whose true values are known."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def parameters(learner: Learner) -> np.ndarray:
 @KINDS
 def test_each_pass_has_every_sample_once_in_a_new_order(continuous: bool, engine: str) -> None:
     batch = samples(continuous=continuous)
-    # Advantages as they are tell which sample is which.
+    # Unchanged advantages identify the samples.
     ppo = PPOConfig(batch_size=16, n_epochs=3, normalize_advantage=False)
     learner = learner_of(ppo, continuous=continuous, engine=engine)
     minibatches = [
@@ -161,7 +161,7 @@ def test_target_kl_stops_before_the_step(continuous: bool, engine: str) -> None:
     assert 4 < steps < 80
     expected = np.concatenate([p.detach().numpy().ravel() for p in module.parameters()])
     np.testing.assert_allclose(parameters(learner), expected, rtol=0.0, atol=2e-5)
-    # What is reported is of the steps that were taken, each of which was within the bound.
+    # The statistics are those of the steps that were taken, and each of these was within the bound.
     assert 0.0 < stats.approx_kl <= 1.5 * 0.002
 
 
@@ -175,7 +175,7 @@ def test_target_kl_may_stop_the_very_first_step(engine: str) -> None:
     assert stats.n_updates == 0
     assert stats.approx_kl > 0.015
     np.testing.assert_array_equal(parameters(learner), before)
-    # The gradient of the step that was not taken is forgotten: the next update is as of a new learner.
+    # The gradient of the step that was not taken is dropped: the next update equals that of a new learner.
     learner.update(batch, np.random.default_rng(0), 1e-3, 0.2)
     other = learner_of(PPOConfig(batch_size=64, target_kl=0.01), continuous=False, engine=engine)
     other.update(batch, np.random.default_rng(0), 1e-3, 0.2)
@@ -184,7 +184,7 @@ def test_target_kl_may_stop_the_very_first_step(engine: str) -> None:
 
 @pytest.mark.parametrize("arrays", [True, False], ids=["numpy", "torch"])
 def test_adam_equals_torchs(arrays: bool) -> None:
-    """Both ways of taking a step, with clipping, over gradients of very different sizes."""
+    """Both implementations of a step, with clipping, over gradients of very different sizes."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((3, 4), (4,), ())]
     ours = [torch.nn.Parameter(tensor.clone()) for tensor in start]
@@ -227,7 +227,7 @@ def first_rollout(config: TrialConfig, learner: Learner) -> tuple[Rollout, Sampl
 @ENGINES
 @pytest.mark.parametrize("name", ["RandomWalk", "Target"])
 def test_the_ratio_is_1_before_the_first_step(name: str, engine: str) -> None:
-    """What the rollout stored is what the update computes: one step sees no change, a second one does."""
+    """The update computes what the rollout stored: the ratio differs from 1 only after the first step."""
     config = trial(name, ppo={"n_steps": 64, "batch_size": 128, "n_epochs": 1})
     info = probe(config.env)
     module = MLPActorCritic(info.obs_dim, info.action_dim, ModelConfig(width=16), continuous=info.continuous)
@@ -245,7 +245,7 @@ def test_the_ratio_is_1_before_the_first_step(name: str, engine: str) -> None:
     assert second.approx_kl > 1e-6
 
 
-def test_actions_that_the_policy_samples_are_those_that_it_rates() -> None:
+def test_sampled_actions_have_the_policys_log_probabilities() -> None:
     """The log-probability of the sampled actions is on average the negative entropy, in both kinds."""
     for name in ("RandomWalk", "Target"):
         config = trial(
@@ -270,7 +270,7 @@ def test_actions_that_the_policy_samples_are_those_that_it_rates() -> None:
 
 
 def test_endless_reward_is_worth_one_over_one_minus_gamma() -> None:
-    """A time limit of 5 steps cuts every episode, and the value must not depend on it: 1 / (1 - 0.9)."""
+    """A time limit of 5 steps cuts every episode, but the value must not depend on it: 1 / (1 - 0.9)."""
     config = trial(
         "EndlessReward",
         env={"n_envs": 4},
@@ -320,7 +320,7 @@ def test_the_action_that_pays_is_learned() -> None:
     first, last = task.metrics.curve[0], task.metrics.latest
     assert last["return_mean"] == last["episode_length"]
     assert first["return_mean"] < 0.8 * first["episode_length"]  # the untrained policy did not know
-    # Sampled actions, too, are nearly all the one.
+    # Nearly all sampled actions are that action, too.
     assert last["train_return"] > 0.95 * last["train_length"]
 
 

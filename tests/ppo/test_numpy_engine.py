@@ -1,4 +1,4 @@
-"""The fast engine against autograd: every gradient, every number, and whole trials on either."""
+"""The numpy engine against autograd: every gradient, every number, and whole trials on both."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_gradients_equal_autograds(continuous: bool, shape: dict) -> None:
 
 
 @pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
-def test_acting_and_rating_equal_torchs(continuous: bool) -> None:
+def test_actions_log_probs_and_values_equal_torchs(continuous: bool) -> None:
     stream = np.random.default_rng(2)
     obs = stream.standard_normal((50, D), np.float32)
     noise = stream.standard_normal((50, A), np.float32)
@@ -149,8 +149,8 @@ def test_other_networks_criteria_and_precisions_take_the_general_engine() -> Non
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-def test_engines_go_on_from_each_others_checkpoints(env: str, tmp_path: Path) -> None:
-    """An epoch on one and the next on the other ends close to two on either: the state is the same."""
+def test_engines_resume_each_others_checkpoints(env: str, tmp_path: Path) -> None:
+    """An epoch on one engine and the next on the other end close to two epochs on either."""
     config = TrialConfig.from_mapping(
         {
             "env": {"id": env, "n_envs": 2},

@@ -20,7 +20,7 @@ from ppo_hpo.spec.results import evaluation_columns
 from ppo_hpo.state.checkpoint import Checkpoint, arrays_digest, from_bytes, to_bytes
 from tests.runs import run_quietly
 
-# The last epoch of each is judged on four episodes; the normaliser's statistics are those of training.
+# The last epoch of each is evaluated on four episodes, with the normaliser's statistics of training.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "discrete": {
         "env": {"id": "CartPole-v1", "n_envs": 2},
@@ -58,7 +58,7 @@ class Trained:
         self.task.fit(2)
 
     def observations(self, n: int = 1000) -> Any:
-        """Raw ones, some of them far beyond what training has seen."""
+        """Raw observations, some of them far beyond those of training."""
         info, stream = self.task.info, np.random.default_rng(0)
         shape = (n, *info.obs_shape)
         if info.images:
@@ -69,7 +69,7 @@ class Trained:
         return (stream.normal(size=shape) * np.geomspace(0.1, 30.0, n)[:, None]).astype(np.float32)
 
     def actions(self, observations: Any) -> Any:
-        """What the task itself would do, as the environment gets it."""
+        """The actions of the task itself, as the environment gets them."""
         agent = self.task.agent
         return np.array(self.task.info.to_env(agent.learner.act(agent.normalizer(observations), None)))
 
@@ -97,7 +97,7 @@ def test_loaded_policy_acts_as_the_task(case: str, trained: Callable[[str], Trai
     found = policy.act(observations)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == expected.dtype
-    # Nor is it a constant, which would be equal whatever was loaded.
+    # The outputs differ between observations: constants would be equal whatever was loaded.
     seen = torch.as_tensor(one.task.agent.normalizer(observations))
     outputs: Any = policy.network.policy(seen)
     assert torch.equal(outputs, one.task.model.policy(seen))
@@ -117,14 +117,14 @@ def test_loaded_policy_acts_as_the_task(case: str, trained: Callable[[str], Trai
 
 
 class Player:
-    """A policy in the place of a task's networks."""
+    """A policy that replaces the learner of a task."""
 
     def __init__(self, policy: ppo_hpo.Policy) -> None:
         self.act = lambda obs, noise: policy.act(obs)
 
 
 @pytest.mark.parametrize("case", ["discrete", "continuous", "image"])
-def test_loaded_policy_earns_what_the_trial_did(
+def test_a_loaded_policy_has_the_returns_of_the_trial(
     case: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     one = trained(case)
@@ -180,7 +180,7 @@ def test_a_network_takes_gradients_as_any_module(trained: Callable[[str], Traine
     assert all(p.grad is not None for name, p in policy.network.named_parameters() if "actor" in name)
 
 
-def test_saved_again_it_is_the_same_file(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_a_loaded_policy_saves_the_same_file(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     export_policy(trained("discrete").directory, tmp_path / "one")
     load_policy(tmp_path / "one").save(tmp_path / "other")
     one, other = (from_bytes((tmp_path / name).read_bytes(), name) for name in ("one", "other"))
@@ -234,7 +234,7 @@ def test_the_first_of_several_seeds(trained: Callable[[str], Trained], tmp_path:
     assert (other != found).any()
 
 
-def test_a_checkpoint_is_no_policy(trained: Callable[[str], Trained]) -> None:
+def test_a_checkpoint_is_not_a_policy(trained: Callable[[str], Trained]) -> None:
     path = trained("discrete").task._storage.path_of(2)  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match=r"is a checkpoint, not a policy\. Use ppo_hpo\.export_policy"):
         load_policy(path)
@@ -285,7 +285,7 @@ def _nothing(checkpoint: Checkpoint) -> None:
     [_larger, _missing, _wrong_bounds, _objects, _huge, _statistics, _nothing],
     ids=lambda f: f.__name__,
 )
-def test_a_file_of_somebody_else(
+def test_a_manipulated_file_is_refused(
     damage: Callable[[Checkpoint], None], trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     path = tmp_path / "p"

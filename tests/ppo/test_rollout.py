@@ -1,4 +1,4 @@
-"""Rollouts: transitions in order, final observations valued, actions stored as they were sampled."""
+"""Rollouts: transitions are in order, final observations have values, and actions are stored as sampled."""
 
 from __future__ import annotations
 
@@ -181,13 +181,13 @@ def test_random_episodes_equal_those_of_the_loop_by_hand() -> None:
     assert len(set(lengths)) > 3
 
 
-# ------------------------------------------------------------------ actions and ratings
+# ------------------------------------------------------- actions, values, log-probabilities
 
 
 def test_continuous_actions_are_stored_as_they_were_sampled() -> None:
     rollout = Run("Target", 5, action=5.0).rollout
     np.testing.assert_array_equal(rollout.action, 5.0)
-    np.testing.assert_array_equal(rollout.log_prob, rollout.obs[..., 0] - 5.0)  # rated as stored
+    np.testing.assert_array_equal(rollout.log_prob, rollout.obs[..., 0] - 5.0)  # those of the stored action
     # What was rewarded is the clipped one, (1, 1): 1 - (0.5^2 + 1.25^2).
     np.testing.assert_allclose(rollout.reward, 1.0 - 0.25 - 1.5625)
 
@@ -201,7 +201,7 @@ def test_values_and_log_probs_belong_to_their_rows() -> None:
         np.testing.assert_allclose(rollout.log_prob, rollout.obs[..., 0] - first, rtol=1e-6)
 
 
-def test_noise_is_the_streams_and_new_in_every_step_and_environment() -> None:
+def test_noise_comes_from_the_rng_and_is_new_in_every_step_and_environment() -> None:
     run = Run("Target", 20, 3)
     expected = randomness.make_rng(0, "action", 0).standard_normal((20, 3, 2), np.float32)
     np.testing.assert_array_equal(run.rollout.action, expected)

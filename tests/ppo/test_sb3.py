@@ -136,7 +136,7 @@ def copy_parameters(module: MLPActorCritic, other: PPO) -> None:
 
 
 def fill(other: PPO, rollout: Rollout, last_obs: np.ndarray) -> None:
-    """What their `collect_rollouts` does with one rollout: rated, bootstrapped and judged by their code."""
+    """Fill their buffer from our rollout, as their `collect_rollouts` does, with values of their own code."""
     policy, buffer = other.policy, other.rollout_buffer
     buffer.reset()
     starts = np.ones(rollout.reward.shape[1], np.bool_)
@@ -156,7 +156,7 @@ def fill(other: PPO, rollout: Rollout, last_obs: np.ndarray) -> None:
 
 
 class Rollouts:
-    """Rollouts of our own in one environment after another."""
+    """Our own rollouts, one after another."""
 
     def __init__(self, kind: str, learner: Learner, n_steps: int, n_envs: int) -> None:
         config = EnvConfig(id=KINDS[kind], n_envs=n_envs)

@@ -1,4 +1,4 @@
-"""The documented interface of `ppo_hpo.PPO`: each name is there, and is used once for what it is for."""
+"""The documented interface of `ppo_hpo.PPO`: each name exists, and does what it is documented to do."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_what_is_fixed_cannot_be_supplied_again() -> None:
         task.init(ppo={"clip_range": 0.2})
 
 
-def test_a_fidelity_that_ppo_has_not() -> None:
+def test_an_unknown_fidelity_is_refused() -> None:
     with pytest.raises(UserError, match="has no fidelity 'frames'"):
         open_task().get_space(frames="fidelity(1, 8)")
 
@@ -236,7 +236,7 @@ def test_fit_does_not_go_past_the_end_of_schedules() -> None:
         small().fit(5)
 
 
-def test_a_trial_takes_one_thread_unless_told_otherwise_and_gives_the_others_back() -> None:
+def test_a_trial_uses_one_thread_by_default_and_restores_the_limits() -> None:
     from threadpoolctl import threadpool_info
 
     def threads() -> set[int]:
@@ -277,7 +277,7 @@ def test_set_device_keeps_the_state() -> None:
 
 
 class OwnNetwork(nn.Module):
-    """A network of a user's own: one shared layer."""
+    """A custom network with one shared layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ class OwnNetwork(nn.Module):
         return self.judge(torch.tanh(self.body(obs))).squeeze(-1)
 
 
-def test_a_network_of_ones_own_is_trained_and_its_hyperparameters_are_not_searched() -> None:
+def test_a_custom_network_is_trained_and_its_hyperparameters_are_not_searched() -> None:
     torch.manual_seed(0)
     network = OwnNetwork()
     before = network.body.weight.detach().clone()
@@ -398,7 +398,7 @@ def test_state_dict_goes_through_memory_deepcopy_and_file(tmp_path: Path) -> Non
     assert same(whole, resumed)
 
 
-def test_lenient_names_what_a_state_lacks() -> None:
+def test_loading_without_strict_names_missing_entries() -> None:
     task, other = small(), small()
     task.fit(1)
     state = task.state_dict()
@@ -416,13 +416,13 @@ def test_state_dict_goes_through_torchs_own_file_as_data_only(tmp_path: Path) ->
     first.fit(1)
     torch.save(first.state_dict(), tmp_path / "state.pt")
     again = small()
-    # weights_only: what torch reads without running anything.
+    # With `weights_only` torch reads data and runs no code.
     assert again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True)) == []
     again.fit(3)
     assert same(whole, again)
 
 
-def test_state_dict_is_a_snapshot_unless_told_otherwise() -> None:
+def test_state_dict_is_a_snapshot_unless_keep_vars_is_set() -> None:
     task = small()
     snapshot, live = task.state_dict(), task.state_dict(keep_vars=True)
     into: dict[str, Any] = {"mine": 1}
@@ -433,7 +433,7 @@ def test_state_dict_is_a_snapshot_unless_told_otherwise() -> None:
     assert torch.equal(live["model.actor.0.weight"], next(task.parameters()))
 
 
-def test_strict_demands_the_same_and_lenient_says_what_it_left_out() -> None:
+def test_strict_requires_the_same_hyperparameters_and_otherwise_skipped_entries_are_named() -> None:
     task, wider = small(), small(model={"width": 16})
     task.fit(1)
     with pytest.raises(CheckpointError, match=r"model\.width is 8 there and 16 here"):
@@ -441,7 +441,7 @@ def test_strict_demands_the_same_and_lenient_says_what_it_left_out() -> None:
     wider = small(model={"width": 16})
     before = wider.state_dict()
     left_out = wider.load_state_dict({**task.state_dict(), "model.nothing": torch.zeros(1)}, strict=False)
-    # Each tensor that there is on one side only, or in another shape: nothing else, and nothing less.
+    # The skipped entries are exactly those that one side lacks or has in another shape.
     here, there = wider.state_dict(), task.state_dict()
     shapes = [(there[name].shape, here[name].shape) for name in here if name != "progress"]
     differ = [name for name in here if name != "progress" and here[name].shape != there[name].shape]
@@ -454,14 +454,14 @@ def test_strict_demands_the_same_and_lenient_says_what_it_left_out() -> None:
     assert torch.equal(task.state_dict()["model.actor.2.bias"], after["model.actor.2.bias"])
 
 
-def test_other_hyperparameters_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+def test_other_hyperparameters_do_not_resume_from_a_checkpoint(tmp_path: Path) -> None:
     small(tmp_path).fit(1)
     with pytest.raises(CheckpointError, match=r"optimizer.lr is 0.0003 there and 0.01 here"):
         small(tmp_path, optimizer={"lr": 0.01})
     assert small(tmp_path).resumed()  # nothing was lost by the attempt
 
 
-def test_a_fork_goes_on_from_its_parent_with_other_hyperparameters(tmp_path: Path) -> None:
+def test_a_fork_resumes_from_its_parent_with_other_hyperparameters(tmp_path: Path) -> None:
     """Population-based training: Orion copies the parent's directory, and the child's id is another."""
     config = TrialConfig.from_mapping(SMALL)
     parent = PPO.from_config(config, "cpu", storage=tmp_path / "parent", uid="parent")
@@ -524,7 +524,7 @@ def test_guard_by_itself() -> None:
 
 
 def test_a_trial_that_diverges_scores_as_its_worst_evaluation(tmp_path: Path) -> None:
-    """Law 7. The first epoch is left alone; in the second a parameter becomes NaN."""
+    """Law 7: a parameter becomes NaN in the second epoch."""
     task = small(tmp_path)
 
     def poison(task: PPO, epoch: int, **details: Any) -> None:
@@ -570,8 +570,8 @@ def test_returns_whose_deviation_overflows_are_not_finite() -> None:
     assert Evaluation((1e30, -1e30), (1, 1)).finite
 
 
-def test_trials_in_threads_are_those_that_run_alone() -> None:
-    """The one that ends first must not give the others more threads: BLAS's limit is the process's."""
+def test_trials_in_threads_equal_trials_that_run_alone() -> None:
+    """The trial that ends first must not raise the limit of the others: BLAS has one limit in a process."""
 
     def run(width: int, epochs: int) -> list[dict[str, Any]]:
         task = small(model={"width": width}, ppo={"batch_size": 128})
@@ -585,7 +585,7 @@ def test_trials_in_threads_are_those_that_run_alone() -> None:
     assert together == alone
 
 
-def test_what_is_given_twice_or_unknown_is_refused() -> None:
+def test_a_gamma_given_twice_and_an_unknown_engine_are_refused() -> None:
     task = open_task(ppo={"gamma": 0.9})
     with pytest.raises(UserError, match="given twice"):
         task.init(gamma=0.98)
@@ -610,7 +610,7 @@ def test_what_is_given_twice_or_unknown_is_refused() -> None:
         lambda state: {name: value for name, value in state.items() if name != "model.actor.0.bias"},
     ],
 )
-def test_a_state_that_is_none_is_refused_and_nothing_is_taken_over(spoil: Any) -> None:
+def test_an_invalid_state_is_refused_and_nothing_is_loaded(spoil: Any) -> None:
     task = small()
     task.fit(1)
     before = copy.deepcopy(task.state_dict())

@@ -1,4 +1,4 @@
-"""Laws 2 and 3: a trial that was stopped at any instant ends, to the bit, where it would have ended.
+"""Laws 2 and 3: a trial that stops at any instant and resumes ends the same, bit for bit.
 
 Each case runs as real processes, `ppo-hpo run`, on one environment: 4 epochs at once; 2 and then 2 more in
 another process; and a process that is killed (SIGKILL) at random moments until it gets through.
@@ -48,7 +48,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def _config(case: str) -> dict[str, dict[str, object]]:
     env, _, vectorization = case.partition(" ")
-    # Everything that has a state of its own is on: normalisers, schedules, value clipping, target_kl.
+    # All that has a state is on: normalisers and schedules; so are value clipping and target_kl.
     config: dict[str, dict[str, object]] = {
         "env": {"id": env, "n_envs": 2, "vectorization": vectorization or "auto"},
         "task": {"epochs": 4, "steps_per_epoch": 512, "eval_episodes": 3, "seed": 7},
@@ -84,7 +84,7 @@ def _run(config: Path, directory: Path, *options: str) -> None:
 
 
 def _assert_equal(one: Path, other: Path) -> None:
-    """Parameters, optimizer state, normalisers, curve and objective: everything but the clock."""
+    """Compare parameters, optimizer state, normalisers, curve and objective: all but the clock."""
     left, right = (read(path / "checkpoint-000004.safetensors") for path in (one, other))
     assert left.arrays.keys() == right.arrays.keys()
     for name, array in left.arrays.items():
@@ -105,7 +105,7 @@ def _objective(directory: Path) -> float:
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """A configuration file, and the directory in which it ran through."""
+    """A configuration file, and the directory in which its trial ran without a stop."""
     if request.param.endswith("envpool"):
         pytest.importorskip("envpool")
     root = tmp_path_factory.mktemp("continuing")
@@ -126,7 +126,7 @@ def test_the_trial_learns_something_that_could_differ(undisturbed: tuple[Path, P
     assert not np.array_equal(before, after)
 
 
-def test_two_and_two_epochs_are_four(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_epochs_and_two_more_equal_four(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     config, through = undisturbed
     _run(config, tmp_path, "--epochs", "2")
     assert not (tmp_path / "checkpoint-000003.safetensors").exists()
@@ -164,7 +164,7 @@ def test_killed_at_twenty_random_moments(undisturbed: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.parametrize("spoil", [lambda content: content[:-1], lambda content: b""])
-def test_a_trial_of_which_all_checkpoints_are_torn_starts_again(
+def test_a_trial_whose_checkpoints_are_all_torn_starts_again(
     spoil: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     config = TrialConfig.from_mapping(_config("CartPole-v1"))
