@@ -1,4 +1,4 @@
-"""PPO as a task of Orion's benchmark: Orion's own comparison of algorithms, on any environment.
+"""PPO as a task of Orion's benchmarks, which compare Orion's algorithms.
 
     from orion.benchmark.assessment import AverageResult
     from orion.benchmark.benchmark_client import get_or_create_benchmark
@@ -14,10 +14,11 @@
     benchmark.process()
     benchmark.analysis()["AverageResult"]["PPOBenchmark"]["regrets"].show()
 
-Orion finds it by its name through the entry point group ``BenchmarkTask``, when it makes a benchmark again
-from the database. It counts trials; ``experiments/which-algorithm`` counts environment steps.
+When Orion loads a benchmark from its database, it finds this task by its name, through the entry point group
+``BenchmarkTask``. Orion's benchmarks compare algorithms at equal numbers of trials. To compare them at equal
+environment steps, see ``experiments/which-algorithm``.
 
-Orion's own package of tasks imports torch where that is installed. Nothing here does before a trial runs.
+Orion's own package of tasks imports torch if it is installed. This module does not, before a trial runs.
 """
 
 from __future__ import annotations
@@ -35,11 +36,24 @@ from ppo_hpo.spec.space import get_space
 
 
 class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
-    """Train PPO, and return what its last evaluation says.
+    """Train PPO, and return the result of its last evaluation.
 
-    A trial's directory follows from its configuration alone, because Orion tells a task no more than the
-    hyperparameters. So a promotion of ASHA, Hyperband or EvolutionES goes on from its lower rung, and a
-    configuration that two algorithms propose is trained once. A child of PBT begins untrained.
+    Orion passes only the hyperparameters to a task, so a trial's directory depends on its configuration
+    alone. A trial that ASHA, Hyperband or EvolutionES promotes resumes from its lower rung. A configuration
+    that two algorithms propose is trained once. A fork of PBT starts untrained.
+
+    Args:
+        max_trials: number of trials of each experiment.
+        env: id of the environment. None means the one of the space.
+        space: name of a shipped space, or path of a space file.
+        epochs: replaces the space's fidelity, for example ``fidelity(1, 16, base=4)``. A number fixes it.
+        seed: seed of every trial (``task.seed``). None means the one of the space.
+        overrides: values by group and key. They fix hyperparameters that the space searches or fixes.
+        device: see `ppo_hpo.objective`.
+        directory: parent directory of the trials. None means ``ppo-hpo-runs`` in the current directory.
+
+    Raises:
+        UserError: a value breaks a rule, the space searches nothing, or JSON cannot keep an argument.
     """
 
     def __init__(
@@ -53,22 +67,6 @@ class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
         device: str = "auto",
         directory: str | None = None,
     ) -> None:
-        """The task; all of it goes into Orion's database, from which the same task is made again.
-
-        Args:
-            max_trials: of each experiment.
-            env: the environment's id; None is that of the space.
-            space: a shipped space's name, or the path of a file.
-            epochs: replaces the space's fidelity, as in ``fidelity(1, 16, base=4)``; a number fixes it.
-            seed: of every trial, ``task.seed``; None is that of the space.
-            overrides: group to key to value: fixes what the space searches or fixes otherwise.
-            device: see `objective`.
-            directory: of the trials; None is ``ppo-hpo-runs``, in the current directory.
-
-        Raises:
-            UserError: an unknown space, environment key or value, nothing that is searched, or something
-                that JSON does not keep.
-        """
         if type(max_trials) is not int or max_trials < 1:
             raise UserError(f"`max_trials` must be a whole number of at least 1, but got {max_trials!r}.")
         given = {
@@ -94,34 +92,34 @@ class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
             if key not in fixed.get(group, {})
         }
         if not self._space:
-            raise UserError("Nothing is searched in this space: every value is fixed.")
+            raise UserError("This space searches nothing, because every value is fixed.")
 
     def call(self, **params: Any) -> list[dict[str, Any]]:
-        """Train one trial, or go on with it.
+        """Run one trial, or resume it.
 
         Args:
-            **params: what Orion proposes, nested as in the space.
+            **params: hyperparameters that Orion proposes, nested as in the space.
 
         Returns:
-            Orion's results: the objective, the negative mean return of the last evaluation, and the
-            statistics.
+            Orion's results: the objective, which is the negative mean episode return of the last evaluation,
+            and the statistics.
         """
         return self._objective(**params)
 
     def get_search_space(self) -> dict[str, str]:
-        """Dotted name to prior, of what is searched."""
+        """The priors of the searched hyperparameters, by dotted name."""
         return dict(self._space)
 
 
 def _in_json(name: str, value: Any) -> Any:
-    """A copy of a value as JSON keeps it, which has to be the value."""
+    """A copy of a value that went through JSON, as in Orion's database. It must be equal to the value."""
     try:
         copy = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         copy = None
     if copy != value:
         raise UserError(
-            f"`{name}` must be what JSON keeps (text, numbers, lists, mappings by text), because Orion makes "
-            f"the task again from its database, but got {value!r}."
+            f"`{name}` must be made of text, numbers, lists and mappings with text keys, because Orion "
+            f"stores it as JSON, but got {value!r}."
         )
     return copy

@@ -1,6 +1,6 @@
-"""The Orion edge in Python: an objective for `workon`, and a trial for `suggest`/`observe` loops.
+"""Trials of an Orion experiment, run from Python: by ``client.workon`` or in a ``client.suggest`` loop.
 
-Neither Orion nor torch is imported before a trial runs.
+This module imports neither Orion nor torch before a trial runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
-#: While it is set, trials that run in threads of this process stop: nothing else reaches a thread.
+#: Trials that run in threads of this process stop while this is set. Signals do not reach such threads.
 STOPPING = threading.Event()
 
 
@@ -40,15 +40,15 @@ def _stop_if_asked() -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """A function that runs one trial and returns its results; it can be pickled.
+    """A function that runs one trial and returns its results. It can be pickled.
 
     Attributes:
-        space: the space, whose fixed values complete what Orion proposes.
-        overrides: group to key to value, which win over both.
-        directory: where trials go that come without a directory of their own.
+        space: search space. Its fixed values complete the hyperparameters that Orion proposes.
+        overrides: values by group and key, which replace those of the space and of Orion.
+        directory: parent directory for trials that have no directory of Orion's.
         options: what is asked of each trial.
         console: whether trials log to standard error.
-        log_stops: log why a hunt is stopped; whoever catches the ExecutionError has it as its ``reason``.
+        log_stops: whether to log why a hunt stops. The ExecutionError has the same text as its ``reason``.
     """
 
     space: Space
@@ -59,23 +59,31 @@ class Objective:
     log_stops: bool = True
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
-        """The configuration of one trial, checked."""
+        """Make and check the configuration of one trial.
+
+        Args:
+            params: hyperparameters that Orion proposes, nested as in the space.
+
+        Raises:
+            UserError: a value breaks a rule.
+        """
         return TrialConfig.from_mapping(fill(self.space, params, self.overrides))
 
     def __call__(self, trial: Trial | None = None, **params: Any) -> list[dict[str, Any]]:
-        """Run one trial, or go on with it.
+        """Run one trial, or resume it.
 
         Args:
-            trial: Orion's record of it; ``workon(..., trial_arg="trial")`` hands it over. Without it the
-                trial has no directory of Orion's and goes below ``directory``.
-            **params: what Orion proposes, nested as in the space.
+            trial: Orion's trial, which ``workon(..., trial_arg="trial")`` passes. Without it the trial gets a
+                directory below ``directory``.
+            **params: hyperparameters that Orion proposes, nested as in the space.
 
         Returns:
             Orion's results: the objective and the statistics.
 
         Raises:
-            orion.core.worker.consumer.ExecutionError: `failure` says that the hunt should stop. `workon`
-                makes a KeyboardInterrupt of it, and marks the trial interrupted.
+            orion.core.worker.consumer.ExecutionError: the trial failed in a way that other trials would fail
+                too, so the hunt should stop. `workon` turns this into a KeyboardInterrupt, and marks the
+                trial interrupted.
         """
         try:
             return self.run(trial, params)
@@ -88,12 +96,12 @@ class Objective:
             if self.log_stops:
                 logging.getLogger("ppo_hpo").error("the hunt stops: %s", error)
             stop = ExecutionError(orion.core.config.worker.interrupt_signal_code)
-            # Between processes its cause is lost.
+            # An exception that passes between processes loses its cause.
             stop.reason = str(error)
             raise stop from error
 
     def run(self, trial: Trial | None, params: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The same, but what goes wrong is raised as it is."""
+        """Run one trial as a call does, but raise every error as it is."""
         from ppo_hpo.trial import runner, trial_files
 
         config = self.config(params)
@@ -110,7 +118,7 @@ class Objective:
 
 
 def stops_the_hunt(error: Exception, trial: Trial) -> bool:
-    """Whether a failure should stop the hunt, and leave the trial interrupted; see `failure`."""
+    """Whether an error should stop the hunt and leave the trial interrupted; see `ppo_hpo.trial.failure`."""
     place = Path(trial.working_dir)
     return failure.stops_the_hunt(error, place, place.parent)
 
@@ -129,7 +137,7 @@ def objective(
     stop_poor: bool = False,
     **fidelities: Any,
 ) -> Objective:
-    """The function to pass to Orion's ``client.workon``.
+    """Make the function that Orion's ``client.workon`` calls for each trial.
 
         space = get_space("classic-control", epochs="fidelity(1, 4, base=4)")
         function = objective("classic-control", env="Acrobot-v1", epochs="fidelity(1, 4, base=4)")
@@ -137,23 +145,23 @@ def objective(
         client.workon(function, trial_arg="trial", max_trials=20)
 
     Args:
-        space_or_config: a shipped space's name, a file's path, or a nested mapping of fixed values.
-        env: the environment's id, the same as ``overrides={"env": {"id": env}}``.
-        overrides: group to key to value, which win over the space and over Orion.
-        directory: where trials go that come without ``trial_arg``.
-        device: ``cpu``; ``cuda``, the GPUs that can be seen are shared out; ``cuda:N``; ``cuda:N,M`` or a
-            list, these are; ``auto``, a GPU for images, where there is one, and else the CPU.
-        trials_per_device: that a GPU trains at a time; None: as many as come.
-        console: whether trials log to standard error; each also has its own ``log.txt``.
+        space_or_config: name of a shipped space, path of a space file, or a nested mapping of fixed values.
+        env: id of the environment. The same as ``overrides={"env": {"id": env}}``.
+        overrides: values by group and key, which replace those of the space and of Orion.
+        directory: parent directory for trials that are called without a ``trial`` argument.
+        device: ``cpu``; ``cuda`` for all visible GPUs, shared out among trials; ``cuda:N``, ``cuda:N,M`` or a
+            list for these GPUs; ``auto`` for the GPUs if observations are images, else the CPU.
+        trials_per_device: number of trials that one GPU trains at a time. None means unlimited.
+        console: whether trials log to standard error. Each trial also writes ``log.txt``.
         checkpoint_store: URL of a second place for checkpoints, for workers that share no file system. None
             means the environment variable ``PPO_HPO_STORE``, and '' means no store.
-        retries: after a fault that may pass (memory, a file system's hiccup, an error that does not come
-            again), go on from the last checkpoint so often for each epoch.
-        stop_poor: stop a trial in the middle of its epochs, if it is poor among those of the experiment.
-        **fidelities: the same as were given to `get_space`.
+        retries: number of times for each epoch that a trial resumes from its latest checkpoint after an error
+            that may not repeat, such as a lack of memory.
+        stop_poor: whether to stop a trial between two rungs if it is poor among those of the experiment.
+        **fidelities: the fidelities that were given to `get_space`.
 
     Raises:
-        UserError: an unknown space, a bad value or a fidelity that the space has not.
+        UserError: the space does not exist, a value breaks a rule, or the space has no such fidelity.
     """
     if isinstance(space_or_config, str):
         space = read_space(space_or_config)
@@ -169,26 +177,25 @@ def objective(
     chosen = {group: dict(values) for group, values in (overrides or {}).items()}
     if env is not None:
         chosen.setdefault("env", {})["id"] = env
-    return Objective(
-        space,
-        chosen,
-        None if directory is None else Path(directory).absolute(),
-        options,
-        console,
-    )
+    parent = None if directory is None else Path(directory).absolute()
+    return Objective(space, chosen, parent, options, console)
 
 
 def prepare_trial(client: ExperimentClient, trial: Trial) -> None:
-    """Make a trial's working directory as Orion does, also where its parent's lies on another machine.
+    """Make a trial's working directory, even if its parent's directory is on another machine.
 
-    Orion copies a parent's directory, and fails where there is none. Workers that share only the database and
-    a store pass this: ``client.workon(..., prepare_trial=prepare_trial)``. The state comes from the store.
+    Orion copies the parent's directory, and fails if it is not there. Workers that share only the database
+    and a checkpoint store use ``client.workon(..., prepare_trial=prepare_trial)``. The trial then resumes
+    from the store.
+
+    Args:
+        client: Orion's client of the experiment.
+        trial: Orion's trial.
     """
     from orion.client.runner import prepare_trial_working_dir
 
     fixes.make_directory_without_parent(client, trial)
-    # This is what copies a parent's for ASHA and PBT.
-    prepare_trial_working_dir(client, trial)
+    prepare_trial_working_dir(client, trial)  # This copies the parent's directory, for ASHA and PBT.
 
 
 def run_trial(
@@ -197,20 +204,20 @@ def run_trial(
     space_or_config: str | Mapping[str, Any] = "default",
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Run a trial that ``client.suggest()`` gave, and observe its results.
+    """Run a trial of ``client.suggest()``, and let the client observe its results.
 
-    Schedules end at the highest fidelity of the client's own space. A trial that fails is released as
-    broken; one that is interrupted as interrupted, and so is one that fails by what other trials would fail
-    by too (`failure`). All go on from their checkpoint when Orion hands them out again.
+    Schedules end at the highest fidelity of the client's space. A trial that fails is released as broken. It
+    is released as interrupted if it was interrupted, or if other trials would fail in the same way. When
+    Orion suggests the trial again, it resumes from its checkpoint.
 
     Args:
-        client: of the experiment; it needs a ``working_dir`` that lasts.
-        trial: reserved by ``client.suggest()``.
+        client: Orion's client of the experiment, which needs a permanent ``working_dir``.
+        trial: Orion's trial, which ``client.suggest()`` reserved.
         space_or_config: as for `objective`.
         **options: as for `objective`.
 
     Returns:
-        The results that were observed.
+        The results that the client observed.
 
     Raises:
         UserError: as for `objective`.
@@ -219,7 +226,7 @@ def run_trial(
         if "epochs" not in options and (fidelity := epochs_prior(client.space)):
             options["epochs"] = fidelity
         function = objective(space_or_config, **options)
-        prepare_trial(client, trial)  # `suggest` makes no directory
+        prepare_trial(client, trial)  # `suggest` does not make the directory.
         found = function.run(trial, trial.params)
     except Exception as error:
         client.release(trial, status="interrupted" if stops_the_hunt(error, trial) else "broken")

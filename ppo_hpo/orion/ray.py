@@ -1,6 +1,7 @@
-"""Ray as an executor of Orion's, which has none in 0.2.7. Orion knows it as ``ray``.
+"""An executor for Orion that runs trials on a Ray cluster. Orion 0.2.7 has none.
 
-Every user of Orion imports this module with it: Ray itself is imported when an executor is made.
+Orion finds it by the name ``ray``. Every user of Orion imports this module with Orion, so Ray itself is
+imported only when an executor is made.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from orion.executor.base import AsyncException, AsyncResult, BaseExecutor, Execu
 
 
 class _RayFuture(Future):  # type: ignore[misc]
-    """An object reference of Ray's."""
+    """A call on the cluster, by Ray's reference to its result."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
 
     def get(self, timeout: float | None = None) -> Any:
-        """The result; what the call raised is raised here."""
+        """Wait for the result and return it, or raise what the call raised."""
         import ray
 
         try:
@@ -27,25 +28,29 @@ class _RayFuture(Future):  # type: ignore[misc]
         except ray.exceptions.GetTimeoutError:
             raise TimeoutError from None
         except ray.exceptions.RayTaskError as error:
-            # What was raised there, and not Ray's copy of it, which has lost its attributes.
+            # Raise the original exception. Ray's copy of it has lost its attributes.
             if isinstance(cause := getattr(error, "cause", None), Exception):
                 raise cause from None
             raise
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until it is done, at most ``timeout`` seconds."""
+        """Wait until the call is done, at most ``timeout`` seconds."""
         import ray
 
         ray.wait([self.reference], timeout=timeout)
 
     def ready(self) -> bool:
-        """Whether it is done."""
+        """Whether the call is done."""
         import ray
 
         return bool(ray.wait([self.reference], timeout=0)[0])
 
     def successful(self) -> bool:
-        """Whether it was done without an exception."""
+        """Whether the call raised nothing.
+
+        Raises:
+            ValueError: the call is not done yet.
+        """
         if not self.ready():
             raise ValueError("the call is not done yet")
         try:
@@ -56,16 +61,16 @@ class _RayFuture(Future):  # type: ignore[misc]
 
 
 class Ray(BaseExecutor):  # type: ignore[misc]
-    """Tasks on a Ray cluster.
+    """Trials on a Ray cluster.
 
     Args:
-        n_workers: how many trials run at a time; 0 and less: as many as the cluster has CPUs.
-        address: of a cluster (``auto``, ``host:6379``, ``ray://host:10001``); None starts one on this
-            machine, unless the process has one already.
-        num_cpus: that each trial is given.
-        num_gpus: that each trial is given; may be a fraction.
-        retries: how often a trial whose worker process died is started again.
-        **config: everything else goes to ``ray.init``.
+        n_workers: number of trials that run at a time. 0 or less means the number of CPUs of the cluster.
+        address: address of the cluster (``auto``, ``host:6379``, ``ray://host:10001``). None starts a cluster
+            on this machine, unless this process has one already.
+        num_cpus: CPUs for each trial.
+        num_gpus: GPUs for each trial, which may be a fraction.
+        retries: number of times that a trial is started again after its worker process died.
+        **config: further arguments of ``ray.init``.
 
     Raises:
         ImportError: Ray is not installed.
@@ -84,7 +89,7 @@ class Ray(BaseExecutor):  # type: ignore[misc]
         try:
             import ray
         except ImportError:
-            raise ImportError("Ray is not installed. pip install 'ppo-hpo[ray]' brings it.") from None
+            raise ImportError("Ray is not installed: pip install 'ppo-hpo[ray]'.") from None
         self._owner = not ray.is_initialized()
         if self._owner:
             if address is None:
@@ -104,34 +109,46 @@ class Ray(BaseExecutor):  # type: ignore[misc]
         return {"n_workers": self.n_workers, "resources": self._resources}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Within a task of Ray's: the cluster is there.
+        # This is unpickled in a task on the cluster, so the cluster exists.
         self.n_workers, self._resources = state["n_workers"], state["resources"]
         self._owner, self._open, self._closed = False, [], False
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> _RayFuture:
-        """Let the cluster call ``function``."""
+        """Let the cluster call ``function(*args, **kwargs)``.
+
+        Raises:
+            ExecutorClosed: this executor is closed.
+        """
         import cloudpickle
         import ray
 
         if self._closed:
             raise ExecutorClosed
-        # Pickled here: Ray would turn arguments that are references of its own into what they refer to.
+        # The arguments are pickled here. Ray would replace its own references among them by their values.
         payload = cloudpickle.dumps((function, args, kwargs))
         future = _RayFuture(ray.remote(**self._resources)(_call).remote(payload))
         self._open.append(future)
         return future
 
     def wait(self, futures: list[_RayFuture]) -> list[Any]:
-        """The results of all of them."""
+        """Wait for all results and return them; raise the first error."""
         return [future.get() for future in futures]
 
     def async_get(self, futures: list[_RayFuture], timeout: float | None = 0.01) -> list[Any]:
-        """Take out of ``futures`` those that are done; wait for the first at most ``timeout`` seconds."""
+        """Remove the calls that are done from ``futures``, and return their results.
+
+        Args:
+            futures: calls that were submitted.
+            timeout: seconds to wait for the first of them.
+
+        Returns:
+            An `AsyncResult` or an `AsyncException` for each.
+        """
         import ray
 
         if not futures:
             return []
-        # Without num_returns Ray hands back no more than one at a time.
+        # Without num_returns, Ray returns at most one reference at a time.
         references = [future.reference for future in futures]
         if not ray.wait(references, timeout=timeout)[0]:
             return []
@@ -147,7 +164,7 @@ class Ray(BaseExecutor):  # type: ignore[misc]
         return results
 
     def close(self) -> None:
-        """Stop what runs, and the cluster if it was started for this."""
+        """Stop the trials that run, and the cluster if this executor started it."""
         if getattr(self, "_closed", True):
             return
         import ray

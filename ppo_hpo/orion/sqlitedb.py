@@ -1,16 +1,16 @@
-"""A database for Orion in one SQLite file: ``type: sqlitedb`` where Orion's own would be ``type: pickleddb``.
+"""A database for Orion in one SQLite file: ``type: sqlitedb`` instead of Orion's ``type: pickleddb``.
 
     storage: {type: legacy, database: {type: sqlitedb, host: /shared/orion.sqlite}}      # in orion.yaml
     export ORION_DB_TYPE=sqlitedb ORION_DB_ADDRESS=$PWD/orion.sqlite                     # for every command
 
-Orion's PickledDB reads its whole file at each operation, about twenty for each trial, writes it at half of
-them, and compares every document in Python. Here an operation touches the documents that it is about.
+Orion makes about twenty operations on its database for each trial. Its PickledDB reads the whole file at each
+of them, writes it at half of them, and compares every document in Python. Here an operation reads and writes
+only the documents that it needs.
 
-A document is kept as Orion's own `EphemeralDocument` holds it, and it is that class that compares, selects
-and updates, so that the answers are those of Orion's other databases; SQLite finds the few documents to ask
-it about. Every operation is one transaction on a connection of its own: threads, forked and pickled workers
-and any number of processes on a machine can share a file. Documents are pickles, as in a PickledDB: open
-only files of people you would run a program from.
+SQLite selects a few candidates. Orion's own `EphemeralDocument` then compares, selects and updates them, so
+the results are those of Orion's other databases. Every operation is one transaction on its own connection, so
+threads, forked and pickled workers, and any number of processes on one machine can share a file. Documents
+are pickles, as in a PickledDB: open only files of people whose programs you would run.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from orion.core.utils.flatten import flatten
 if TYPE_CHECKING:
     import sqlite3
 
-# What Orion asks for most: an equality of these is answered by SQLite.
+# The fields that Orion asks for most, and their columns. SQLite answers whether one of them equals a value.
 _COLUMNS = {"_id": "oid", "experiment": "experiment", "id": "uid", "status": "status"}
-# Longer byte strings (the algorithm's state) stand beside their document, to be written when they change.
+# Byte strings that are longer (the algorithm's state) have a table of their own, and are written only when
+# they change.
 _LARGE = 1024
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
@@ -53,7 +54,7 @@ _VERSION = 1
 
 
 def _plain(value: Any) -> Any:
-    """A value as SQLite compares it the way Python does; None for all others."""
+    """A value that SQLite compares in the same way as Python; None if it is not such a value."""
     if type(value).__module__ == "numpy" and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, bool):
@@ -68,7 +69,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Document(EphemeralDocument):  # type: ignore[misc]
-    """A document and its number in the file."""
+    """A document, and its number in the file."""
 
     def __init__(self, number: int, data: dict[str, Any]) -> None:
         self.number = number
@@ -76,11 +77,13 @@ class _Document(EphemeralDocument):  # type: ignore[misc]
 
 
 class SQLiteDB(Database):  # type: ignore[misc]
-    """Orion's database in one SQLite file; see the module.
+    """Orion's database in one SQLite file; see this module's docstring.
 
     Args:
-        host: the file's path; None is ``orion_db.sqlite`` in Orion's own directory of the user.
+        host: path of the file. An empty one means ``orion_db.sqlite`` in the user's data directory of Orion.
         timeout: seconds to wait for other processes before DatabaseTimeout is raised.
+        *args: ignored.
+        **kwargs: ignored.
     """
 
     host: str
@@ -94,21 +97,21 @@ class SQLiteDB(Database):  # type: ignore[misc]
 
     @property
     def is_connected(self) -> bool:
-        """True: each operation connects for itself."""
+        """Always true, because each operation opens a connection of its own."""
         return True
 
     @classmethod
     def get_defaults(cls) -> dict[str, Any]:
-        """The file in Orion's own directory of the user."""
+        """The default path of the file, in the user's data directory of Orion."""
         import orion.core
 
         return {"host": os.path.join(orion.core.DIRS.user_data_dir, "orion", "orion_db.sqlite")}
 
     def initiate_connection(self) -> None:
-        """Make the file and its tables.
+        """Create the file and its tables, if they do not exist.
 
         Raises:
-            DatabaseError: the file is something else, or of another version.
+            DatabaseError: the file belongs to another program, or has another version.
         """
         self.host = os.path.abspath(self.host)
         os.makedirs(os.path.dirname(self.host), exist_ok=True)
@@ -119,7 +122,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
         with self._transaction() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
-                raise DatabaseError(f"{self.host} is of version {version}; this ppo_hpo knows {_VERSION}.")
+                raise DatabaseError(f"{self.host} has version {version}; this ppo_hpo reads {_VERSION}.")
             if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
                 raise DatabaseError(f"{self.host} is a SQLite file of another program.")
             for statement in _SCHEMA.split(";"):
@@ -127,17 +130,17 @@ class SQLiteDB(Database):  # type: ignore[misc]
             db.execute(f"PRAGMA user_version = {_VERSION}")
 
     def close_connection(self) -> None:
-        """Nothing is open between operations."""
+        """Do nothing, because no connection is open between operations."""
 
     @contextlib.contextmanager
     def _transaction(self, write: bool = True) -> Iterator[sqlite3.Connection]:
-        # Only here: Orion imports this module for everybody, and a Python can be built without SQLite.
+        # Orion imports this module for every user, and Python can be built without SQLite.
         import sqlite3
 
         db = None
         try:
             db = sqlite3.connect(self.host, timeout=self.timeout, isolation_level=None)
-            # What is lost with the machine's power is at most the last operations; the file stays whole.
+            # If the machine loses power, at most the last operations are lost, and the file stays valid.
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             yield db
@@ -152,12 +155,10 @@ class SQLiteDB(Database):  # type: ignore[misc]
             raise DatabaseError(f"{self.host}: {error}.") from error
         finally:
             if db is not None:
-                db.close()  # rolls back what was not committed
-
-    # Documents
+                db.close()  # This rolls back what was not committed.
 
     def _narrow(self, collection: str, query: dict[str, Any] | None) -> tuple[str, list[Any], bool]:
-        """The part of a query that SQLite can answer, its arguments, and whether that is all of it."""
+        """The part of a query that SQLite can answer, its arguments, and whether it is the whole query."""
         terms, arguments, whole = ["collection = ?"], [collection], True
         for key, value in flatten(query or {}).items():
             name, _, operator = key.rpartition(".")
@@ -185,7 +186,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
         for number, content in rows:
             try:
                 data, large = pickle.loads(content)
-            except Exception as error:  # what a torn pickle raises may be anything
+            except Exception as error:  # A damaged pickle can raise anything.
                 reason = str(error).rstrip(".")
                 raise DatabaseError(f"{self.host}: document {number} cannot be read: {reason}.") from error
             for field in large:
@@ -210,8 +211,8 @@ class SQLiteDB(Database):  # type: ignore[misc]
 
     @staticmethod
     def _new_id(db: sqlite3.Connection, collection: str) -> int:
-        """One more than the largest; identifiers that are no integers do not count, as in EphemeralDB."""
-        # Numbers sort before texts, and the index on (collection, oid) is read from there backwards.
+        """One more than the largest id. Ids that are not integers do not count, as in EphemeralDB."""
+        # Numbers sort before text, so SQLite reads the index on (collection, oid) backwards from there.
         largest = db.execute(
             "SELECT oid FROM documents WHERE collection = ? AND oid < '' AND typeof(oid) = 'integer' "
             "ORDER BY oid DESC LIMIT 1",
@@ -265,10 +266,8 @@ class SQLiteDB(Database):  # type: ignore[misc]
         rows = db.execute("SELECT name, keys FROM indexes WHERE collection = ?", (collection,))
         return {"_id_": ["_id"], **{name: json.loads(keys) for name, keys in rows}}
 
-    # What Orion calls
-
     def ensure_index(self, collection_name: str, keys: Any, unique: bool = False) -> None:
-        """Make an index if it is unique; the others need none here."""
+        """Create a unique index. Other indexes are not needed, and ignored."""
         if not unique:
             return
         names = [keys] if isinstance(keys, str) else [key for key, _ in keys]
@@ -284,12 +283,16 @@ class SQLiteDB(Database):  # type: ignore[misc]
                 self._claim(db, collection_name, name, self._value(document, names), document.number)
 
     def index_information(self, collection_name: str) -> dict[str, bool]:
-        """Names of the unique indexes, that of ``_id`` included."""
+        """Names of the unique indexes, including that of ``_id``."""
         with self._transaction(write=False) as db:
             return dict.fromkeys(self._indexes(db, collection_name), True)
 
     def drop_index(self, collection_name: str, name: str) -> None:
-        """Remove a unique index."""
+        """Remove a unique index.
+
+        Raises:
+            DatabaseError: there is no such index.
+        """
         with self._transaction() as db:
             if name not in self._indexes(db, collection_name) or name == "_id_":
                 raise DatabaseError(f"index not found with name {name}")
@@ -297,7 +300,11 @@ class SQLiteDB(Database):  # type: ignore[misc]
                 db.execute(f"DELETE FROM {table} WHERE collection = ? AND name = ?", (collection_name, name))
 
     def write(self, collection_name: str, data: Any, query: dict[str, Any] | None = None) -> int:
-        """Insert documents, or with a query update those that match; returns how many."""
+        """Insert documents, or update those that match a query; return how many.
+
+        Raises:
+            DuplicateKeyError: a unique index has such a document already.
+        """
         with self._transaction() as db:
             if query is None:
                 documents = data if isinstance(data, list | tuple) else [data]
@@ -322,7 +329,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
         query: dict[str, Any] | None = None,
         selection: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
-        """The documents that match."""
+        """Return the documents that match a query."""
         with self._transaction(write=False) as db:
             found = self._find(db, collection_name, query)
         return [document.select(selection) for document in found]
@@ -334,7 +341,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
         data: dict[str, Any],
         selection: dict[str, Any] | None = None,
     ) -> dict[str, Any] | None:
-        """Update the first document that matches, and return it as it is then; None if there is none."""
+        """Update the first document that matches, and return it updated; None if there is none."""
         with self._transaction() as db:
             found = self._find(db, collection_name, query, first=True)
             if not found:
@@ -344,7 +351,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
         return whole
 
     def count(self, collection_name: str, query: dict[str, Any] | None = None) -> int:
-        """How many documents match."""
+        """Count the documents that match a query."""
         with self._transaction(write=False) as db:
             where, arguments, whole = self._narrow(collection_name, query)
             if not whole:
@@ -353,7 +360,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
             return int(found)
 
     def remove(self, collection_name: str, query: dict[str, Any]) -> int:
-        """Remove the documents that match; returns how many."""
+        """Remove the documents that match a query; return how many."""
         with self._transaction() as db:
             found = self._find(db, collection_name, query)
             for document in found:

@@ -140,11 +140,11 @@ def test_what_a_task_is_made_of_is_its_configuration(space: str) -> None:
     [
         ({"max_trials": 0}, "`max_trials` must be a whole number of at least 1, but got 0"),
         ({"overrides": {"ppo": {"gama": 0.9}}}, "Did you mean gamma?"),
-        ({"overrides": {"ppo": {"gamma": 0.9}, 3: {}}}, "must be what JSON keeps"),
-        ({"directory": Path("here")}, "`directory` must be what JSON keeps"),
+        ({"overrides": {"ppo": {"gamma": 0.9}, 3: {}}}, "must be made of text"),
+        ({"directory": Path("here")}, "`directory` must be made of text"),
         (
             {"epochs": 1, "overrides": {"ppo": {"gamma": 0.9}, "optimizer": {"lr": 1e-3}}},
-            "Nothing is searched",
+            "searches nothing",
         ),
     ],
 )

@@ -257,7 +257,7 @@ def test_what_is_no_database_of_ours_is_refused_and_kept(tmp_path: Path) -> None
     later = sqlite3.connect(tmp_path / "later")
     later.execute("PRAGMA user_version = 7")
     later.close()
-    with pytest.raises(DatabaseError, match="is of version 7"):
+    with pytest.raises(DatabaseError, match="has version 7"):
         SQLiteDB(host=str(tmp_path / "later"))
 
 
