@@ -77,15 +77,9 @@ def build_agent(
     criterion: Criterion | None = None,
     engine: str = "auto",
 ) -> Agent:
-    """Build an agent that has not been trained.
+    """Build an agent that has not been trained; for the arguments see `Learner`.
 
-    Args:
-        config: hyperparameters of the trial.
-        info: description of the environment.
-        device: torch device that holds the network and its optimizer.
-        network: network of the caller's own; None is the one that ``config`` describes.
-        criterion: loss of the critic; None is the mean squared error.
-        engine: ``auto`` or ``autograd``; see `Learner`.
+    Without a network of the caller's own, ``config`` describes it.
 
     Raises:
         UserError: hyperparameters do not fit the environment or the criterion.

@@ -48,22 +48,12 @@ class AutogradEngine:
     def __init__(
         self, module: nn.Module, device: torch.device, *, continuous: bool, criterion: Criterion | None
     ) -> None:
-        """Use a network that is already on its device.
-
-        Args:
-            module: network with `policy`, `value` and, for continuous actions, `log_std`.
-            device: torch device that holds the network.
-            continuous: whether actions are continuous.
-            criterion: loss of the critic; None is the mean squared error.
-        """
         self._module = module
         self._policy_and_value: Callable[[Tensor], Outputs] | None = getattr(module, "policy_and_value", None)
         self.reuses_outputs = self._policy_and_value is not None
         self._device = device
         self._continuous = continuous
         self._criterion = criterion
-
-    # ------------------------------------------------------------------ acting
 
     @torch.inference_mode()
     def act(self, obs: NDArray[Any], noise: Float32 | None) -> NDArray[Any]:
@@ -108,8 +98,6 @@ class AutogradEngine:
             output = output + drawn * self._log_std.exp() if self._continuous else output + drawn
         action = output if self._continuous else output.argmax(-1)
         return action.cpu().numpy()
-
-    # ---------------------------------------------------------------- learning
 
     def load(self, samples: Samples) -> Batch:
         """The samples as tensors on the device."""
@@ -167,8 +155,6 @@ class AutogradEngine:
         norm = torch.stack([torch.as_tensor(norm) for norm in norms]).double().mean()
         table = torch.stack([torch.stack(row) for row in stats])
         return MinibatchStats(*table.double().mean(0).tolist()), float(norm)
-
-    # ----------------------------------------------------------------- network
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)

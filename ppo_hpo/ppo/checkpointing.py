@@ -50,9 +50,7 @@ class Progress:
 
         Raises:
             CheckpointError: this is no progress, or its learning curve is wrong.
-            KeyError: something is missing.
-            TypeError: something has another type.
-            ValueError: something is not a number.
+            KeyError, TypeError, ValueError: something is missing, or has another type.
         """
         if not isinstance(plain, Mapping):
             raise CheckpointError("The state has no `progress`, so it is not the state dict of a task.")
@@ -77,14 +75,7 @@ def to_checkpoint(agent: Agent, progress: Progress) -> Checkpoint:
 def load_newest(
     storage: Storage | None, agent: Agent, config: TrialConfig, uid: str | None, log: logging.Logger
 ) -> Progress | None:
-    """Load the newest whole checkpoint of a storage into an agent.
-
-    Args:
-        storage: checkpoints of one trial; None has none.
-        agent: agent to load into.
-        config: hyperparameters of the agent.
-        uid: id of the trial, where it has one.
-        log: told of refused checkpoints and of a fork.
+    """Load the newest whole checkpoint of a trial into an agent with the hyperparameters ``config``.
 
     Returns:
         The progress of the checkpoint; None where there is no checkpoint.

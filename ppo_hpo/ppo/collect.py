@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,21 +12,6 @@ from ppo_hpo.envs.make import EnvInfo
 from ppo_hpo.envs.step import VectorEnv
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.rollout import Episodes, Float32, Rollout, sampling_noise
-
-
-class _Steps(NamedTuple):
-    """Arrays of one rollout, filled step by step; for shapes see `Rollout`.
-
-    ``raw_reward`` has the rewards before scaling.
-    """
-
-    obs: NDArray[Any]
-    action: NDArray[Any]
-    raw_reward: NDArray[np.float64]
-    reward: NDArray[np.float64]
-    terminated: NDArray[np.bool_]
-    truncated: NDArray[np.bool_]
-    done: NDArray[np.bool_]
 
 
 class Collector:
@@ -67,72 +52,59 @@ class Collector:
 
     def collect(self, n_steps: int) -> Rollout:
         """Take ``n_steps`` steps in each environment."""
-        learner, envs = self._agent.learner, self._envs
+        info, learner, envs = self._info, self._agent.learner, self._envs
         normalizer, scaler = self._agent.normalizer, self._agent.scaler
-        steps = self._empty(n_steps)
-        noise_shape = (*steps.reward.shape, self._info.action_dim)
-        noise = sampling_noise(self._rng, noise_shape, continuous=self._info.continuous)
+        shape = (n_steps, len(self.obs))
+        noise = sampling_noise(self._rng, (*shape, info.action_dim), continuous=info.continuous)
+        all_obs = np.empty((*shape, *info.obs_shape), np.uint8 if info.images else np.float32)
+        actions = np.empty_like(noise) if info.continuous else np.empty(shape, np.int64)
+        raw_reward, reward = np.empty(shape), np.empty(shape)
+        terminated, truncated, done = (np.zeros(shape, np.bool_) for _ in range(3))
         outputs: list[Any] = []
         cut_at: list[tuple[int, int]] = []
         cut_obs: list[NDArray[Any]] = []
         obs = self.obs
         for t in range(n_steps):
             self._before_step()
-            steps.obs[t] = obs
+            all_obs[t] = obs
             if learner.reuses_outputs:
                 action, output = learner.act_with_outputs(obs, noise[t])
                 outputs.append(output)
             else:
                 action = learner.act(obs, noise[t])
-            steps.action[t] = action
+            actions[t] = action
             step = envs.step(action)
             if step.ended:
-                steps.terminated[t] = step.terminated
+                terminated[t] = step.terminated
                 # Both flags at once mean that the task ended in its last allowed step: nothing follows.
-                steps.truncated[t] = step.truncated & ~step.terminated
-                steps.done[t] = steps.terminated[t] | steps.truncated[t]
-            steps.raw_reward[t] = step.reward
-            steps.reward[t] = scaler(step.reward, steps.done[t])
+                truncated[t] = step.truncated & ~step.terminated
+                done[t] = terminated[t] | truncated[t]
+            raw_reward[t] = step.reward
+            reward[t] = scaler(step.reward, done[t])
             normalizer.update(step.obs)
             obs = normalizer(step.obs)
             if step.ended:
-                for n in np.flatnonzero(steps.truncated[t]):
+                for n in np.flatnonzero(truncated[t]):
                     cut_at.append((t, int(n)))
                     cut_obs.append(np.array(normalizer(step.final_obs[n])))  # the next step reuses it
         self.obs = np.array(obs)  # the environments reuse it
-        self.episodes.add(steps.raw_reward, steps.done)
-        log_prob, value = self._evaluate(steps, outputs)
-        final_value = np.zeros(value.shape, np.float32)
+        self.episodes.add(raw_reward, done)
+        log_prob, value = self._evaluate(all_obs, actions, outputs)
+        final_value = np.zeros(shape, np.float32)
         if cut_at:
             final_value[tuple(np.array(cut_at).T)] = learner.values(np.stack(cut_obs))
-        return Rollout(
-            steps.obs, steps.action, log_prob, value, steps.reward,
-            steps.terminated, steps.truncated, final_value,
-        )  # fmt: skip
+        return Rollout(all_obs, actions, log_prob, value, reward, terminated, truncated, final_value)
 
-    def _empty(self, n_steps: int) -> _Steps:
-        info, shape = self._info, (n_steps, len(self.obs))
-        return _Steps(
-            obs=np.empty((*shape, *info.obs_shape), np.uint8 if info.images else np.float32),
-            action=np.empty((*shape, info.action_dim), np.float32)
-            if info.continuous
-            else np.empty(shape, np.int64),
-            raw_reward=np.empty(shape),
-            reward=np.empty(shape),
-            terminated=np.zeros(shape, np.bool_),
-            truncated=np.zeros(shape, np.bool_),
-            done=np.zeros(shape, np.bool_),
-        )
-
-    def _evaluate(self, steps: _Steps, outputs: list[Any]) -> tuple[Float32, Float32]:
+    def _evaluate(
+        self, obs: NDArray[Any], action: NDArray[Any], outputs: list[Any]
+    ) -> tuple[Float32, Float32]:
         """Log-probabilities and values ``[T, N]`` of all steps, in one batch.
 
         The policy does not change during a rollout, so one batch at the end gives the same as a small one
         in each step. A network with shared layers computed its outputs while it acted; they are reused.
         """
-        learner, shape = self._agent.learner, steps.reward.shape
-        obs = steps.obs.reshape(-1, *steps.obs.shape[2:])
-        action = steps.action.reshape(-1, *steps.action.shape[2:])
+        learner, shape = self._agent.learner, obs.shape[:2]
+        obs, action = (array.reshape(-1, *array.shape[2:]) for array in (obs, action))
         if learner.reuses_outputs:
             log_prob, value = learner.evaluate_outputs(outputs, action)
         else:

@@ -116,14 +116,7 @@ class Hyperparameters:
         lr_scheduler: LRSchedule,
         groups: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Join what the components fix with further fixed hyperparameters.
-
-        Args:
-            model: component, or a network, which has no hyperparameters.
-            dataloader: component of the environment.
-            optimizer: component of Adam.
-            lr_scheduler: component of the learning rate's schedule.
-            groups: further hyperparameters by group and key.
+        """Join what the components fix with further hyperparameters by group and key.
 
         Raises:
             UserError: an argument is no component, a name is unknown, or a value breaks its rule.
@@ -155,11 +148,7 @@ class Hyperparameters:
         return {k: v for k, v in merge(open_space, given.priors).items() if v}
 
     def complete(self, gamma: float, supplied: Groups) -> TrialConfig:
-        """Add what `PPO.init` was given; the rest takes its default.
-
-        Args:
-            gamma: discount factor, where no group has one.
-            supplied: hyperparameters by group and key.
+        """Add what `PPO.init` was given, by group and key; the rest takes its default.
 
         Raises:
             UserError: a value breaks a rule, or is given twice.

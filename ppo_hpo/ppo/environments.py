@@ -49,10 +49,7 @@ class Environments:
         on_rollout: Callable[[int, Rollout], None],
         before_step: Callable[[], None],
     ) -> dict[str, Any]:
-        """Train an agent for one epoch and evaluate it; for the arguments see `train_epoch`.
-
-        Returns:
-            The row of the learning curve.
+        """Train an agent for one epoch (see `train_epoch`), evaluate it, and return its row of the curve.
 
         Raises:
             Diverged: a loss, a parameter or a return is not finite.
@@ -65,10 +62,7 @@ class Environments:
         return self._row(epoch + 1, evaluation, summary)
 
     def evaluate_untrained(self, agent: Agent) -> dict[str, Any]:
-        """Evaluate an agent before its first epoch.
-
-        Returns:
-            The first row of the learning curve.
+        """Evaluate an agent before its first epoch, and return the first row of the curve.
 
         Raises:
             UserError: a return is not finite.
