@@ -28,15 +28,7 @@ def check(
 ) -> EnvInfo:
     """Check everything that can be checked before torch is imported.
 
-    Args:
-        config: the trial.
-        directory: directory of the trial's files. It is made if it is missing.
-        options: what is asked of the trial.
-        orion: which trial of which experiment it is.
-        store: the checkpoint store, or None.
-
-    Returns:
-        What was found out about the environment.
+    The directory is made if it is missing. For the arguments see `runner.run`.
 
     Raises:
         UserError: the environment cannot be made or is not supported; the directory cannot be written, or it

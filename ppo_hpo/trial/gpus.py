@@ -89,13 +89,9 @@ def read_driver() -> tuple[Card, ...]:
         try:
             for arguments in questions:
                 process = subprocess.Popen(
-                    ["nvidia-smi", *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                    errors="replace",
-                )
+                    ["nvidia-smi", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL, text=True, errors="replace",
+                )  # fmt: skip
                 stack.callback(_end, process)
                 processes.append(process)
             answers = [process.communicate(timeout=_DRIVER_TIMEOUT)[0] for process in processes]
@@ -112,15 +108,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def cards(listing: str, memory: str) -> tuple[Card, ...]:
-    """Read what ``nvidia-smi`` prints.
-
-    Args:
-        listing: output of ``nvidia-smi -L``.
-        memory: output of ``nvidia-smi --query-gpu=uuid,memory.free --format=csv,noheader,nounits``.
-
-    Returns:
-        The GPUs in the driver's order. Other lines are ignored.
-    """
+    """The GPUs in the driver's order, from what ``nvidia-smi`` prints. Other lines are ignored."""
     free: dict[str, int] = {}
     for line in memory.splitlines():
         uuid, _, amount = line.partition(",")

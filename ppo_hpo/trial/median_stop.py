@@ -82,15 +82,7 @@ def median_to_reach(
 
 
 def refuse_what_does_not_fit(*, seeds: int = 1, store: object = None) -> None:
-    """Refuse a trial that cannot be stopped early.
-
-    Args:
-        seeds: ``task.seeds`` of the trial.
-        store: its checkpoint store, or None.
-
-    Raises:
-        UserError: the trial has several seeds, or a store.
-    """
+    """Raise a `UserError` for a trial that cannot be stopped early: one of several seeds, or with a store."""
     if seeds != 1:
         raise UserError(
             f"`--stop-poor` takes trials of one seed, but `task.seeds` is {seeds}. Seeds are trained one "
@@ -111,12 +103,7 @@ class Siblings:
     """
 
     def __init__(self, directory: Path, config: TrialConfig) -> None:
-        """The siblings of the trial ``config``.
-
-        Args:
-            directory: directory that holds the trials' directories.
-            config: configuration of the trial itself, which is not among its siblings.
-        """
+        """The siblings of the trial ``config``, in the directory that holds the trials' directories."""
         self._directory, self._own = directory, config.identity()[:32]
         self._wanted = _comparable_values(config)
         # Files are read again only if they changed, because a trial asks after each of its epochs.
@@ -168,14 +155,6 @@ def decide(config: TrialConfig, curve: Sequence[results.Row], siblings: Siblings
     """Decide whether a trial should stop after the last epoch of its curve.
 
     It never stops after its first epoch, which says little, nor after its last, when it ends anyway.
-
-    Args:
-        config: configuration of the trial.
-        curve: rows of its learning curve. The first is the untrained policy's.
-        siblings: the trials that it is compared with.
-
-    Returns:
-        The decision to stop, or None if the trial continues.
     """
     epoch = int(curve[-1]["epoch"])
     if not 1 < epoch < config.task.epochs:

@@ -30,13 +30,7 @@ def part_key(key: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Which checkpoints may be used; see `Storage.load`.
-
-    Attributes:
-        check: raises `CheckpointError` for a checkpoint that does not belong to the trial.
-        on_refused: called with the reason for each checkpoint that is skipped.
-        max_bytes: size in bytes above which a checkpoint is refused unread.
-    """
+    """Which checkpoints may be used: the arguments of `Storage.load`."""
 
     check: Callable[[Checkpoint], None]
     on_refused: Callable[[CheckpointError], None]
@@ -156,13 +150,7 @@ class MirroredStorage(Storage):
     def _newest_in_store(
         self, key: str, accept: Acceptance, *, above: int = -1, up_to: int | None = None
     ) -> tuple[Checkpoint, bytes] | None:
-        """The newest whole checkpoint of a trial in the store, and its bytes.
-
-        Args:
-            key: the trial's name in the store.
-            accept: which checkpoints may be used.
-            above: the checkpoint's epoch must be above this one.
-            up_to: it must be at most this one, unless it is None.
+        """The newest whole checkpoint of a trial in the store, and its bytes; ``above < epoch <= up_to``.
 
         Raises:
             CheckpointError: there are some, but none can be used.

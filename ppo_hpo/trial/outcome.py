@@ -42,15 +42,7 @@ class Outcome:
 def outcome_of(
     task: PPO, stop: Stop | None, directory: Path, resumed_from: int | None, work: Work
 ) -> Outcome:
-    """The outcome of one seed.
-
-    Args:
-        task: it has reached its last epoch, or it has diverged.
-        stop: the decision to stop the trial early, if there is one.
-        directory: directory of the seed's files.
-        resumed_from: epoch that the last attempt resumed from, or None if it started from nothing.
-        work: what this process has done for the seed.
-    """
+    """The outcome of one seed, whose last attempt resumed from an epoch, or from nothing (None)."""
     config = task.config.task
     epochs = config.epochs if stop is None else stop.epoch
     # The objective of a poor trial is the return at which it stopped. That is at most its best return, which

@@ -49,29 +49,23 @@ class Declined(Exception):
 
 @dataclass
 class _Trial:
-    """A trial's process, as the server sees it.
+    """A trial's process, as the server sees it."""
 
-    Attributes:
-        connection: connection to its client, or None once the client has ended.
-        pid: id of the process.
-        pidfd: file descriptor of the process, which is readable once the process has ended.
-        declined: one byte of shared memory. It is not zero if the process has declined the trial.
-        deadline: time at which the process is killed after its client has ended.
-    """
-
+    #: To its client. None once the client has ended.
     connection: socket.socket | None
     pid: int
+    #: Readable once the process has ended.
     pidfd: int
+    #: One byte of shared memory. It is not zero if the process has declined the trial.
     declined: mmap.mmap
+    #: When the process is killed, after its client has ended.
     deadline: float = float("inf")
 
 
 def serve(name: str, descriptors: list[int]) -> None:
     """Serve until no client has come for a while, or until SIGTERM.
 
-    Args:
-        name: name of the server, as `preload_client` computed it.
-        descriptors: inherited file descriptors of the lock, the listening socket and the directory.
+    ``descriptors`` are the inherited ones of the lock, the listening socket and the directory.
     """
     for descriptor in [int(number) for number in os.listdir("/proc/self/fd")]:
         if descriptor > 2 and descriptor not in descriptors:
@@ -89,11 +83,7 @@ def serve(name: str, descriptors: list[int]) -> None:
 
 
 def preload() -> dict[str, str]:
-    """Import what a trial imports, for one thread. Nothing is computed.
-
-    Returns:
-        The environment variables that the imported modules have set.
-    """
+    """Import what a trial imports, for one thread; return the environment variables that this has set."""
     process.set_thread_variables(1)
     before = dict(os.environ)
     for name in _IMPORTS:
@@ -244,12 +234,7 @@ class _Server:
     # ------------------------------------------------------------- in the trial's process
 
     def _become(
-        self,
-        job: dict[str, Any],
-        descriptors: list[int],
-        declined: mmap.mmap,
-        server: int,
-        mask: set[int],
+        self, job: dict[str, Any], descriptors: list[int], declined: mmap.mmap, server: int, mask: set[int]
     ) -> NoReturn:
         """Turn the forked process into what the client would have been, and run the trial."""
         declined[0] = 1  # until that has succeeded

@@ -23,6 +23,7 @@ its own, in the folder `seed-N` of the trial's directory, and in the store under
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -41,17 +42,10 @@ _IDENTITY_LENGTH = 32
 
 
 class _Candidate(NamedTuple):
-    """A checkpoint of a trial with the same identity.
-
-    Attributes:
-        epoch: the epoch in its name.
-        remote: whether it is in the store.
-        place: directory of the trial, or its name in the store.
-        name: name of the checkpoint.
-    """
+    """A checkpoint of a trial with the same identity, in a directory or under a key of the store."""
 
     epoch: int
-    remote: bool
+    in_store: bool
     place: str
     name: str
 
@@ -70,16 +64,7 @@ class TrialStorage(MirroredStorage):
         write: Callable[[Path, bytes], None] | None = None,
         log: logging.Logger | None = None,
     ) -> None:
-        """The checkpoints of one seed of a trial.
-
-        Args:
-            config: configuration of that seed.
-            directory: directory of the trial's files.
-            part: folder in it that is this seed's. It is empty for a trial of one seed.
-            orion: which trial of which experiment it is.
-            store: a second place for checkpoints, which other machines reach.
-            write: writes a file whole, or not at all.
-            log: gets a line that tells what was found where.
+        """The checkpoints of one seed of a trial, whose folder in the trial's ``directory`` is ``part``.
 
         Raises:
             UserError: the id of the trial or of its parent cannot be a name in a store.
@@ -185,8 +170,7 @@ class TrialStorage(MirroredStorage):
 
     def _from_siblings(self, accept: Acceptance, above: int = -1) -> Checkpoint | None:
         """The most advanced checkpoint of the same identity, above an epoch. It is copied to here."""
-        candidates = sorted(self._candidates(), key=lambda found: (-found.epoch, *found[1:]))
-        for candidate in candidates:
+        for candidate in sorted(self._candidates(), key=lambda found: (-found.epoch, *found[1:])):
             if not above < candidate.epoch <= self._last_epoch:
                 continue
             try:
@@ -202,29 +186,20 @@ class TrialStorage(MirroredStorage):
 
     def _candidates(self) -> list[_Candidate]:
         found = []
-        for directory in self._sibling_directories():
-            for path in Storage(directory).paths():
-                found.append(_Candidate(epoch_of(path.name) or 0, False, str(directory), path.name))
+        for trial in [] if self._siblings is None else _trials_of(self._siblings, self._short_identity):
+            directory = trial / self._part
+            if directory.is_dir() and not directory.is_symlink():
+                names = [path.name for path in Storage(directory).paths()]
+                found += [_Candidate(epoch_of(n) or 0, False, str(directory), n) for n in names]
         if self.store is not None:
             for key in self.store.names(IDENTITIES, self._short_identity):
                 if key != self.key:
                     found += [_Candidate(epoch_of(n) or 0, True, key, n) for n in self._names(key)]
         return found
 
-    def _sibling_directories(self) -> list[Path]:
-        """Directories of trials of this identity. Links could lead elsewhere, so they are not followed."""
-        if self._siblings is None:
-            return []
-        index = self._siblings / INDEX / self._short_identity
-        if not index.is_dir() or index.is_symlink() or index.parent.is_symlink():
-            return []
-        trials = [self._siblings / entry.name for entry in index.iterdir()]
-        found = [path / self._part for path in trials if not path.is_symlink()]
-        return [path for path in found if path.is_dir() and not path.is_symlink()]
-
     def _read(self, candidate: _Candidate, max_bytes: int) -> Checkpoint:
-        epoch, remote, place, name = candidate
-        if not remote:
+        epoch, in_store, place, name = candidate
+        if not in_store:
             return read(Path(place) / name, max_bytes)
         assert self.store is not None
         content = self.store.get(TRIALS, place, name, max_bytes=max_bytes)
@@ -266,21 +241,22 @@ def listed_trials(siblings: Path, n_max: int) -> dict[str, list[Path]]:
 
     Args:
         siblings: directory that holds the trials' directories.
-        n_max: maximum number of identities. They are taken in the order of their names. Links could lead
-            elsewhere, so they are not followed.
+        n_max: maximum number of identities. They are taken in the order of their names.
     """
-    index = siblings / INDEX
+    found: dict[str, list[Path]] = {}
     try:
-        if index.is_symlink():
-            return {}
-        names = [path.name for path in index.iterdir() if path.is_dir() and not path.is_symlink()]
-        return {
-            name: [
-                siblings / entry.name
-                for entry in (index / name).iterdir()
-                if not (siblings / entry.name).is_symlink()
-            ]
-            for name in sorted(names)[:n_max]
-        }
+        for identity in sorted(os.listdir(siblings / INDEX)):
+            if len(found) < n_max and (trials := _trials_of(siblings, identity)):
+                found[identity] = trials
     except OSError:
         return {}
+    return found
+
+
+def _trials_of(siblings: Path, identity: str) -> list[Path]:
+    """Directories of the trials of one identity. Links could lead elsewhere, so they are not followed."""
+    index = siblings / INDEX / identity
+    if not index.is_dir() or index.is_symlink() or index.parent.is_symlink():
+        return []
+    trials = [siblings / entry.name for entry in index.iterdir()]
+    return [trial for trial in trials if not trial.is_symlink()]

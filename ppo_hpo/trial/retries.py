@@ -104,14 +104,7 @@ def retrying_write(
 ) -> Callable[[Path, bytes], None]:
     """Make ``write`` try again, after a pause, if it fails for a reason that may pass, such as a full disk.
 
-    Args:
-        write: writes a file whole, or not at all.
-        retries: number of further tries.
-        log: gets a line for each failure that is followed by another try.
-        sleep: waits for a number of seconds.
-
-    Returns:
-        A function like ``write``. `with_retries` makes no further attempt after an error that it raises.
+    `with_retries` makes no further attempt after an error that the returned function raises.
     """
 
     def write_with_retries(path: Path, content: bytes) -> None:

@@ -19,16 +19,13 @@ class RunRequest:
     Attributes:
         config: path of a YAML file, or the name of a shipped preset.
         settings: texts ``GROUP.KEY=VALUE``, each of which replaces one value of the file.
-        device: name of the torch device, such as ``auto``, ``cpu`` or ``cuda:1``.
-        trials_per_device: how many trials one GPU trains at a time. None means unlimited.
         seed: replaces ``task.seed``.
         epochs: replaces ``task.epochs``.
         dir: directory of the trial's files. None means Orion's, or `trial_files.default_directory`.
-        takeover: whether to end a process that trains this trial, instead of waiting for it.
-        checkpoint_store: URL of a second place for checkpoints.
         parent: Orion's id of the parent trial, whose checkpoint is looked up in the store.
-        retries: retries for each epoch after a fault that may pass. None means 2 under Orion, else 0.
-        stop_poor: whether the trial stops early if it is poor among its siblings.
+        retries: as in `RunOptions`. None means 2 under Orion, else 0.
+
+    The other fields are those of `RunOptions`.
     """
 
     config: str

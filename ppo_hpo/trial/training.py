@@ -29,44 +29,25 @@ if TYPE_CHECKING:
     from ppo_hpo.ppo.task import PPO
 
 
-def _process_name() -> str:
-    # The time makes one process that trains many trials a different one for each.
-    return f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
-
-
 @dataclass(frozen=True)
 class Trial:
-    """A trial, and what is asked of it.
-
-    Attributes:
-        config: the configuration, of all seeds.
-        directory: directory of the trial's files.
-        options: what is asked of the trial.
-        orion: which trial of which experiment it is.
-        store: the checkpoint store, or None.
-        process: name of this process in the work log.
-    """
+    """A trial, and what is asked of it."""
 
     config: TrialConfig
     directory: Path
     options: RunOptions
     orion: OrionContext
     store: Store | None
-    process: str = field(default_factory=_process_name)
+    #: Name of this process in the work log. The time makes it another one for each trial.
+    process: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}")
 
 
 @dataclass(frozen=True)
 class SeedTraining:
     """Trains one seed of a trial. This process must be the trial's only writer.
 
-    Attributes:
-        trial: the whole trial.
-        config: configuration of this seed alone.
-        work: what this process has done for this seed so far. It names the seed's folder.
-        device: torch device.
-        write: writes one of the trial's files.
-        tick: called before each environment step. What it raises stops the trial there.
-        log: the trial's log.
+    ``config`` is the configuration of this seed alone. ``work`` is what this process has done for the seed so
+    far, and names the seed's folder. ``tick`` is called before each environment step.
     """
 
     trial: Trial

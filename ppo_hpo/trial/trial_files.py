@@ -54,12 +54,9 @@ def write_curve(directory: Path, curve: Sequence[results.Row], write: Write) -> 
 
 
 def append_timing(directory: Path, part: str, task: PPO) -> None:
-    """Append the time that the last epoch took, with where it was trained.
+    """Append the time that the last epoch of one seed took, and where it was trained.
 
-    Args:
-        directory: the trial's directory. All seeds of a trial share the file: it shows the trial's progress.
-        part: the seed's folder in there, if there are several seeds.
-        task: it has just finished an epoch.
+    All seeds of a trial share one file in the trial's directory, which shows the trial's progress.
     """
     seconds = task.metrics.seconds[task.epoch]
     row = {
