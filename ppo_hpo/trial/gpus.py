@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.spec.errors import UserError
+
+if TYPE_CHECKING:
+    import subprocess
 
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}(?:,\d{1,4})*))?", re.ASCII)
@@ -83,6 +85,8 @@ class Gpu:
 
 def read_driver() -> tuple[Card, ...]:
     """What the driver says of the machine's GPUs. It is empty without a driver or ``nvidia-smi``."""
+    import subprocess  # not at the top, because the light client of the preloaded process imports this module
+
     questions = ["-L"], ["--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
     with contextlib.ExitStack() as stack:
         processes = []
