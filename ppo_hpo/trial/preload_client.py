@@ -44,7 +44,7 @@ STATUS = struct.Struct("!i")
 
 
 class Unavailable(OSError):
-    """No server can run the trial; the text says why."""
+    """No server can run the trial. The text says why."""
 
 
 def run(arguments: dict[str, Any]) -> int | None:

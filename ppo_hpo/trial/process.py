@@ -145,7 +145,7 @@ def leave(code: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    # Files that nobody closed still get what was written to them.
+    # Files that are still open get what was written to them.
     for thing in gc.get_objects():
         if type(thing) in (io.BufferedWriter, io.BufferedRandom, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):

@@ -310,7 +310,7 @@ def assert_as_undisturbed(place: Path, alone: Path) -> None:
 
 
 def test_a_sweep_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
-    """A trial that is killed on one goes on on the other, and so do promotions, both ways and to the bit."""
+    """A trial that is killed on one host resumes on the other, to the bit. So do promotions, both ways."""
     trials = lab.served / "store" / "trials"
     # Host A completes two trials, and is killed with its third one, as by a power cut.
     hunt = lab.hunt("a", 2)
@@ -331,7 +331,7 @@ def test_a_sweep_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
     assert not lab.completed_on("a", record)
     reached = max(lab.kept(lost))
     assert 0 < reached < record.params["/task/epochs"]
-    # Host B takes it over, and goes on with the sweep.
+    # Host B takes it over, and resumes the sweep.
     said = finish(lab.start("b", "ppo-hpo", "retry", "two", "-c", "orion.yaml", "--trial", lost[:8]))
     assert f"{lost}  reserved  requeued" in said
     finish(lab.hunt("b", 6))
@@ -350,7 +350,7 @@ def test_a_sweep_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
         rows = (lab.place("b", found[lost]) / "timing.jsonl").read_text().splitlines()
         assert {json.loads(row)["host"] for row in rows} == {"host-b"}
         assert not list((lab.folder / "disk").iterdir())
-    # Promotions went on from where their lower rung had ended, also where that was on the other host.
+    # Promotions resumed from the end of their lower rung, also if that was on the other host.
     crossed = set()
     for uid, one in found.items():
         if one.status == "completed" and one.parent:

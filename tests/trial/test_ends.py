@@ -187,7 +187,7 @@ class Going:
 
     @property
     def began(self) -> list[int]:
-        """The epochs that were done when each trial of this hunt began, or went on."""
+        """The epochs that were done when each trial of this hunt began, or resumed."""
         return [int(epoch) for epoch in _BEGAN.findall(self.output)]
 
     def wait_for(self, what: Callable[[], Any], whom: subprocess.Popen[bytes] | None = None) -> Any:
@@ -318,14 +318,14 @@ def test_a_fault_that_passes_is_not_heard_of_by_orion(faulty: Faulty, how: str) 
     assert not (Path(trial.working_dir) / "failure.json").exists()
 
 
-def test_an_error_that_comes_again_at_the_same_step_breaks_the_trial(faulty: Faulty) -> None:
+def test_an_error_that_occurs_again_at_the_same_step_breaks_the_trial(faulty: Faulty) -> None:
     trial = faulty.before["raise"]
     assert trial.status == "broken"
     (sentence,) = (s for s in faulty.first.sentences if "simulator" in s)
     assert "RuntimeError: the simulator fell over: failed again at the same step (epoch 2, step " in sentence
-    # Its author is told where it was raised.
+    # The traceback shows the author where it was raised.
     assert "in _happen" in faulty.first.output
-    # Others finished epochs: it is this one's, and the hunt goes on.
+    # Others finished epochs, so it is this trial's own error, and the hunt continues.
     assert "The hunt stops" not in sentence
 
 
@@ -459,7 +459,7 @@ def test_all_of_it_to_the_same_end(lives: list[Life]) -> None:
         assert len({going.trial.id for going in life.ends.values()}) == 1
         assert curve(life.last.trial) == life.undisturbed
         assert not list(Path(life.last.trial.working_dir).rglob(".ppo-hpo-*"))
-        # Each process went on from the last epoch that was saved before it.
+        # Each process resumed from the last epoch that was saved before it.
         done = -1
         for name, going in life.ends.items():
             for began in going.began:
@@ -486,7 +486,7 @@ def test_a_mistake_that_others_would_share_stops_the_hunt(lives: list[Life], nam
 
 
 @pytest.mark.parametrize("name", ["SIGTERM to the trial", "SIGINT to the group"])
-def test_a_stopped_trial_is_interrupted_and_goes_on(lives: list[Life], name: str) -> None:
+def test_a_stopped_trial_is_interrupted_and_resumes(lives: list[Life], name: str) -> None:
     going = lives[0].ends[name]
     assert going.code == 130, going.output
     assert going.status == "interrupted"
@@ -497,7 +497,7 @@ def test_a_killed_hunt_leaves_an_orphan_that_its_successor_waits_for(lives: list
     killed, after = lives[0].ends["SIGKILL to the hunt"], lives[0].ends["after it"]
     assert killed.code == -signal.SIGKILL
     assert killed.status == "reserved"
-    # The orphan went on to the end; the successor trained nothing.
+    # The orphan trained to the end. The successor trained nothing.
     assert re.findall(r"\] epoch (\d+)/", killed.output)[-1] == "10"
     assert "is in use by writer" in after.output
     assert "has done epoch 10 of e-v1 already: nothing to train" in after.output
@@ -521,7 +521,7 @@ def test_a_hunt_that_is_stopped_alone_lets_its_trial_end(lives: list[Life]) -> N
     assert statistics(after.trial)["env_steps_here"] == 0
 
 
-def test_a_hunt_that_is_stopped_beyond_its_heartbeat_and_goes_on(tmp_path: Path) -> None:
+def test_a_hunt_that_is_stopped_beyond_its_heartbeat_and_resumes(tmp_path: Path) -> None:
     hunt = Hunt(tmp_path / "hunt", merged(SPACE, SLOW))
     first = hunt.start()
     first.wait_for_epochs(1)

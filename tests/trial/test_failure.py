@@ -1,4 +1,4 @@
-"""What becomes of a failure: tried again, left as broken, or a reason to stop the hunt."""
+"""What a failure leads to: a retry, a broken trial, or a stopped hunt."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_sentences_are_not_tried_again(error: UserError) -> None:
 
 
 @pytest.mark.parametrize("error", [Interrupted(15), LostLock(1, "taken"), KeyboardInterrupt()])
-def test_stops_are_no_failures(error: BaseException) -> None:
+def test_stops_are_not_failures(error: BaseException) -> None:
     trial = Trial((0, 1, error))
     with pytest.raises(type(error)):
         trial.run(2)
@@ -227,7 +227,7 @@ def test_what_only_breaks_the_trial(error: Exception, trials: Callable[[str], Pa
     ],
     ids=["empty", "list", "torn", "deep", "incomplete", "terminal codes"],
 )  # fmt: skip
-def test_records_that_are_none(text: str, trials: Callable[[str], Path]) -> None:
+def test_invalid_records(text: str, trials: Callable[[str], Path]) -> None:
     write_atomically(trials("one") / failure.RECORD, text.encode())
     assert read_record(trials("one")) is None
 

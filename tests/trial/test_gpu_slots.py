@@ -80,7 +80,7 @@ def test_names_of_devices(given: Any, name: str) -> None:
     "given",
     ["", "gpu", "cuda:", "cuda:-1", "cuda:1,", "cuda:1, 2", "cpu:0", "CUDA", "cuda:²", [], [-1], None, 0],
 )
-def test_what_is_no_device(given: Any) -> None:
+def test_invalid_devices(given: Any) -> None:
     with pytest.raises(UserError, match=r"`device` must be auto, cpu, cuda, cuda:N or cuda:N,M, but got"):
         device_name(given)
 
@@ -91,7 +91,7 @@ def test_each_gpu_is_named_once() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "2", True])
-def test_what_is_no_number_of_trials(limit: Any) -> None:
+def test_invalid_numbers_of_trials(limit: Any) -> None:
     with pytest.raises(UserError, match="`trials_per_device` must be a whole number of at least 1, but got"):
         RunOptions(trials_per_device=limit)
 
@@ -115,7 +115,7 @@ def test_what_nvidia_smi_prints() -> None:
     assert old.instances[1] == "MIG-GPU-0069414c-9f30-41f9-d5d8-87890423f0c4/8/0"
 
 
-def test_what_is_no_gpu_is_passed_over() -> None:
+def test_lines_that_name_no_gpu_are_ignored() -> None:
     listing = "Unable to determine the device handle for GPU0: Unknown Error\n" + MIG_LISTING.splitlines()[0]
     assert len(cards(listing, "No devices were found\n")) == 1
     assert cards("No devices were found\n", "") == ()
@@ -174,7 +174,7 @@ def test_mig_instances() -> None:
 
 
 def test_whether_a_number_is_known_depends_on_the_order() -> None:
-    # CUDA begins with the fastest, unless it is told otherwise: of unequal GPUs nobody knows which is 0.
+    # CUDA begins with the fastest by default, so it is unknown which of unequal GPUs is number 0.
     assert [gpu.free for gpu in visible("1,0", None, MIXED)] == [None, None]
     assert [gpu.token for gpu in visible("1,0", "FASTEST_FIRST", MIXED)] == ["1", "0"]
     assert [gpu.free for gpu in visible("1,0", "PCI_BUS_ID", MIXED)] == [80, 100]
@@ -418,7 +418,7 @@ def test_one_that_has_to_wait(machine: Callable[..., Path], monkeypatch: pytest.
             process.process.communicate()
 
 
-def test_waiting_ends_when_it_is_told(machine: Callable[..., Path]) -> None:
+def test_a_tick_can_end_the_wait(machine: Callable[..., Path]) -> None:
     machine(EQUAL[:1])
     began = time.monotonic()
 
@@ -486,7 +486,7 @@ def test_a_sweep_hands_it_on(
         ppo_hpo.sweep(**options, device=[2, 1], trials_per_device=2)
     (log,) = (tmp_path / "it" / "trials").glob("*/log.txt")
     assert f"takes GPU 1 of 3 ({B}, 80 MiB free)" in log.read_text()
-    # And a hunt that goes on with the sweep is told the same.
+    # A hunt that resumes the sweep gets the same option.
     storage = yamlio.load(tmp_path / "it" / "orion.yaml")["storage"]
     command = get_experiment("it", storage=storage).metadata["user_args"]
     assert command[4:] == ["--device", "cuda:2,1", "--trials-per-device", "2"]

@@ -174,7 +174,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
         )),
     ],
 )  # fmt: skip
-def test_what_is_no_record_says_nothing(content: str, tmp_path: Path) -> None:
+def test_invalid_records_are_ignored(content: str, tmp_path: Path) -> None:
     (tmp_path / median_stop.RECORD).write_text(content)
     assert median_stop.read(tmp_path, CONFIG) is None
 
@@ -231,7 +231,7 @@ def test_a_poor_trial_stops(tmp_path: Path) -> None:
     assert not (alone / median_stop.RECORD).exists()
 
 
-def test_a_good_trial_goes_on(tmp_path: Path) -> None:
+def test_a_good_trial_continues(tmp_path: Path) -> None:
     five(tmp_path, value=-1e6)
     outcome = train(tmp_path / "good")
     assert (outcome.statistics["stopped"], outcome.statistics["epochs"]) == (0.0, 4.0)
@@ -258,7 +258,7 @@ def test_a_decision_is_obeyed_whatever_has_become_of_the_siblings(
     assert state(tmp_path / "poor") == before
 
 
-def test_what_was_not_stopped_in_time_goes_on(tmp_path: Path) -> None:
+def test_a_trial_that_was_not_stopped_in_time_continues(tmp_path: Path) -> None:
     """Whoever finds a checkpoint without a record does not decide on its epoch again."""
 
     class Enough(Exception):
@@ -313,7 +313,7 @@ def test_a_trial_that_is_killed_after_the_decision(tmp_path: Path, file: str) ->
     assert state(directory) == state(whole)
 
 
-def test_a_stopped_trial_that_is_promoted_goes_on_from_there(tmp_path: Path) -> None:
+def test_a_stopped_trial_that_is_promoted_resumes_from_there(tmp_path: Path) -> None:
     """Orion copies the directory, the record too, which is for the fidelity below."""
     five(tmp_path)
     train(tmp_path / "parent")
@@ -407,7 +407,7 @@ def test_a_sweep_stops_its_poor_trial_and_counts_what_that_saves(
     assert result.cost.stopped_steps == saved
     assert result.cost.env_steps - result.cost.eval_steps == (5 * 4 + epoch) * 2560
     assert f"{saved:,} steps not trained because trials diverged or were poor" in str(result)
-    # What goes on with it in a shell stops as well.
+    # A process that resumes it from a shell stops as well.
     stored = result.client._experiment.metadata["user_args"]
     assert stored[-1] == "--stop-poor"
     # Of the best, each is taken as it was judged.

@@ -382,7 +382,7 @@ def test_no_signal_is_lost_at_any_moment(place: Place) -> None:
         milliseconds += 5 if milliseconds < 200 else 200
 
 
-def test_a_trial_that_was_stopped_goes_on_and_ends_as_one_that_was_not(place: Place) -> None:
+def test_a_trial_that_was_stopped_resumes_and_ends_as_one_that_was_not(place: Place) -> None:
     options = ["--set", "task.epochs=60", "--set", "task.max_epochs=60"]
     process = place.start("--preload", *options, directory="stopped")
     place.wait_for_epoch(2, process, "stopped")

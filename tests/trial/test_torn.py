@@ -1,4 +1,4 @@
-"""Torn files: refused with their reason, and the trial goes on from the one before, to the same end.
+"""Torn files: refused with their reason. The trial resumes from the one before, to the same end.
 
 What was damaged is drawn once, by a seed: 200 lengths and 200 bits of a checkpoint that a trial has left.
 """
