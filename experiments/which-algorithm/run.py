@@ -91,10 +91,7 @@ SETUPS = {
         fixed={"task": {"steps_per_epoch": 8192}},
         epochs="fidelity(1, 16, base=4)",
         budget=1_500_000,
-        options={
-            "evolutiones": {"nums_population": 6},
-            "pbt": {"population_size": 9, "generations": 4},
-        },
+        options={"evolutiones": {"nums_population": 6}, "pbt": {"population_size": 9, "generations": 4}},
         picture="pendulum.png",
     ),
     # Episodes of up to 1,000 steps: with 4 environments instead of 8 an epoch may have half the steps.
@@ -103,10 +100,7 @@ SETUPS = {
         fixed={"env": {"n_envs": 4}, "task": {"steps_per_epoch": 20480}},
         epochs="fidelity(1, 8, base=2)",
         budget=1_000_000,
-        options={
-            "evolutiones": {"nums_population": 4},
-            "pbt": {"population_size": 5, "generations": 3},
-        },
+        options={"evolutiones": {"nums_population": 4}, "pbt": {"population_size": 5, "generations": 3}},
         picture="lunarlander.png",
     ),
 }

@@ -214,9 +214,4 @@ def _make_in_worker(config: EnvConfig) -> gymnasium.Env[Any, Any]:
     return Copied(make(config))
 
 
-_KINDS: dict[str, Any] = {
-    "sync": SyncEnvs,
-    "async": AsyncEnvs,
-    "native": NativeEnvs,
-    "envpool": EnvPoolEnvs,
-}
+_KINDS: dict[str, Any] = {"sync": SyncEnvs, "async": AsyncEnvs, "native": NativeEnvs, "envpool": EnvPoolEnvs}

@@ -205,11 +205,7 @@ class _TrialPickles:
 
     def content(self, trial: Any) -> tuple[Any, list[Any], list[Any]]:
         """Everything in a trial that can change: all but the names and types of its parameters."""
-        return (
-            self._fields(trial),
-            [*map(self._value, trial._params)],
-            [*map(self._result, trial._results)],
-        )
+        return (self._fields(trial), [*map(self._value, trial._params)], [*map(self._result, trial._results)])
 
     def entry(self, trial: Any, pickled: bytes) -> _PickledTrial:
         content = self.content(trial)

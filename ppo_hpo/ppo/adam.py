@@ -116,10 +116,7 @@ class FlatAdam:
 
     def moments(self) -> dict[str, list[Tensor]]:
         """``exp_avg`` and ``exp_avg_sq``: live views, one for each parameter."""
-        return {
-            "exp_avg": self._views(self._exp_avg),
-            "exp_avg_sq": self._views(self._exp_avg_sq),
-        }
+        return {"exp_avg": self._views(self._exp_avg), "exp_avg_sq": self._views(self._exp_avg_sq)}
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         parts = torch.split(flat, [p.numel() for p in self._parameters])

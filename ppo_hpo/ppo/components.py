@@ -66,12 +66,7 @@ class RolloutLoader(_Component):
     group = "env"
 
     def __init__(
-        self,
-        id: str,
-        *,
-        n_steps: int | None = None,
-        steps_per_epoch: int | None = None,
-        **env: Any,
+        self, id: str, *, n_steps: int | None = None, steps_per_epoch: int | None = None, **env: Any
     ) -> None:
         """Name the environment.
 

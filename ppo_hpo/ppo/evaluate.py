@@ -64,10 +64,7 @@ class Evaluator:
         self._max_steps = max_steps
 
     def __call__(
-        self,
-        policy: Actor,
-        normalizer: ObservationNormalizer,
-        rng: np.random.Generator | None,
+        self, policy: Actor, normalizer: ObservationNormalizer, rng: np.random.Generator | None
     ) -> Evaluation:
         """Run every episode to its end.
 

@@ -27,13 +27,7 @@ class MLPActorCritic(nn.Module):
     log_std: nn.Parameter | None
 
     def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        model: ModelConfig = _DEFAULT,
-        *,
-        continuous: bool,
-        seed: int = 0,
+        self, obs_dim: int, action_dim: int, model: ModelConfig = _DEFAULT, *, continuous: bool, seed: int = 0
     ) -> None:
         """Build and initialise the networks.
 

@@ -39,11 +39,7 @@ class RunningMoments:
 
     def state(self) -> dict[str, NDArray[np.float64]]:
         """Copies of the statistics."""
-        return {
-            "mean": self.mean.copy(),
-            "var": self.var.copy(),
-            "count": np.array(self.count, np.float64),
-        }
+        return {"mean": self.mean.copy(), "var": self.var.copy(), "count": np.array(self.count, np.float64)}
 
     def load(self, state: dict[str, NDArray[np.float64]]) -> None:
         """Load what `state` returned."""

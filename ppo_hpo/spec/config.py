@@ -181,11 +181,7 @@ GROUPS: dict[str, type[Any]] = {record.group: record for record in _RECORDS}
 # Other spellings of a hyperparameter, for search spaces. A prior over 1 - gamma on a log scale is better than
 # one over gamma, and a number of minibatches divides every rollout, which a batch size may not.
 OTHER_SPELLINGS: dict[str, dict[str, str]] = {
-    "ppo": {
-        "one_minus_gamma": "gamma",
-        "one_minus_gae_lambda": "gae_lambda",
-        "n_minibatches": "batch_size",
-    }
+    "ppo": {"one_minus_gamma": "gamma", "one_minus_gae_lambda": "gae_lambda", "n_minibatches": "batch_size"}
 }
 _SPELLING_RULES: dict[str, Rule] = {
     "one_minus_gamma": Real(0.0, 1.0),

@@ -62,11 +62,7 @@ class Result:
 
 
 def run_all(
-    jobs: Sequence[Job],
-    *,
-    n_workers: int = 2,
-    device: str = "auto",
-    progress: BatchProgress | None = None,
+    jobs: Sequence[Job], *, n_workers: int = 2, device: str = "auto", progress: BatchProgress | None = None
 ) -> list[Result]:
     """Train trials, as many at a time as there are workers.
 

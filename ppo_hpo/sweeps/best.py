@@ -90,11 +90,7 @@ def _retrained(client: Any, found: Sequence[Candidate], title: str, retraining: 
     )
     lines = [f"experiment  {title}: the best trials on {retraining.seeds} fresh seeds", ""]
     lines += [*table(tested), "", *conclusions(tested), *_warnings(found), f"directory   {place}"]
-    about = {
-        "experiment": title,
-        "test_seeds": retraining.seeds,
-        "tested": [asdict(item) for item in tested],
-    }
+    about = {"experiment": title, "test_seeds": retraining.seeds, "tested": [asdict(item) for item in tested]}
     _write(place / "best.json", json.dumps(about, indent=1) + "\n")
     if retraining.html is not None:
         _write(Path(retraining.html), page(title, tested, "\n".join(lines)))

@@ -100,11 +100,7 @@ def sweep(
         SweepInterrupted: a signal came. This is a KeyboardInterrupt.
     """
     options = RunOptions(
-        device_name(device),
-        trials_per_device,
-        checkpoint_store,
-        retries=RETRIES,
-        stop_poor=stop_poor,
+        device_name(device), trials_per_device, checkpoint_store, retries=RETRIES, stop_poor=stop_poor
     )
     return _sweep(SweepRequest(
         env, space, algorithm, max_trials, n_workers, seeds, epochs, overrides, warm_start, executor, name,

@@ -608,12 +608,7 @@ VALUES = (
 @given(
     st.dictionaries(
         st.sampled_from([*GROUPS, "other"]),
-        VALUES
-        | st.dictionaries(
-            st.sampled_from(KEYS) | st.text(max_size=4),
-            VALUES,
-            max_size=4,
-        ),
+        VALUES | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), VALUES, max_size=4),
         max_size=3,
     )
 )

@@ -212,8 +212,7 @@ def test_unknown_experiment_where_no_database_was_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
-    [(None, "cannot be read: No such file"), ("a: [", "is not valid YAML")],
+    ("text", "part"), [(None, "cannot be read: No such file"), ("a: [", "is not valid YAML")]
 )
 def test_bad_configuration_of_orion(text: str | None, part: str, tmp_path: Path) -> None:
     path = tmp_path / "orion.yaml"

@@ -142,10 +142,7 @@ def test_what_a_task_is_made_of_is_its_configuration(space: str) -> None:
         ({"overrides": {"ppo": {"gama": 0.9}}}, "Did you mean gamma?"),
         ({"overrides": {"ppo": {"gamma": 0.9}, 3: {}}}, "must be made of text"),
         ({"directory": Path("here")}, "`directory` must be made of text"),
-        (
-            {"epochs": 1, "overrides": {"ppo": {"gamma": 0.9}, "optimizer": {"lr": 1e-3}}},
-            "searches nothing",
-        ),
+        ({"epochs": 1, "overrides": {"ppo": {"gamma": 0.9}, "optimizer": {"lr": 1e-3}}}, "searches nothing"),
     ],
 )
 def test_bad_tasks_are_refused(space: str, given: dict[str, Any], said: str) -> None:

@@ -6,14 +6,7 @@ import re
 
 import pytest
 
-from ppo_hpo.ppo.components import (
-    ActorCritic,
-    LRSchedule,
-    Optimizer,
-    RolloutLoader,
-    merge,
-    open_priors,
-)
+from ppo_hpo.ppo.components import ActorCritic, LRSchedule, Optimizer, RolloutLoader, merge, open_priors
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.space import get_space
 
@@ -75,12 +68,7 @@ def test_mistakes_are_errors_at_once(make: object, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("fixed", "open_"),
-    [
-        ({}, True),
-        ({"gamma": 0.9}, False),
-        ({"one_minus_gamma": 0.1}, False),
-        ({"gae_lambda": 0.9}, True),
-    ],
+    [({}, True), ({"gamma": 0.9}, False), ({"one_minus_gamma": 0.1}, False), ({"gae_lambda": 0.9}, True)],
 )
 def test_a_quantity_fixed_in_one_spelling_is_not_searched_in_another(
     fixed: dict[str, float], open_: bool

@@ -132,10 +132,7 @@ def slow_update(
 def test_update_equals_the_slow_one(continuous: bool, engine: str, clip_range_vf: float | None) -> None:
     ppo = PPOConfig(batch_size=16, n_epochs=4, ent_coef=0.01, max_grad_norm=2.6, clip_range_vf=clip_range_vf)
     batch = samples(continuous=continuous)
-    learner, module = (
-        learner_of(ppo, continuous=continuous, engine=engine),
-        network(continuous=continuous),
-    )
+    learner, module = (learner_of(ppo, continuous=continuous, engine=engine), network(continuous=continuous))
     stats = learner.update(batch, np.random.default_rng(0), 1e-3, 0.1)
     steps, norms = slow_update(module, batch, ppo, 1e-3, 0.1)
     assert stats.n_updates == steps == 16
@@ -151,10 +148,7 @@ def test_update_equals_the_slow_one(continuous: bool, engine: str, clip_range_vf
 def test_target_kl_stops_before_the_step(continuous: bool, engine: str) -> None:
     ppo = PPOConfig(batch_size=16, n_epochs=20, target_kl=0.002)
     batch = samples(continuous=continuous)
-    learner, module = (
-        learner_of(ppo, continuous=continuous, engine=engine),
-        network(continuous=continuous),
-    )
+    learner, module = (learner_of(ppo, continuous=continuous, engine=engine), network(continuous=continuous))
     stats = learner.update(batch, np.random.default_rng(0), 3e-3, 0.2)
     steps, _ = slow_update(module, batch, ppo, 3e-3, 0.2)
     assert stats.n_updates == steps
@@ -249,9 +243,7 @@ def test_sampled_actions_have_the_policys_log_probabilities() -> None:
     """The log-probability of the sampled actions is on average the negative entropy, in both kinds."""
     for name in ("RandomWalk", "Target"):
         config = trial(
-            name,
-            task={"steps_per_epoch": 2000},
-            ppo={"n_steps": 1000, "batch_size": 2000, "n_epochs": 1},
+            name, task={"steps_per_epoch": 2000}, ppo={"n_steps": 1000, "batch_size": 2000, "n_epochs": 1}
         )
         info = probe(config.env)
         module = MLPActorCritic(

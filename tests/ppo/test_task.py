@@ -92,10 +92,7 @@ def test_constructor_has_the_documented_names_and_defaults() -> None:
         ("get_space", {}),
         ("eval_loss", {"batch": inspect.Parameter.empty}),
         ("compute_returns", {"value": inspect.Parameter.empty, "actions": inspect.Parameter.empty}),
-        (
-            "ppo",
-            {"current_state": inspect.Parameter.empty, "replay_vector": inspect.Parameter.empty},
-        ),
+        ("ppo", {"current_state": inspect.Parameter.empty, "replay_vector": inspect.Parameter.empty}),
         ("state_dict", {"destination": None, "prefix": "", "keep_vars": False}),
         ("load_state_dict", {"state": inspect.Parameter.empty, "strict": True}),
         ("set_device", {"device": inspect.Parameter.empty}),

@@ -470,10 +470,7 @@ def test_all_of_it_to_the_same_end(lives: list[Life]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [
-        ("configuration", "= 7 must divide task.steps_per_epoch"),
-        ("environment missing", "'nosuchmodule'"),
-    ],
+    [("configuration", "= 7 must divide task.steps_per_epoch"), ("environment missing", "'nosuchmodule'")],
 )
 def test_a_mistake_that_others_would_share_stops_the_hunt(lives: list[Life], name: str, part: str) -> None:
     going = lives[0].ends[name]
