@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,9 @@ def test_a_report_imports_no_torch(tmp_path: Path) -> None:
 from ppo_hpo.cli.main import main
 assert main(["report", "nothing", "-c", sys.argv[1]]) == 2
 """
+    from orion.core.io.database.ephemeraldb import EphemeralDB
+
+    (tmp_path / "orion.pkl").write_bytes(pickle.dumps(EphemeralDB()))
     config = tmp_path / "orion.yaml"
     database = {"type": "pickleddb", "host": str(tmp_path / "orion.pkl")}
     config.write_text(yamlio.dump({"storage": {"type": "legacy", "database": database}}))

@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 # Far above what a hunt takes, so that one that hangs fails instead of holding up the suite.
 PATIENCE = 300
 
-# What each algorithm needs beside a seed is told in docs/reference/orion-algorithms.md.
+# What each algorithm needs besides a seed is described in docs/reference/orion-algorithms.md.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "random": {"seed": 1},
     "gridsearch": {"n_values": 4},

@@ -91,7 +91,7 @@ def test_every_process_is_counted(tmp_path: Path) -> None:
     # The ten ticks of the second epoch are in nobody's books: that is what `unended` is for.
     assert spent(tmp_path) == (STEPS, sum(row["eval_steps"] for row in first), 0)
     assert [line.state for line in worklog.read(tmp_path, "")] == ["epoch"]
-    # The next one goes on from epoch 1, and fails before its fifth tick: four ticks of two steps are lost.
+    # The next one resumes from epoch 1, and fails before its fifth tick: four ticks of two steps are lost.
     fails_at(5, tmp_path)
     assert spent(tmp_path) == (STEPS + 8, sum(row["eval_steps"] for row in first), 8)
     outcome = run_quietly(CONFIG, tmp_path)

@@ -1,4 +1,4 @@
-"""Defects of Orion's: each is shown without the mending, so that one that is gone is seen, and with it."""
+"""Shows each defect of Orion without the fixes, so that the test fails once it is gone, and with the fixes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orion.client import build_experiment
 space = {"x": "uniform(0, 1)", "epochs": "fidelity(1, 4, base=2)"}
 database = {"type": "pickleddb", "host": sys.argv[1] + "/db"}
 told = []
-for part in range(2):  # the second goes on from what the first stored
+for part in range(2):  # The second resumes from what the first stored.
     client = build_experiment("e", space=space, algorithm="hyperband", max_trials=99,
                               storage={"type": "legacy", "database": database}, working_dir=sys.argv[1])
     for _ in range(4):
@@ -187,7 +187,7 @@ print(json.dumps({name: sweep(name, *case) for name, case in json.loads(sys.argv
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Each case by Orion as it is, and mended."""
+    """Run each case in unpatched Orion, and with the fixes."""
     folder = tmp_path_factory.mktemp("sweeps")
     both = []
     for on in (False, True):
@@ -281,14 +281,15 @@ def test_sweeps_that_went_well_get_the_very_same_suggestions(
     monkeypatch.setenv("PPO_HPO_LEAN", "0")
     cases = [f"{name}:one" for name in ("hyperband", "EvolutionES", "pbt", "tpe", "asha")]
     arguments = [str(Path(__file__).parent), str(tmp_path), "ephemeraldb", "1", *cases]
-    (as_it_is, off), (mended, on) = (
-        run(mending, SAME, *arguments, cwd=tmp_path).stdout.splitlines()[-2:] for mending in (False, True)
+    (as_it_is, off), (fixed, on) = (
+        run(with_fixes, SAME, *arguments, cwd=tmp_path).stdout.splitlines()[-2:]
+        for with_fixes in (False, True)
     )
     assert (off, on) == ("False", "True")
     found = json.loads(as_it_is)
     assert sorted(found) == sorted(cases)
     assert all(len(told) >= 5 for told, *_ in found.values())
-    assert json.loads(mended) == found
+    assert json.loads(fixed) == found
 
 
 def test_another_version_is_left_as_it_is(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_a_trial_that_fails_is_released_as_broken(
     ],
     ids=["combination", "name", "environment", "device"],
 )
-def test_bad_input_is_told_and_the_trial_released(
+def test_bad_input_is_reported_and_the_trial_released(
     tmp_path: Path, space: str, options: dict[str, Any], message: str
 ) -> None:
     client = build(tmp_path, space)
@@ -303,7 +303,7 @@ def test_bad_input_is_told_and_the_trial_released(
     assert client.get_trial(uid=trial.id).status == "interrupted"
 
 
-def test_another_space_than_the_experiments_is_told(tmp_path: Path, space: str) -> None:
+def test_another_space_than_the_experiments_is_reported(tmp_path: Path, space: str) -> None:
     client = build(tmp_path, space)
     trial = client.suggest()
     with pytest.raises(UserError, match=r"searches `model\.depth`, but no value was proposed"):

@@ -1,4 +1,4 @@
-"""Orion without its copies: the suggestions and the stored state are those of Orion as it is."""
+"""With the speed-ups, the suggestions and the stored state are those of unpatched Orion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES = [
 def sweeps(
     folder: Path, on: bool, part: int, cases: list[str], kind: str = "pickleddb"
 ) -> dict[str, list[Any]]:
-    """All sweeps in one process, with Orion as it is or without its copies."""
+    """Run all sweeps in one process, with or without the speed-ups."""
     command = [sys.executable, speedups_sweeps.__file__, str(folder), kind, str(part), *cases]
     # Orion's own registry holds sets of names, whose order would differ between processes.
     done = orion_process(command, on, PYTHONHASHSEED="0")
@@ -44,13 +44,13 @@ def orion_process(
 
 
 def by_ours(blob: bytes) -> bool:
-    """Whether a stored state was written without copies."""
+    """Whether a stored state was written by the speed-ups."""
     return b"_pickle\x94\x8c\x05loads" in blob
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[Any]]]:
-    """Each sweep by Orion as it is and by ours, and some gone on with by the other and by itself."""
+    """Each sweep without and with the speed-ups; some are continued with and without them."""
     folder = tmp_path_factory.mktemp("lean")
     for name in ("stock", "lean", "sqlite"):
         (folder / name).mkdir()
@@ -74,7 +74,7 @@ def test_suggestions_and_state_are_those_of_orion(found: dict[str, Any], case: s
 
 
 @pytest.mark.parametrize("algorithm", speedups_sweeps.ALGORITHMS)
-def test_a_sweep_goes_on_whoever_began_it(found: dict[str, Any], algorithm: str) -> None:
+def test_a_sweep_continues_whoever_began_it(found: dict[str, Any], algorithm: str) -> None:
     case = f"{algorithm}:one"
     assert len(found["stock, stock"][case][2]) > len(found["stock"][case][2])
     assert found["stock, lean"][case] == found["stock, stock"][case]
@@ -175,7 +175,7 @@ print(orion.storage.legacy.pickle is pickle, orion.algo.base.registry.copy is co
 """
 
 
-def test_another_version_of_orion_is_left_as_it_is_and_that_is_said_once() -> None:
+def test_another_version_of_orion_is_not_patched_and_one_warning_says_so() -> None:
     done = orion_process([sys.executable, "-c", QUIET, "0.2.6"])
     assert done.stdout.split() == ["False", "False", "True", "True"], done.stderr
     assert done.stderr.count("ppo_hpo: The speed-ups of Orion are off: this is Orion 0.2.7") == 1
@@ -216,7 +216,7 @@ client.release(trial)  # Orion does not exit with a trial under way
     ("how", "algorithm", "ours"),
     [("whole", "random", True), ("whole", "mine", False), ("broken", "random", False)],
 )
-def test_an_unknown_algorithm_or_a_failing_entry_point_leaves_orion_as_it_is(
+def test_an_unknown_algorithm_or_a_failing_entry_point_leaves_orion_unpatched(
     tmp_path: Path, how: str, algorithm: str, ours: bool
 ) -> None:
     # Not in the repository, where the egg-info of an earlier build would hide the installed entry points.

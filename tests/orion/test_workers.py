@@ -1,4 +1,4 @@
-"""Worker processes: what they answer, and that one which dies, or is left alone, harms nothing."""
+"""Worker processes: their answers, and that a worker that dies or loses its executor does no harm."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_answers_errors_and_order() -> None:
         slow.get()
 
 
-def test_one_that_dies_is_noticed_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_noticed_and_the_others_continue(tmp_path: Path) -> None:
     with Workers(2) as workers:
         results = gather(workers, [workers.submit(f) for f in (die, leave)] + [workers.submit(pid_and, 1)])
         errors = sorted(str(r.exception) for r in results if isinstance(r, AsyncException))
@@ -137,14 +137,14 @@ def test_one_that_dies_is_noticed_and_the_others_go_on(tmp_path: Path) -> None:
         assert [r.value[1] for r in results if isinstance(r, AsyncResult)] == [1]
 
 
-def test_what_a_dead_one_ran_is_given_to_another_so_often(tmp_path: Path) -> None:
+def test_the_call_of_a_dead_worker_is_repeated_up_to_retries_times(tmp_path: Path) -> None:
     with Workers(1, retries=1) as workers:
         assert workers.submit(die_once, str(tmp_path / "once")).get() == "alive"
         with pytest.raises(WorkerDied):
             workers.submit(die).get()
 
 
-def test_they_may_have_children() -> None:
+def test_workers_may_start_processes() -> None:
     with Workers(1) as workers:
         assert workers.submit(child_of_mine).get() == 7
 
@@ -161,7 +161,7 @@ def test_closing_stops_what_runs(tmp_path: Path) -> None:
         waiting.get()
 
 
-def test_they_end_when_their_leader_is_killed_and_its_script_needs_no_guard(tmp_path: Path) -> None:
+def test_workers_end_when_their_executor_is_killed_and_its_script_needs_no_guard(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, tests.orion.test_workers as t\n"
@@ -183,8 +183,8 @@ def test_they_end_when_their_leader_is_killed_and_its_script_needs_no_guard(tmp_
     assert (tmp_path / "pid.tidy").exists()
 
 
-def test_a_worker_that_ends_is_told_to_end_without_a_word() -> None:
-    """Its leader closes the connection, then sends SIGTERM: here when it has seen the first."""
+def test_a_worker_that_ends_ignores_a_signal_to_end() -> None:
+    """The executor closes the connection and then sends SIGTERM, which arrives while the worker ends."""
     code = """
 import multiprocessing, os, signal
 from ppo_hpo.orion import worker_process
