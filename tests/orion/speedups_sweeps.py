@@ -100,7 +100,7 @@ def sweep(folder: str, kind: str, part: int, algorithm: str, order: str) -> list
     told: list[Any] = []
     for step in range(STEPS[order]):
         here = clients[stream.randrange(len(clients))]
-        # Up to three trials at once, observed in any order. Some break, some are released and suggested again.
+        # Up to three trials at once, observed in any order. Some break, some are suggested again.
         if pending and (len(pending) == 3 or stream.random() < 0.5):
             owner, trial = pending.pop(stream.randrange(len(pending)))
             chance = stream.random()

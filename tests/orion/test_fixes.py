@@ -1,4 +1,4 @@
-"""Shows each defect of Orion without the fixes, so that the test fails once it is gone, and with the fixes."""
+"""Shows each defect of Orion without the fixes, so that a test fails once it is gone, and with them."""
 
 from __future__ import annotations
 
