@@ -97,7 +97,7 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
     for file, name in re.findall(r"(?:`(test_\w+\.py)`: )?`(test_\w+)`", text):
         files = REPOSITORY.glob(f"tests/*/{file or '*.py'}")
         assert any(f"def {name}(" in one.read_text(encoding="utf-8") for one in files), name
-    for path in re.findall(r"`((?:tests|benchmarks|experiments|ppo_hpo)/[\w/.-]+\.\w+)`", text):
+    for path in re.findall(r"`(?:python )?((?:tests|benchmarks|experiments|ppo_hpo)/[\w/.-]+\.\w+)`", text):
         assert (REPOSITORY / path).is_file(), path
 
 
