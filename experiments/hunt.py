@@ -139,7 +139,7 @@ def run(log: Path, *command: str | Path) -> None:
 def say_comparison(folder: Path, winner: Path, best: Path) -> None:
     """Print untuned and tuned, one below the other, and the hyperparameters in which they differ."""
     tuned, untuned = json.loads((best / "best.json").read_text())["tested"]
-    say(f"\n{'':10}steps of a trial    mean return on {len(tuned['scores'])} new seeds (lowest to highest)")
+    say(f"{'':10}steps of a trial    mean return on {len(tuned['scores'])} new seeds (lowest to highest)")
     for label, tested in (("untuned", untuned), ("tuned", tuned)):
         scores = tested["scores"]
         span = f"({min(scores):.0f} to {max(scores):.0f})"
@@ -148,7 +148,7 @@ def say_comparison(folder: Path, winner: Path, best: Path) -> None:
         TrialConfig.from_mapping(yamlio.load(path)).to_mapping() for path in (winner, folder / "untuned.yaml")
     )
     changes = [
-        f"{group if key == 'name' else key} {old[group][key]} -> {value}"
+        f"{group if key == 'name' else key} {short(old[group][key])} -> {short(value)}"
         for group in ("optimizer", "lr_schedule", "normalize", "model", "ppo")
         for key, value in new[group].items()
         if value != old[group][key]
@@ -159,6 +159,10 @@ def say_comparison(folder: Path, winner: Path, best: Path) -> None:
 def statistic(results: Path, name: str) -> float:
     """Read a value that a trial reported to Orion."""
     return next(item["value"] for item in json.loads(results.read_text()) if item["name"] == name)
+
+
+def short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def typed(path: Path) -> str:
