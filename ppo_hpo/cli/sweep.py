@@ -54,7 +54,7 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
                         help="let the algorithm choose the epochs: 'fidelity(1, 16, base=4)' promotes good "
                         "trials from 1 to 4 to 16 epochs (default: the space's)")  # fmt: skip
     group.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
-                       help="fix one value of the space, as in --set ppo.gamma=0.99; repeatable")  # fmt: skip
+                       help="fix one value of the space, as in --set env.n_envs=4; repeatable")  # fmt: skip
     group.add_argument("--warm-start", action="append", metavar="PRESET",
                        help="try this preset or configuration file first; repeatable")  # fmt: skip
 
