@@ -45,9 +45,7 @@ class Cost:
             f"{self.wall_seconds:,.0f} s in trials, {self.cpu_seconds:,.0f} s of CPU"
         ]
         if self.unkept_steps:
-            lines.append(
-                f"            {self.unkept_steps:,} of them were repeated, or in epochs that did not end"
-            )
+            lines.append(f"            {self.unkept_steps:,} were repeated, or in epochs that did not end")
         if self.unended:
             lines.append(
                 f"            not counted: less than an epoch of each of {self.unended} processes that were "
