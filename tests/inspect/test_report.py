@@ -120,7 +120,7 @@ def test_page_of_a_hunt(hunted: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    assert done.stdout.rstrip().endswith(f"pictures    {page}")
+    assert done.stdout.rstrip().endswith(f"plots       {page}")
     html = page.read_text(encoding="utf-8")
     assert html.startswith("<!doctype html>")
     assert html.rstrip().endswith("</html>")
