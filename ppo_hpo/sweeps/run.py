@@ -79,7 +79,7 @@ def sweep(
         n_workers: how many trials run at a time. Default: the usable CPU cores, or all workers of a cluster.
         seeds: how many seeds each trial trains. Default: the space's ``task.seeds``, or 1.
         epochs: epochs of every trial, or a prior like ``fidelity(1, 16, base=4)``. Default: the space's.
-        overrides: values to fix, by group and key, like ``{"ppo": {"gamma": 0.99}}``.
+        overrides: values to fix, by group and key, like ``{"ppo": {"n_epochs": 10}}``.
         warm_start: presets (names, files or nested mappings) to try first in a new sweep. Values that they
             leave out are PPO's defaults. Values that the space does not search are ignored.
         executor: what runs the trials; see `ppo_hpo.sweeps.executors`. Default: worker processes.

@@ -376,6 +376,17 @@ def test_the_command_tells_how_far_it_is(tmp_path: Path, space: str) -> None:
     assert "optimizer.lr" not in ppo_hpo.sweep(name="told", progress=False).trials.columns
 
 
+def test_an_environment_that_is_a_module_here(tmp_path: Path, space: str) -> None:
+    """A console script and its workers find it, too."""
+    (tmp_path / "mine.py").write_text(
+        'import gymnasium\ngymnasium.register("Mine-v0", "gymnasium.envs.classic_control:CartPoleEnv", '
+        "max_episode_steps=30)\n"
+    )
+    run("ppo-hpo", "sweep", "--env", "mine:Mine-v0", space, "--max-trials", "1", "--epochs", "1", "--name",
+        "mine", "--n-jobs", "1")  # fmt: skip
+    assert yamlio.load(Path("mine/space.yaml"))["env"]["id"] == "mine:Mine-v0"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
