@@ -210,12 +210,12 @@ def _work(client: ExperimentClient, function: Objective, executor: WatchedExecut
 
     while not client.is_done and not executor.stop.signum:
         # Only as many trials as are missing: Orion would exceed them by the number of workers.
-        missing = client.max_trials - len(client.fetch_trials_by_status("completed"))
+        missing = max(1, client.max_trials - len(client.fetch_trials_by_status("completed")))
         try:
             client.workon(
                 function,
-                n_workers=executor.n_workers,
-                max_trials_per_worker=max(1, missing),
+                n_workers=min(executor.n_workers, missing),
+                max_trials_per_worker=missing,
                 trial_arg="trial",
                 on_error=lambda *_: False,  # `SweepProgress` reports errors.
                 prepare_trial=prepare_trial,
