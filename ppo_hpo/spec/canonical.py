@@ -13,11 +13,7 @@ def canonical_json(value: Any) -> str:
 
 
 def configuration_key(params: Mapping[str, Any]) -> str:
-    """The same text for all trials that differ only in their number of epochs, which is the fidelity.
-
-    Args:
-        params: hyperparameters by dotted name, such as ``ppo.gamma``.
-    """
+    """One text for trials whose ``params``, by dotted name, differ only in `task.epochs`, the fidelity."""
     return canonical_json({name: value for name, value in params.items() if name != "task.epochs"})
 
 

@@ -13,22 +13,13 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
+from ppo_hpo.spec import rules
 from ppo_hpo.spec.canonical import canonical_json
 from ppo_hpo.spec.errors import UserError
-from ppo_hpo.spec.rules import (
-    Checked,
-    Integer,
-    OneOf,
-    Real,
-    Rule,
-    environment_id,
-    environment_kwargs,
-    field,
-    flag,
-)  # fmt: skip
+from ppo_hpo.spec.rules import Checked, Integer, OneOf, Real, Rule, field, flag
 
 Vectorization = Literal["auto", "sync", "async", "native", "envpool"]
 Wrapper = Literal["none", "atari"]
@@ -38,10 +29,11 @@ Schedule = Literal["constant", "linear"]
 
 #: Most epochs of a trial. A checkpoint holds its learning curve, with one row for each epoch.
 MAX_EPOCHS = 10_000
-# Most weights of one network, so that a checkpoint with Adam's two moments stays below 4 GiB.
-_MAX_WEIGHTS = 1 << 27
-# Most samples of one rollout.
-_MAX_SAMPLES = 1 << 27
+_MAX_WEIGHTS = 1 << 27  # of one network, so that a checkpoint with Adam's two moments stays below 4 GiB
+_MAX_SAMPLES = 1 << 27  # of one rollout
+_VECTORIZATION, _WRAPPER = OneOf(get_args(Vectorization)), OneOf(get_args(Wrapper))
+_AGGREGATE, _ACTIVATION = OneOf(get_args(Aggregate)), OneOf(get_args(Activation))
+_SCHEDULE = OneOf(get_args(Schedule))
 _POSITIVE = Real(0.0, math.inf, open_low=True)
 _POSITIVE_OR_NONE = Real(0.0, math.inf, open_low=True, optional=True)
 
@@ -51,22 +43,19 @@ class EnvConfig(Checked):
     """The training environment."""
 
     group: ClassVar[str] = "env"
-    id: str = field("CartPole-v1", environment_id, "gymnasium id, also as `module:EnvId`")
+    id: str = field("CartPole-v1", rules.environment_id, "gymnasium id, also as `module:EnvId`")
     n_envs: int = field(8, Integer(1, 1 << 16), "number of environments that are stepped together")
-    kwargs: Mapping[str, Any] = field(None, environment_kwargs, "keyword arguments of the environment")
+    kwargs: Mapping[str, Any] = field(None, rules.environment_kwargs, "keyword arguments of the environment")
     max_episode_steps: int | None = field(
         None, Integer(1, 10**9, optional=True), "time limit in steps; none: the environment's own"
     )
     vectorization: Vectorization = field(
-        "auto",
-        OneOf(get_args(Vectorization)),
+        "auto", _VECTORIZATION,
         "how environments are stepped: auto (the faster of sync and async), sync (one after another), async "
         "(each in its own process), native (the environment's own vector version), envpool (in C++)",
-    )
+    )  # fmt: skip
     wrapper: Wrapper = field(
-        "none",
-        OneOf(get_args(Wrapper)),
-        "atari: the usual preprocessing of the Arcade Learning Environment (details 14 to 20)",
+        "none", _WRAPPER, "atari: the preprocessing of the Arcade Learning Environment (details 14 to 20)"
     )
 
 
@@ -77,17 +66,13 @@ class TaskConfig(Checked):
     group: ClassVar[str] = "task"
     epochs: int = field(16, Integer(1, MAX_EPOCHS), "epochs to train in total, over all rungs: the fidelity")
     max_epochs: int | None = field(
-        None,
-        Integer(1, MAX_EPOCHS, optional=True),
-        "epoch at which schedules end: the highest fidelity; none: `epochs`",
+        None, Integer(1, MAX_EPOCHS, optional=True), "epoch at which schedules end; none: `epochs`"
     )
     steps_per_epoch: int = field(20480, Integer(1, 10**10), "environment steps in one epoch, over all n_envs")
     seed: int = field(0, Integer(0, (1 << 63) - 1), "seed from which every rng of the trial derives")
     seeds: int = field(1, Integer(1, 1000), "number of seeds to train one after another: `seed` and others")
     aggregate: Aggregate = field(
-        "mean",
-        OneOf(get_args(Aggregate)),
-        "statistic that turns the returns of several seeds into one objective",
+        "mean", _AGGREGATE, "statistic that turns the returns of several seeds into one objective"
     )
     threads: int = field(1, Integer(1, 1024), "number of threads of torch and BLAS")
     eval_episodes: int = field(10, Integer(1, 100_000), "episodes of each evaluation")
@@ -106,9 +91,7 @@ class ModelConfig(Checked):
     group: ClassVar[str] = "model"
     width: int = field(64, Integer(1, 1 << 14), "units in each hidden layer, for vector observations")
     depth: int = field(2, Integer(1, 64), "number of hidden layers, for vector observations")
-    activation: Activation = field(
-        "tanh", OneOf(get_args(Activation)), "activation function, for vector observations"
-    )
+    activation: Activation = field("tanh", _ACTIVATION, "activation function, for vector observations")
     features_dim: int = field(
         512, Integer(1, 1 << 16), "units of the dense layer after the convolutions, for image observations"
     )
@@ -130,7 +113,7 @@ class LRScheduleConfig(Checked):
     """How the learning rate changes between the first epoch and `task.max_epochs`."""
 
     group: ClassVar[str] = "lr_schedule"
-    name: Schedule = field("constant", OneOf(get_args(Schedule)), "constant, or linear down to lr * final")
+    name: Schedule = field("constant", _SCHEDULE, "constant, or linear down to lr * final")
     final: float = field(0.0, Real(0.0, 1.0), "fraction of lr at the end of a linear schedule")
 
 
@@ -157,7 +140,7 @@ class PPOConfig(Checked):
     gae_lambda: float = field(0.95, Real(0.0, 1.0), "lambda of generalised advantage estimation")
     clip_range: float = field(0.2, _POSITIVE, "bound of the policy ratio's change")
     clip_range_schedule: Schedule = field(
-        "constant", OneOf(get_args(Schedule)), "constant, or linear down to 0 at max_epochs"
+        "constant", _SCHEDULE, "constant, or linear down to 0 at max_epochs"
     )
     clip_range_vf: float | None = field(
         None, _POSITIVE_OR_NONE, "bound of the value's change; none: no bound"
@@ -166,10 +149,9 @@ class PPOConfig(Checked):
     vf_coef: float = field(0.5, Real(0.0, math.inf), "weight of the squared value error")
     max_grad_norm: float = field(0.5, _POSITIVE, "bound of the gradient's global norm")
     target_kl: float | None = field(
-        None,
-        _POSITIVE_OR_NONE,
+        None, _POSITIVE_OR_NONE,
         "KL divergence; updates on a rollout stop at 1.5 times this value; none: they never stop early",
-    )
+    )  # fmt: skip
     normalize_advantage: bool = field(True, flag, "standardise advantages in each minibatch")
 
 
@@ -184,29 +166,34 @@ OTHER_SPELLINGS: dict[str, dict[str, str]] = {
     "ppo": {"one_minus_gamma": "gamma", "one_minus_gae_lambda": "gae_lambda", "n_minibatches": "batch_size"}
 }
 _SPELLING_RULES: dict[str, Rule] = {
-    "one_minus_gamma": Real(0.0, 1.0),
-    "one_minus_gae_lambda": Real(0.0, 1.0),
+    "one_minus_gamma": Real(0.0, 1.0), "one_minus_gae_lambda": Real(0.0, 1.0),
     "n_minibatches": Integer(1, 10**9),
-}
+}  # fmt: skip
 
 # Hyperparameters that a fork of a trial may change. They affect updates, but not the shapes of arrays.
 CHANGEABLE_BY_FORK: dict[str, tuple[str, ...]] = {
     "optimizer": ("lr", "eps"),
     "lr_schedule": ("name", "final"),
-    "ppo": tuple(item.name for item in dataclasses.fields(PPOConfig)),
+    "ppo": tuple(item.name for item in fields(PPOConfig)),
 }
 
 
 def field_names(group: str) -> list[str]:
     """Names of all hyperparameters of a group, other spellings included."""
-    names = [item.name for item in dataclasses.fields(GROUPS[group])]
-    return names + list(OTHER_SPELLINGS.get(group, {}))
+    return [item.name for item in fields(GROUPS[group])] + list(OTHER_SPELLINGS.get(group, {}))
+
+
+def check_group(group: str, values: Any) -> None:
+    """Raise `UserError` unless there is such a group, and its ``values`` are a mapping."""
+    if group not in GROUPS:
+        raise UserError(f"A group must be one of {', '.join(GROUPS)}, but got {group!r}.")
+    if not isinstance(values, Mapping):
+        raise UserError(f"Group `{group}` must map hyperparameters to values, but got {values!r}.")
 
 
 def check_key(group: str, key: str) -> None:
     """Raise `UserError` unless ``group.key`` is a hyperparameter."""
-    if group not in GROUPS:
-        raise UserError(f"A group must be one of {', '.join(GROUPS)}, but got {group!r}.")
+    check_group(group, {})
     if key not in field_names(group):
         import difflib
 
@@ -216,25 +203,16 @@ def check_key(group: str, key: str) -> None:
 
 
 def rule_of(group: str, key: str) -> Rule:
-    """The rule of one hyperparameter.
-
-    Raises:
-        UserError: if there is no such hyperparameter.
-    """
+    """The rule of one hyperparameter; `UserError` if there is no such hyperparameter."""
     check_key(group, key)
     if key in OTHER_SPELLINGS.get(group, {}):
         return _SPELLING_RULES[key]
-    (item,) = (item for item in dataclasses.fields(GROUPS[group]) if item.name == key)
-    rule: Rule = item.metadata["rule"]
+    rule: Rule = GROUPS[group].__dataclass_fields__[key].metadata["rule"]
     return rule
 
 
 def check_value(group: str, key: str, value: Any) -> Any:
-    """Apply the rule of one hyperparameter to a value and return the value in its own type.
-
-    Raises:
-        UserError: if there is no such hyperparameter, or if the value breaks its rule.
-    """
+    """Apply the rule of one hyperparameter to a value, and return the value in its own type."""
     return rule_of(group, key)(f"{group}.{key}", value)
 
 
@@ -269,12 +247,12 @@ class TrialConfig:
         if weights > _MAX_WEIGHTS:
             raise UserError(
                 f"`model.width^2 * (model.depth - 1) <= {_MAX_WEIGHTS}` must hold, but got {weights}. "
-                f"Choose a smaller network."
+                "Choose a smaller network."
             )
         if self.rollout_steps > _MAX_SAMPLES:
             raise UserError(
                 f"`env.n_envs * ppo.n_steps <= {_MAX_SAMPLES}` must hold, but got {self.rollout_steps}. "
-                f"Choose smaller rollouts."
+                "Choose smaller rollouts."
             )
 
     def _check_rollouts(self) -> None:
@@ -328,12 +306,7 @@ class TrialConfig:
             raise UserError(f"A configuration must map groups to values, but got {mapping!r}.")
         groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
         for group, values in mapping.items():
-            if group not in GROUPS:
-                raise UserError(
-                    f"A group must be one of {', '.join(GROUPS)}, but the configuration has {group!r}."
-                )
-            if not isinstance(values, Mapping):
-                raise UserError(f"Group `{group}` must map hyperparameters to values, but got {values!r}.")
+            check_group(group, values)
             for key, value in values.items():
                 check_key(group, key)
                 if isinstance(value, str) and value.startswith("orion~"):
@@ -349,24 +322,15 @@ class TrialConfig:
 
     def to_mapping(self) -> dict[str, dict[str, Any]]:
         """The nested mapping from which `from_mapping` makes this record again."""
-        return {
-            group: {
-                item.name: getattr(getattr(self, group), item.name) for item in dataclasses.fields(record)
-            }
-            for group, record in GROUPS.items()
-        }
+        return dataclasses.asdict(self)
 
     def identity_mapping(self) -> dict[str, dict[str, Any]]:
         """The hyperparameters that decide which trial this is.
 
-        Some hyperparameters are left out:
-
-        - `task.epochs`, because a promoted trial is still the same trial.
-        - `task.threads`, because it depends on the machine.
-        - `task.aggregate`, because it only summarises what was trained.
-        - `env.vectorization` where it changes no result.
-        - `env.wrapper`, `model.features_dim` and `task.seeds` at their defaults. So trials begun before these
-          existed can still be resumed.
+        Left out are `task.epochs`, because a promoted trial is still the same trial; `task.threads`, because
+        it depends on the machine; `task.aggregate`, because it only summarises what was trained; and
+        `env.vectorization` where it changes no result. `env.wrapper`, `model.features_dim` and `task.seeds`
+        are left out at their defaults, so that trials begun before these existed can still be resumed.
         """
         mapping = self.to_mapping()
         for group, key in (("env", "wrapper"), ("model", "features_dim"), ("task", "seeds")):
@@ -386,7 +350,7 @@ class TrialConfig:
         """A copy with some values changed and checked again: ``config.replace(task={"epochs": 4})``."""
         mapping = self.to_mapping()
         for group, values in groups.items():
-            mapping[group] = {**mapping[group], **values}
+            mapping[group] |= values
         return TrialConfig.from_mapping(mapping)
 
 
@@ -399,8 +363,8 @@ def _respell(groups: dict[str, dict[str, Any]]) -> None:
                 continue
             if name in values:
                 raise UserError(
-                    f"`{group}.{name}` and `{group}.{other}` are two spellings of one quantity, but "
-                    f"both are given. Leave one of them out."
+                    f"`{group}.{name}` and `{group}.{other}` are two spellings of one quantity, but both "
+                    "are given. Leave one of them out."
                 )
             value = values.pop(other)
             values[name] = _batch_size(groups, value) if other == "n_minibatches" else 1.0 - value
@@ -412,7 +376,7 @@ def _batch_size(groups: dict[str, dict[str, Any]], n_minibatches: int) -> int:
     rollout: int = n_envs * n_steps
     if rollout % n_minibatches:
         raise UserError(
-            f"Minibatches must fill a rollout: ppo.n_minibatches must divide env.n_envs * "
-            f"ppo.n_steps = {n_envs} * {n_steps} = {rollout}, but got {n_minibatches}."
+            "Minibatches must fill a rollout: ppo.n_minibatches must divide env.n_envs * ppo.n_steps = "
+            f"{n_envs} * {n_steps} = {rollout}, but got {n_minibatches}."
         )
     return rollout // n_minibatches

@@ -24,10 +24,7 @@ class UserError(ValueError):
 
 
 class MachineError(UserError):
-    """This machine lacks something that every trial needs, such as a package, a device or a reachable store.
-
-    No trial can succeed here, whatever its hyperparameters are.
-    """
+    """This machine lacks something that every trial needs, such as a package, a device or a store."""
 
 
 class DeterministicFailure(UserError):
@@ -39,7 +36,7 @@ class OutOfMemory(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint or another file of a trial cannot be read or used.
+    """A file of a trial cannot be read or used.
 
     Such a checkpoint is torn, holds numbers that are not finite, or belongs to other hyperparameters.
     """
@@ -54,13 +51,7 @@ class BadResume(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the trial to stop.
-
-    This is not an ``Exception``, so ``except Exception`` does not catch it on the way out.
-
-    Attributes:
-        signum: number of the signal.
-    """
+    """A signal asked the trial to stop. ``except Exception`` does not catch it on the way out."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}")
@@ -68,19 +59,14 @@ class Interrupted(BaseException):
 
 
 class LostLock(BaseException):
-    """Another process writes the trial now, so this process must not write its files any more.
+    """Another process writes the trial now, so this one, whose claim has ``number``, must write no more.
 
-    This is not an ``Exception``, for the same reason as `Interrupted`.
-
-    Attributes:
-        number: number of this process's claim on the trial.
-        reason: how the claim was lost.
+    It is no ``Exception``, for the same reason as `Interrupted`.
     """
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(f"writer {number} lost the trial: {reason}")
-        self.number = number
-        self.reason = reason
+        self.number, self.reason = number, reason
 
 
 def hide_passwords(text: str) -> str:

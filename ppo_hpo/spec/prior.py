@@ -31,15 +31,7 @@ class Prior(NamedTuple):
 
 
 def parse_prior(name: str, text: str) -> Prior:
-    """Parse a prior without running it.
-
-    Args:
-        name: dotted name of the hyperparameter, for messages.
-        text: the prior, without ``orion~``.
-
-    Raises:
-        UserError: if it is not a call of a known prior with plain values.
-    """
+    """Parse the prior ``text`` (without ``orion~``) of the hyperparameter ``name``, without running it."""
     if len(text) > _MAX_LENGTH:
         raise UserError(f"`{name}` has a prior of {len(text)} characters; {_MAX_LENGTH} are read.")
     form = "Write it as loguniform(1e-5, 1e-2), uniform(0, 1), choices([a, b]) or fidelity(1, 16)."
@@ -62,11 +54,7 @@ def highest_fidelity(text: str) -> int:
 
 
 def check_prior(group: str, key: str, text: str) -> None:
-    """Refuse a prior that is malformed or could draw a value that breaks the hyperparameter's rule.
-
-    Raises:
-        UserError: if the prior is refused.
-    """
+    """Refuse a prior that is malformed or could draw a value that breaks the hyperparameter's rule."""
     name = f"{group}.{key}"
     prior = parse_prior(name, text)
     if name == "task.epochs":
@@ -78,8 +66,8 @@ def check_prior(group: str, key: str, text: str) -> None:
         raise UserError(f"`{name}` must be the same for every trial, but got the prior {text!r}.")
     if prior.name == "normal":
         raise UserError(
-            f"`{name}` has an unbounded prior, {text!r}, which can draw values that PPO does not "
-            f"take. Use uniform or loguniform."
+            f"`{name}` has an unbounded prior, {text!r}, which can draw values that PPO does not take. "
+            "Use uniform or loguniform."
         )
     for option in prior.options:
         if option not in _OPTIONS:
@@ -117,8 +105,12 @@ def _check_choices(group: str, key: str, prior: Prior, text: str) -> None:
     # Orion takes anything but a list or a dict for one single choice.
     if not isinstance(choices, (list, dict)) or not choices:
         raise UserError(f"`{name}` needs a list of choices, choices([a, b]), but got {text!r}.")
-    if isinstance(choices, dict) and not _sum_to_one(list(choices.values())):
-        raise UserError(f"The probabilities in the prior of `{name}` must add up to 1, but got {text!r}.")
+    if isinstance(choices, dict):
+        chances = choices.values()
+        if not all(is_number(chance) and chance >= 0 for chance in chances) or not math.isclose(
+            sum(chances), 1
+        ):
+            raise UserError(f"The probabilities in the prior of `{name}` must add up to 1, but got {text!r}.")
     for choice in choices:
         check_value(group, key, choice)
     if prior.options.get("default_value", next(iter(choices))) not in list(choices):
@@ -141,7 +133,7 @@ def _check_range(group: str, key: str, prior: Prior, text: str) -> None:
     if not discrete and isinstance(rule_of(group, key), Integer):
         raise UserError(
             f"`{name}` must be a whole number, but the prior {text!r} draws fractions. "
-            f"Add discrete=True, or list the choices."
+            "Add discrete=True, or list the choices."
         )
 
 
@@ -161,7 +153,3 @@ def _check_range_options(name: str, prior: Prior, text: str) -> None:
         raise UserError(
             f"`low <= default_value <= high` must hold in the prior of `{name}`, but got {text!r}."
         )
-
-
-def _sum_to_one(probabilities: list[Any]) -> bool:
-    return all(is_number(p) and p >= 0 for p in probabilities) and math.isclose(sum(probabilities), 1.0)

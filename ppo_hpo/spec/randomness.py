@@ -45,8 +45,7 @@ def training_seeds(seed: int, epoch: int, n: int) -> list[int]:
 def evaluation_seeds(n: int) -> list[int]:
     """Seeds in ``[2**30, 2**31)`` for ``n`` evaluation episodes, the same for every trial and epoch.
 
-    All trials are compared on the same episodes (common random numbers). So no trial is better only because
-    of luckier initial states.
+    On common random numbers no trial is better only because of luckier initial states.
     """
     words = _sequence(0, "eval", 0).generate_state(n, np.uint32)
     return [_EVALUATION_SEEDS_FROM + int(word) % _EVALUATION_SEEDS_FROM for word in words]

@@ -56,13 +56,8 @@ def is_row(row: Any) -> bool:
 def objective(curve: Sequence[Row], epochs: int, *, diverged: bool) -> float:
     """What Orion minimises: the negative mean return after ``epochs``.
 
-    A diverged trial gets the worst evaluation of its life, that of the untrained policy included. Orion sorts
-    raw floats, and would promote a NaN.
-
-    Args:
-        curve: rows of the learning curve; the first is of the untrained policy.
-        epochs: the epoch that counts.
-        diverged: whether the trial diverged before this epoch.
+    A trial that diverged before gets the worst evaluation of its life, that of the untrained policy (the
+    curve's first row) included. Orion sorts raw floats, and would promote a NaN.
     """
     rows = [row for row in curve if row["epoch"] <= epochs]
     if diverged:
@@ -82,14 +77,10 @@ def statistics(curve: Sequence[Row], epochs: int, *, diverged: bool) -> dict[str
 
 
 def aggregate(scores: Sequence[float], how: str) -> float:
-    """One score for the returns of several seeds. Higher is better.
+    """One score for the returns of several seeds: ``mean``, ``median``, ``worst`` or ``iqm``. More is better.
 
-    Args:
-        scores: the return of each seed.
-        how: ``mean``, ``median``, ``worst``, or ``iqm`` for the interquartile mean. The latter leaves out the
-            lowest and the highest quarter, each rounded down to whole seeds, like
-            ``scipy.stats.trim_mean(scores, 0.25)`` and rliable (https://arxiv.org/abs/2108.13264). With fewer
-            than four seeds nothing is left out.
+    The interquartile mean leaves out the lowest and the highest quarter, each rounded down to whole seeds,
+    like ``scipy.stats.trim_mean(scores, 0.25)`` and rliable (https://arxiv.org/abs/2108.13264).
     """
     ordered = sorted(scores)
     if how == "worst":
@@ -103,18 +94,11 @@ def aggregate(scores: Sequence[float], how: str) -> float:
 def combine(
     objectives: Sequence[float], each: Sequence[Mapping[str, float]], how: str
 ) -> tuple[float, dict[str, float]]:
-    """Combine the results of several seeds into one.
+    """Combine the objectives and the statistics of several seeds, ``how`` as in `aggregate`.
 
-    Args:
-        objectives: the objective of each seed.
-        each: the statistics of each seed, all with the same names.
-        how: see `aggregate`.
-
-    Returns:
-        The objective and the statistics. Steps and seconds are summed, ``epochs`` is the number that every
-        seed has, and other statistics are means. New statistics are ``seeds``, the number of seeds;
-        ``seed_N``, the return of the N-th seed; and ``seeds_std``, the population standard deviation of these
-        returns.
+    Steps and seconds are summed, ``epochs`` is the number that every seed has, and other statistics are
+    means. New are ``seeds``, the number of seeds; ``seed_N``, the return of the N-th seed; and ``seeds_std``,
+    the population standard deviation of these returns.
     """
     scores = [-value for value in objectives]
     found: dict[str, float] = {}
@@ -149,11 +133,7 @@ def combine_curves(curves: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
 
 
 def seeds_text(values: Mapping[str, float]) -> str:
-    """The return of each seed of a trial in words; empty if there is only one seed.
-
-    Args:
-        values: statistics of the trial, see `combine`.
-    """
+    """The return of each seed in words, from a trial's statistics (see `combine`); empty for one seed."""
     number = int(values.get("seeds", 1))
     if number == 1:
         return ""
@@ -162,23 +142,13 @@ def seeds_text(values: Mapping[str, float]) -> str:
 
 
 def entries(objective_value: float, extra: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The list of results that Orion reads.
-
-    Args:
-        objective_value: the objective.
-        extra: statistics by name.
-
-    Raises:
-        ValueError: if a number is not finite, because Orion would store it and sort by it.
-    """
+    """The list of results that Orion reads: the objective, and ``extra`` statistics by name."""
+    # Orion would store a number that is not finite, and sort by it.
     values = {"objective": objective_value, **extra}
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
         raise ValueError(f"Results must be finite, but got {', '.join(bad)}.")
     found = [{"name": "objective", "type": "objective", "value": float(objective_value)}]
-    return found + [
-        {"name": name, "type": "statistic", "value": float(value)} for name, value in extra.items()
-    ]
+    return found + [{"name": name, "type": "statistic", "value": float(extra[name])} for name in extra]
 
 
 def to_bytes(results: Sequence[Mapping[str, Any]]) -> bytes:

@@ -20,21 +20,14 @@ Rule = Callable[[str, Any], Any]
 
 
 def field(default: Any, rule: Rule, doc: str) -> Any:
-    """A field of a `Checked` record.
-
-    Args:
-        default: default value.
-        rule: the rule that every value must keep.
-        doc: what the hyperparameter is, for readers of the code.
-    """
+    """A field of a `Checked` record; ``doc`` says what the hyperparameter is, for readers of the code."""
     return dataclasses.field(default=default, metadata={"rule": rule, "doc": doc})
 
 
 class Checked:
     """Base of the records. It applies the rule of each field whenever a record is made."""
 
-    #: Name of the group in a configuration.
-    group: ClassVar[str]
+    group: ClassVar[str]  # its name in a configuration
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -48,16 +41,11 @@ class Integer:
 
     The upper bounds are far above any useful value. They keep a file of somebody else from asking for memory
     or processes that no machine has.
-
-    Attributes:
-        low: lowest legal value.
-        high: highest legal value.
-        optional: whether none is legal, too.
     """
 
     low: int
     high: int
-    optional: bool = False
+    optional: bool = False  # whether none is legal, too
 
     def __call__(self, name: str, value: Any) -> int | None:
         """Apply the rule."""
@@ -77,19 +65,12 @@ class Integer:
 
 @dataclass(frozen=True)
 class Real:
-    """A finite number from ``low`` to ``high``.
-
-    Attributes:
-        low: lowest legal value.
-        high: highest legal value; infinity for no bound.
-        open_low: whether ``low`` itself is not legal.
-        optional: whether none is legal, too.
-    """
+    """A finite number from ``low`` to ``high``."""
 
     low: float
-    high: float
-    open_low: bool = False
-    optional: bool = False
+    high: float  # infinity for no bound
+    open_low: bool = False  # whether `low` itself is not legal
+    optional: bool = False  # whether none is legal, too
 
     def __call__(self, name: str, value: Any) -> float | None:
         """Apply the rule."""
@@ -134,9 +115,8 @@ class OneOf:
 def environment_id(name: str, value: Any) -> str:
     """The id of a gymnasium environment, with or without the module that registers it."""
     if not isinstance(value, str) or not value:
-        raise UserError(
-            f"`{name}` must be the id of a gymnasium environment, such as CartPole-v1, but got {value!r}."
-        )
+        example = "the id of a gymnasium environment, such as CartPole-v1"
+        raise UserError(f"`{name}` must be {example}, but got {value!r}.")
     module, colon, rest = value.rpartition(":")
     # The module is named as in an absolute import statement. Paths and relative names are not legal.
     if not rest or (colon and not all(part.isidentifier() for part in module.split("."))):
@@ -156,9 +136,8 @@ def environment_kwargs(name: str, value: Any) -> Mapping[str, Any]:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
         # They are part of config.yaml, of checkpoints and of the trial's identity.
-        raise UserError(
-            f"`{name}` must be plain data (words, finite numbers, lists, mappings), but got {value!r}."
-        ) from None
+        plain = "plain data (words, finite numbers, lists, mappings)"
+        raise UserError(f"`{name}` must be {plain}, but got {value!r}.") from None
     return dict(value)
 
 

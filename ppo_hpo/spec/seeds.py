@@ -29,11 +29,10 @@ def fresh_seeds(config: TrialConfig, n: int) -> list[int]:
 
 
 def split_by_seed(config: TrialConfig) -> dict[str, TrialConfig]:
-    """Split a trial of several seeds into trials of one seed.
+    """Split a trial of several seeds into trials of one seed, in the order of training.
 
-    Returns:
-        Name of a directory in the trial's directory to configuration: ``seed-1``, ``seed-2``, ..., in the
-        order of training. For a trial of one seed ``{"": config}``, which means the trial's own directory.
+    The keys are directories in the trial's directory: ``seed-1``, ``seed-2``, ..., or ``""`` for a trial of
+    one seed, which means the trial's own directory.
     """
     if config.task.seeds == 1:
         return {"": config}

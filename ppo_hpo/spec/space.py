@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_hpo.spec import yamlio
-from ppo_hpo.spec.config import GROUPS, check_key, check_value
+from ppo_hpo.spec.config import GROUPS, check_group, check_key, check_value
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.prior import check_prior, highest_fidelity
 
@@ -24,19 +24,12 @@ MARK = "orion~"
 
 @dataclass(frozen=True)
 class Space:
-    """The checked content of one space file.
+    """The checked content of one space file: group to key to what it gives."""
 
-    Attributes:
-        name: name of the space, or the path as it was given.
-        path: the file.
-        fixed: group to key to value, for hyperparameters with a fixed value.
-        priors: group to key to prior (without `MARK`), for hyperparameters that are searched.
-    """
-
-    name: str
+    name: str  # of the space, or the path as it was given
     path: Path
-    fixed: Mapping[str, Mapping[str, Any]]
-    priors: Mapping[str, Mapping[str, str]]
+    fixed: Mapping[str, Mapping[str, Any]]  # values that are not searched
+    priors: Mapping[str, Mapping[str, str]]  # without `MARK`, for hyperparameters that are searched
 
     @property
     def max_epochs(self) -> int | None:
@@ -64,34 +57,20 @@ def list_spaces() -> list[str]:
 
 
 def space_path(name: str) -> Path:
-    """The file of a shipped space.
-
-    Args:
-        name: name of a shipped space or preset, or the path of a file, which is returned as it is.
-
-    Raises:
-        UserError: if no space has this name.
-    """
+    """The file of the shipped space or preset ``name``. The path of a file is returned as it is."""
     if name.endswith((".yaml", ".yml", ".conf", ".json")) or "/" in name:
         return Path(name)
     path = spaces_directory() / f"{name}.yaml"
     if not path.is_file():
         raise UserError(
             f"No space is called {name!r}. Shipped are {', '.join(list_spaces())}. "
-            f"To use a file of your own, give its path, ending in .yaml."
+            "To use a file of your own, give its path, ending in .yaml."
         )
     return path
 
 
 def read_space(name: str = "default") -> Space:
-    """Read and check a space.
-
-    Args:
-        name: name of a shipped space or preset, or the path of a file.
-
-    Raises:
-        UserError: if there is no such space, if a group or key is unknown, or if a value or prior is illegal.
-    """
+    """Read and check a shipped space or preset, or a file; `UserError` says what is wrong with it."""
     path = space_path(name)
     content = yamlio.load(path)
     if not isinstance(content, Mapping):
@@ -115,9 +94,8 @@ def _checked(content: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dic
     fixed: dict[str, dict[str, Any]] = {}
     priors: dict[str, dict[str, str]] = {}
     for group, values in content.items():
-        if group in GROUPS and not isinstance(values, Mapping):
-            raise UserError(f"Group `{group}` must map hyperparameters to values.")
-        for key, value in (values if isinstance(values, Mapping) else {"": None}).items():
+        check_group(group, values)
+        for key, value in values.items():
             check_key(group, key)
             if isinstance(value, str) and value.startswith(MARK):
                 prior = value.removeprefix(MARK)
@@ -130,17 +108,7 @@ def _checked(content: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dic
 
 
 def with_fidelities(space: Space, fidelities: Mapping[str, Any]) -> Space:
-    """A copy of a space with other fidelities.
-
-    Args:
-        space: the space.
-        fidelities: ``{"epochs": "fidelity(1, 16, base=4)"}``, or ``{"epochs": 16}`` for a fixed number.
-
-    Raises:
-        UserError: if the space has no such fidelity, or if the prior is illegal.
-    """
-    if not fidelities:
-        return space
+    """A copy with other fidelities: ``{"epochs": "fidelity(1, 16, base=4)"}``, or ``{"epochs": 16}``."""
     fixed = {group: dict(values) for group, values in space.fixed.items()}
     priors = {group: dict(values) for group, values in space.priors.items()}
     for name, value in fidelities.items():
@@ -191,20 +159,12 @@ def get_space(name: str = "default", **fidelities: Any) -> dict[str, dict[str, s
 def fill(
     space: Space, params: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The configuration of one trial: the space's fixed values and the values that Orion proposed.
+    """The configuration of one trial, for `TrialConfig.from_mapping`.
 
-    Args:
-        space: the space.
-        params: the values that Orion proposed, nested or with dotted names.
-        overrides: group to key to value, which replace both; default: none.
-
-    Returns:
-        Group to key to value, for `TrialConfig.from_mapping`.
-
-    Raises:
-        UserError: if a hyperparameter that the space searches has no value.
+    The space's fixed values, the ``params`` that Orion proposed and the ``overrides`` (group to key to value)
+    each replace those before them. `UserError` is raised if a searched hyperparameter has no value.
     """
-    config: dict[str, dict[str, Any]] = {group: dict(v) for group, v in space.fixed.items()}
+    config: dict[str, dict[str, Any]] = {group: dict(values) for group, values in space.fixed.items()}
     for group, key, value in flatten_params(params):
         config.setdefault(group, {})[key] = value
     for group, values in (overrides or {}).items():
@@ -213,17 +173,16 @@ def fill(
         for key in priors:
             if key not in config.get(group, {}):
                 raise UserError(
-                    f"The space {space.name!r} searches `{group}.{key}`, but no value was proposed "
-                    f"for it. Build the experiment with get_space({space.name!r})."
+                    f"The space {space.name!r} searches `{group}.{key}`, but no value was proposed for it. "
+                    f"Build the experiment with get_space({space.name!r})."
                 )
     return config
 
 
 def flatten_params(params: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """Split the parameters of a trial into (group, key, value).
+    """Split a trial's parameters into (group, key, value).
 
-    Args:
-        params: nested, or with dotted names, or with names like ``/ppo/gamma`` of Orion's command line.
+    They are nested, or have dotted names, or names like ``/ppo/gamma`` of Orion's command line.
     """
     found: list[tuple[str, str, Any]] = []
     for name, value in params.items():
@@ -236,18 +195,7 @@ def flatten_params(params: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
 
 
 def copy_space(name: str, destination: str) -> Path:
-    """Copy a space to a file or into a directory; no existing file is overwritten.
-
-    Args:
-        name: name of a shipped space or preset, or the path of a file.
-        destination: path of the new file, or of a directory.
-
-    Returns:
-        The path of the new file.
-
-    Raises:
-        UserError: if there is no such space, or if the file exists or cannot be written.
-    """
+    """Copy a space to a new file or into a directory, without overwriting a file. Returns the new file."""
     source, target = space_path(name), Path(destination)
     if not source.is_file():
         raise UserError(f"{source} cannot be copied: there is no such file.")

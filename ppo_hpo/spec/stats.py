@@ -37,24 +37,13 @@ def bootstrap(
 ) -> tuple[float, float]:
     """The stratified percentile bootstrap: a 95 % interval for a statistic of several groups of runs.
 
-    Each resample draws from every group as many runs as it has, with replacement. The interval is the middle
-    95 % of the statistic over all resamples. It is too narrow for few runs (ten or more are advised), and a
-    point for one run.
-
-    Args:
-        groups: the scores of each group; at least one each.
-        statistic: function of the groups, for all resamples at once.
-        resamples: number of resamples R; default: 10,000.
-        seed: seed of the rng, so that the same runs always have the same interval; default: 0.
-
-    Returns:
-        The lower and the upper end of the interval.
+    Each of R ``resamples`` draws from every group as many runs as it has, with replacement. The interval is
+    the middle 95 % of the statistic over all resamples. It is too narrow for few runs (ten or more are
+    advised), and a point for one run. The ``seed`` gives the same runs the same interval always.
     """
     rng = np.random.default_rng(seed)
-    drawn = []
-    for values in groups:
-        group = np.asarray(values, np.float64)
-        drawn.append(group[rng.integers(len(group), size=(resamples, len(group)))])
+    arrays = [np.asarray(values, np.float64) for values in groups]
+    drawn = [array[rng.integers(len(array), size=(resamples, len(array)))] for array in arrays]
     tail = 100 * (1 - _LEVEL) / 2
     low, high = np.percentile(statistic(drawn), (tail, 100 - tail))
     return float(low), float(high)
@@ -81,13 +70,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def claimed_and_kept(scores: Values, tuning: Sequence[int]) -> tuple[int, float, float]:
     """Choose a configuration on some runs, and score it on the other runs.
 
-    Args:
-        scores: array ``[C, S]`` with a row for each configuration and a column for each seed.
-        tuning: the columns to choose by; at least one other column must be left.
-
-    Returns:
-        The row with the highest mean over the tuning columns, the first one among equals; that mean, which is
-        what tuning claims; and the mean of the same row over the other columns, which is what is left of it.
+    ``scores`` is ``[C, S]``: a row for each configuration, a column for each seed. Returned are the first row
+    with the highest mean over the ``tuning`` columns; that mean, which is what tuning claims; and the mean of
+    the same row over the other columns, which is what is left of it.
     """
     seen = np.zeros(scores.shape[1], np.bool_)
     seen[list(tuning)] = True

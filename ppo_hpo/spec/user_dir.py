@@ -8,18 +8,10 @@ from collections.abc import Sequence
 
 
 def open_user_dir(variables: Sequence[str]) -> int:
-    """Open the directory ``ppo-hpo-UID``; it is created if it does not exist.
+    """Open the directory ``ppo-hpo-UID``, created if necessary, and return its file descriptor.
 
-    Args:
-        variables: names of environment variables. The first that holds a directory is the parent directory;
-            default: ``/tmp``.
-
-    Returns:
-        A file descriptor of the directory.
-
-    Raises:
-        PermissionError: if the directory belongs to another user, or if others may use it.
-        OSError: if it cannot be created.
+    Its parent is the first directory that one of these environment variables holds, or else ``/tmp``.
+    `PermissionError` is raised if it belongs to another user, or if others may use it.
     """
     bases = [*(os.environ.get(name, "") for name in variables), "/tmp"]
     path = os.path.join(next(filter(os.path.isdir, bases), "/tmp"), f"ppo-hpo-{os.geteuid()}")

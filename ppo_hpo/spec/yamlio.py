@@ -109,15 +109,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def parse(text: str, source: str) -> Any:
-    """Parse YAML text.
-
-    Args:
-        text: the YAML text.
-        source: name of the source, for messages.
-
-    Raises:
-        UserError: if the text is not valid YAML, has a tag, an alias or the same key twice, or is too large.
-    """
+    """Parse YAML text; ``source`` names it in messages, in a `UserError` if it is invalid or too large."""
     try:
         return yaml.load(text, Loader=_Loader)  # `_Loader` is a safe loader.
     except UserError as error:
@@ -128,11 +120,7 @@ def parse(text: str, source: str) -> Any:
 
 
 def load(path: Path) -> Any:
-    """Read one YAML file.
-
-    Raises:
-        UserError: if the file does not exist, or cannot be read or parsed.
-    """
+    """Read one YAML file; `UserError` if it cannot be read or parsed."""
     try:
         # Pipes and devices have no size, so only reading shows how much they hold.
         with path.open("rb") as file:

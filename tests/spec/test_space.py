@@ -63,7 +63,7 @@ def test_the_shipped_spaces() -> None:
     assert sorted(path.stem for path in (REPOSITORY / "spaces").glob("*.yaml")) == SHIPPED
     assert {"default", "classic-control", "classic-control-pbt", "box2d"} <= set(SHIPPED)
     assert spaces_directory().samefile(REPOSITORY / "spaces")
-    assert len(EXPERIMENTS) >= 2
+    assert EXPERIMENTS
 
 
 @pytest.mark.parametrize("name", SPACES, ids=short)
