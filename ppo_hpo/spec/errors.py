@@ -61,7 +61,7 @@ class Interrupted(BaseException):
 class LostLock(BaseException):
     """Another process writes the trial now, so this one, whose claim has ``number``, must write no more.
 
-    It is no ``Exception``, for the same reason as `Interrupted`.
+    It is not an ``Exception``, for the same reason as `Interrupted`.
     """
 
     def __init__(self, number: int, reason: str) -> None:

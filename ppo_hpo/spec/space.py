@@ -109,6 +109,8 @@ def _checked(content: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dic
 
 def with_fidelities(space: Space, fidelities: Mapping[str, Any]) -> Space:
     """A copy with other fidelities: ``{"epochs": "fidelity(1, 16, base=4)"}``, or ``{"epochs": 16}``."""
+    if not fidelities:
+        return space
     fixed = {group: dict(values) for group, values in space.fixed.items()}
     priors = {group: dict(values) for group, values in space.priors.items()}
     for name, value in fidelities.items():

@@ -11,6 +11,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,25 +41,15 @@ _MAX_DEPTH = 40
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a task at the end of an epoch.
+    """The state of a task at the end of an epoch."""
 
-    Attributes:
-        epoch: number of epochs trained.
-        arrays: name to array.
-        meta: plain data, such as hyperparameters, the trial's id and the learning curve.
-    """
-
-    epoch: int
+    epoch: int  # number of epochs trained
     arrays: dict[str, NDArray[Any]]
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # plain data, such as hyperparameters, the trial's id and the learning curve
 
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """Serialise a checkpoint, digest included.
-
-    Raises:
-        CheckpointError: if it holds a number that is not finite, or exceeds the limits of `from_bytes`.
-    """
+    """Serialise a checkpoint, digest included; refuses numbers that are not finite, and too large headers."""
     from safetensors.numpy import save
 
     meta = {"version": VERSION, "epoch": checkpoint.epoch, **checkpoint.meta}
@@ -73,17 +64,10 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 def from_bytes(content: bytes, name: str, expected_epoch: int | None = None) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint from its file's content; ``name`` is the file's name for messages.
 
-    Args:
-        content: the complete file.
-        name: the file's name for messages.
-        expected_epoch: the epoch that the checkpoint must have; None for any.
-
-    Raises:
-        TornCheckpoint: if the file is not what was written.
-        CheckpointError: if it has another version or epoch, is not a checkpoint of ppo_hpo, or holds a number
-            that is not finite.
+    `TornCheckpoint` says that the file is not what was written. `CheckpointError` says that it has another
+    version, another epoch than expected, or a number that is not finite, or is no checkpoint of ppo_hpo.
     """
     from safetensors.numpy import load
 
@@ -101,7 +85,7 @@ def from_bytes(content: bytes, name: str, expected_epoch: int | None = None) -> 
     if version != VERSION:
         raise CheckpointError(
             f"{name} has version {version}, but this ppo_hpo reads version {VERSION}. "
-            f"Resume it with the release that wrote it."
+            "Resume it with the release that wrote it."
         )
     if expected_epoch not in (None, epoch):
         raise CheckpointError(f"{name} is the checkpoint of another epoch, {epoch}: the file was renamed.")
@@ -115,15 +99,7 @@ def from_bytes(content: bytes, name: str, expected_epoch: int | None = None) -> 
 
 
 def read(path: Path, max_bytes: int = MAX_BYTES) -> Checkpoint:
-    """Read one checkpoint file.
-
-    Args:
-        path: the file. It must be a regular file, not a link to one.
-        max_bytes: size in bytes above which the file is refused unread.
-
-    Raises:
-        CheckpointError: if the file cannot be read or used.
-    """
+    """Read one checkpoint file, not through a link, and not if it is larger than ``max_bytes``."""
     return from_bytes(read_bytes(path, max_bytes), str(path), epoch_of(path.name))
 
 
@@ -149,19 +125,16 @@ class Storage:
     def __init__(
         self, directory: str | os.PathLike[str], write: Callable[[Path, bytes], None] | None = None
     ) -> None:
-        """Keep checkpoints in a directory.
+        """Keep checkpoints in a directory, created when the first one is saved.
 
         Args:
-            directory: the directory; it is created when the first checkpoint is saved.
+            directory: path of the directory; a URL is a `UserError`.
             write: writes a file atomically; default: `write_atomically`.
-
-        Raises:
-            UserError: if ``directory`` is a URL.
         """
         if "://" in str(directory):
             raise UserError(
-                f"A storage must be a directory, but got {str(directory)!r}. For a remote store give "
-                f"a MirroredStorage (ppo_hpo.trial.mirrored_storage)."
+                f"A storage must be a directory, but got {str(directory)!r}. For a remote store give a "
+                "MirroredStorage (ppo_hpo.trial.mirrored_storage)."
             )
         self.directory = Path(directory)
         self._write = write or write_atomically
@@ -174,31 +147,23 @@ class Storage:
         return self.directory / f"checkpoint-{epoch:06d}.safetensors"
 
     def paths(self) -> list[Path]:
-        """The files of all checkpoints, the latest first.
-
-        Raises:
-            UserError: if the directory cannot be read. This must not look like an empty directory, because a
-                trial without checkpoints starts from scratch.
-        """
+        """The files of all checkpoints, the latest first."""
         try:
             found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
+            # It must not look like an empty directory: a trial without checkpoints starts from scratch.
             raise UserError(
-                f"{self.directory} cannot be read: {error.strerror}. Fix its permissions or its file "
-                f"system, and run the trial again."
+                f"{self.directory} cannot be read: {error.strerror}. Fix its permissions or its file system, "
+                "and run the trial again."
             ) from None
         return sorted(found, key=lambda path: path.name, reverse=True)
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint atomically, and then remove all but the one before it.
+        """Write a checkpoint atomically, and then remove all but the one before it; returns its file.
 
-        Returns:
-            Its file.
-
-        Raises:
-            UserError: if it cannot be written, for example on a full disk. Earlier checkpoints are kept.
+        If it cannot be written, for example on a full disk, earlier checkpoints are kept.
         """
         return self.put(checkpoint.epoch, to_bytes(checkpoint))
 
@@ -208,9 +173,8 @@ class Storage:
         with explain_write_errors(path):
             self.directory.mkdir(parents=True, exist_ok=True)
         self._write(path, content)
-        older = [other for other in self.paths() if other.name < path.name]
-        for other in older[1:]:
-            other.unlink(missing_ok=True)
+        for older in [other for other in self.paths() if other.name < path.name][1:]:
+            older.unlink(missing_ok=True)
         return path
 
     def load(
@@ -219,18 +183,14 @@ class Storage:
         on_refused: Callable[[CheckpointError], None] = lambda error: None,
         max_bytes: int = MAX_BYTES,
     ) -> Checkpoint | None:
-        """Read the latest usable checkpoint.
+        """Read the latest usable checkpoint; None if there is no checkpoint at all.
+
+        If there are checkpoints, but none is usable, the latest one's `CheckpointError` is raised.
 
         Args:
             check: raises `CheckpointError` for a checkpoint that must not be used; default: all may be used.
             on_refused: called with the reason for each refused checkpoint, if an older one is used instead.
             max_bytes: size in bytes above which a file is refused unread.
-
-        Returns:
-            The checkpoint, or None if there is no checkpoint at all.
-
-        Raises:
-            CheckpointError: if there are checkpoints, but none is usable.
         """
         refused: list[CheckpointError] = []
         for path in self.paths():
@@ -251,19 +211,14 @@ class Storage:
 def _header(content: bytes, name: str) -> dict[str, Any]:
     """The metadata of a safetensors file, read without looking at its arrays."""
     length = int.from_bytes(content[:8], "little")
-    try:
-        if len(content) < 8 or length > len(content) - 8:
-            raise ValueError
-        if reason := _over_limit(content[8 : 8 + min(length, MAX_HEADER + 1)]):
-            raise CheckpointError(f"{name} is not a checkpoint of ppo_hpo: {reason}.")
-        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-        if not isinstance(metadata, dict):
-            raise ValueError
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise TornCheckpoint(f"{name} is torn, or not a checkpoint of ppo_hpo.") from None
-    return metadata
+    whole = len(content) >= 8 and length <= len(content) - 8
+    if whole and (reason := _over_limit(content[8 : 8 + min(length, MAX_HEADER + 1)])):
+        raise CheckpointError(f"{name} is not a checkpoint of ppo_hpo: {reason}.")
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        metadata = json.loads(content[8 : 8 + length])["__metadata__"] if whole else None
+        if isinstance(metadata, dict):
+            return metadata
+    raise TornCheckpoint(f"{name} is torn, or not a checkpoint of ppo_hpo.")
 
 
 def _over_limit(text: bytes) -> str:
@@ -300,9 +255,7 @@ def _set_digest(content: bytes, digest: bytes) -> bytes:
     """A copy of the file with other digits in the place of its digest."""
     mark = b'"sha256":"'
     # The last such text in the header is the digest: quotes in the JSON text before it are escaped.
-    end = 8 + int.from_bytes(content[:8], "little")
-    at = content.rfind(mark, 8, end)
+    at = content.rfind(mark, 8, 8 + int.from_bytes(content[:8], "little"))
     if at < 0:
         return content
-    at += len(mark)
-    return content[:at] + digest + content[at + 64 :]
+    return content[: at + len(mark)] + digest + content[at + len(mark) + 64 :]

@@ -43,31 +43,18 @@ _MAX_RECORD = 4096
 
 @dataclass(frozen=True)
 class Writer:
-    """The newest claim on a trial, as another process sees it.
-
-    Attributes:
-        number: number of the claim.
-        process: the process that took it; None if the record cannot be read.
-        taken: when it was taken, in seconds since 1970 by that process's clock.
-        flock: whether the writer also holds flock. Then whoever gets flock knows that the writer has ended.
-        stage: name of its stage directory; None once the writer is done.
-        last_sign: its last sign of life in nanoseconds, by the file system's clock. It can only be compared
-            with another one of the same writer.
-    """
+    """The newest claim on a trial, as another process sees it."""
 
     number: int
-    process: Process | None
-    taken: float
-    flock: bool
-    stage: str | None
+    process: Process | None  # None if the record cannot be read
+    taken: float  # in seconds since 1970 by that process's clock
+    flock: bool  # whether the writer also holds flock, so that whoever gets flock knows that it has ended
+    stage: str | None  # name of its stage directory; None once the writer is done
+    # In nanoseconds by the file system's clock: it can only be compared with another one of the same writer.
     last_sign: int
 
     def has_ended(self, have_flock: bool) -> bool | None:
-        """Whether this writer can write no more; None if only waiting for a sign of life can tell.
-
-        Args:
-            have_flock: whether the calling process holds flock.
-        """
+        """Whether it can write no more, if we hold flock or not; None if only waiting for a sign can tell."""
         if self.stage is None:
             return True
         if self.process is None:
@@ -99,16 +86,11 @@ def latest_writer(directory: Path) -> Writer | None:
 
 
 class Claim:
-    """The right to write a trial's files until another process takes it away.
-
-    Attributes:
-        number: number of this writer, higher than those of all writers before it.
-        stage: directory in which files are written before they are renamed into place.
-    """
+    """The right to write a trial's files until another process takes it away."""
 
     def __init__(self, directory: Path, number: int, stage: str) -> None:
-        self.number = number
-        self.stage = _place(directory, number) / stage
+        self.number = number  # higher than those of all writers before
+        self.stage = _place(directory, number) / stage  # files are written here, then renamed into place
         self._asked = self.stage.parent / "asked"
         self._lost: LostLock | None = None
         self._stop = threading.Event()
@@ -135,30 +117,17 @@ class Claim:
         return LostLock(self.number, "another process took it over")
 
     def raise_if_lost(self) -> None:
-        """Raise if the last sign of life found the claim lost. This costs nearly nothing.
-
-        Raises:
-            LostLock: if another process took the claim, or asked for it.
-        """
+        """Raise `LostLock` if the last sign of life found the claim taken or asked for. This is cheap."""
         if self._lost is not None:
             raise self._lost
 
     def check_still_held(self) -> None:
-        """Look at the claim on disk now.
-
-        Raises:
-            LostLock: if another process took the claim.
-        """
+        """Look at the claim on disk now, and raise `LostLock` if another process took it."""
         if not self.stage.is_dir():
             raise self._taken_over()
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file of the trial atomically, unless the claim is lost.
-
-        Raises:
-            LostLock: if another process took the claim. Nothing was written.
-            UserError: if the file cannot be written.
-        """
+        """Write a file of the trial atomically; `LostLock` if another process took the claim before."""
         try:
             write_atomically(path, content, self.stage)
         except UserError:
@@ -176,13 +145,7 @@ class Claim:
 def take_claim(directory: Path, number: int, flock: bool) -> Claim | None:
     """Take the claim of a number and remove all lower claims; None if another process was faster.
 
-    Args:
-        directory: the trial's directory.
-        number: the number to take, one above that of the latest writer.
-        flock: whether the calling process holds flock.
-
-    Raises:
-        UserError: if the directory cannot be written.
+    The number must be one above that of the latest writer; ``flock`` says whether we hold flock.
     """
     if number > _HIGHEST:
         raise UserError(f"{directory / 'writer'} has no numbers left. Remove it while no process trains.")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ppo_hpo.spec.errors import CheckpointError, UserError
 
@@ -20,15 +22,7 @@ _TEMPORARY = ".ppo-hpo-"
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read one regular file of bounded size.
-
-    Args:
-        path: the file. It must be a regular file, not a link to one.
-        max_bytes: size in bytes above which the file is refused unread.
-
-    Raises:
-        CheckpointError: if the file cannot be read, is too large, or is not a regular file.
-    """
+    """Read one regular file, not a link to one; `CheckpointError` if it is larger than ``max_bytes``."""
     try:
         # A link can point out of the trial's directory. Opening a pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -52,12 +46,8 @@ def write_atomically(path: Path, content: bytes, stage: Path | None = None) -> N
 
     Args:
         path: the file to write.
-        content: the complete content of the file.
-        stage: directory of the temporary file, on the same file system as ``path``; default: the directory
-            of ``path``.
-
-    Raises:
-        UserError: if the file cannot be written. The old content is kept.
+        content: its complete content.
+        stage: directory of the temporary file, on the same file system; default: the directory of ``path``.
     """
     with explain_write_errors(path):
         temporary = (stage or path.parent) / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}.tmp"
@@ -96,3 +86,20 @@ def explain_write_errors(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror}. What was saved before is whole. Free some space or "
             f"fix the permissions, and run the trial again: it resumes."
         ) from error
+
+
+def read_json_lines(path: Path, max_bytes: int, max_line: int) -> Iterator[Any]:
+    """Parse each line of a file; None stands for an invalid line. Nothing comes from an unreadable file.
+
+    Sizes are in bytes of the file and in characters of a line, which is cut there.
+    """
+    try:
+        content = read_bytes(path, max_bytes)
+    except CheckpointError:
+        return
+    for line in content.decode(errors="replace").splitlines():
+        try:
+            value = json.loads(line[:max_line])
+        except (ValueError, RecursionError):
+            value = None
+        yield value

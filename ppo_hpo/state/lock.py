@@ -17,14 +17,14 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ppo_hpo.spec.errors import LostLock, UserError
-from ppo_hpo.state.claim import Claim, Writer, latest_writer, take_claim
-from ppo_hpo.state.takeover import Takeover
+from ppo_hpo.state.claim import Claim, Writer, ask_to_stop, latest_writer, take_claim
 
 # All in seconds. A writer whose process cannot be seen from here counts as dead after this time without a
 # sign of life, measured by our own clock.
@@ -33,9 +33,12 @@ _SILENCE_LIMIT = 60.0
 _CHILDREN_LIMIT = 5.0
 # A process that gave way to `--takeover` waits this long for the other process to take the claim.
 _YIELD = 5.0
+# Seconds that a writer has to stop after `--takeover` asked it, and then after SIGTERM, before it is killed.
+_AFTER_ASKING, _AFTER_SIGTERM = 20.0, 10.0
 # First and longest pause between two looks at the lock, and time between two reminders in the log.
 _POLL_FIRST, _POLL_LAST, _REMIND = 0.02, 0.5, 60.0
 
+_log = logging.getLogger("ppo_hpo")
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -47,11 +50,7 @@ def hold(directory: Path, *, takeover: bool = False, lost: LostLock | None = Non
         directory: the trial's directory; it is created if it does not exist.
         takeover: end the current writer instead of waiting for it.
         lost: how this process lost the trial before. The process that asked for it then goes first.
-
-    Raises:
-        UserError: if the directory cannot be written.
     """
-    log = logging.getLogger("ppo_hpo")
     path = directory / "lock"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -61,8 +60,7 @@ def hold(directory: Path, *, takeover: bool = False, lost: LostLock | None = Non
         raise UserError(f"{path} cannot be locked: {error.strerror}.") from None
     flock = _Flock(path)
     try:
-        ending = Takeover(directory, log, _SILENCE_LIMIT) if takeover else None
-        claim = _wait(directory, flock, ending, lost, log)
+        claim = _wait(directory, flock, _Takeover(directory) if takeover else None, lost)
         try:
             claim.start()
             yield claim
@@ -115,9 +113,7 @@ def active_writer(directory: Path) -> Writer | None:
         time.sleep(_POLL_LAST)
 
 
-def _wait(
-    directory: Path, flock: _Flock, takeover: Takeover | None, lost: LostLock | None, log: logging.Logger
-) -> Claim:
+def _wait(directory: Path, flock: _Flock, takeover: _Takeover | None, lost: LostLock | None) -> Claim:
     began, silence, pause = time.monotonic(), _Silence(), _POLL_FIRST
     # A process that lost the trial has just logged that, and by whom.
     next_reminder = 0.0 if lost is None else _REMIND
@@ -133,7 +129,7 @@ def _wait(
         flock.release()
         if seen.writer is not None and not seen.ended:
             if waited >= next_reminder:
-                log.warning("%s is in use by %s: waiting", directory, seen.writer)
+                _log.warning("%s is in use by %s: waiting", directory, seen.writer)
                 next_reminder = waited + _REMIND
             if takeover is not None:
                 takeover.push(seen.writer)
@@ -142,17 +138,11 @@ def _wait(
 
 
 class _Seen(NamedTuple):
-    """One look at a trial.
+    """One look at a trial."""
 
-    Attributes:
-        has_flock: whether we hold flock now; False if another process holds it, None if there is no flock.
-        writer: the latest writer; None if there never was one.
-        ended: whether that writer has ended; None if that cannot be seen. True without a writer.
-    """
-
-    has_flock: bool | None
-    writer: Writer | None
-    ended: bool | None
+    has_flock: bool | None  # whether we hold flock now; None if the file system has no flock
+    writer: Writer | None  # the latest one; None if there never was one
+    ended: bool | None  # whether it has ended; None if that cannot be seen. True without a writer.
 
 
 def _look(directory: Path, flock: _Flock | None) -> _Seen:
@@ -222,3 +212,78 @@ class _Flock:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+class _Step(NamedTuple):
+    after: float
+    what: str
+    signals: tuple[signal.Signals, ...]
+
+
+class _Takeover:
+    """Ends one writer in three steps: ask it to stop, send SIGTERM, send SIGKILL."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._target: int | None = None
+        self._began = 0.0
+        self._steps: list[_Step] = []
+
+    def push(self, writer: Writer) -> None:
+        """Do the next step, if its time has come. The first call chooses the writer to end."""
+        if self._target is None:
+            self._target, self._began = writer.number, time.monotonic()
+            # A stopped process cannot react, so SIGCONT wakes it. It does nothing to a running process.
+            self._steps = [
+                _Step(0.0, "asked to give way", (signal.SIGCONT,)),
+                _Step(_AFTER_ASKING, "sent SIGTERM", (signal.SIGTERM, signal.SIGCONT)),
+                _Step(_AFTER_ASKING + _AFTER_SIGTERM, "killed", (signal.SIGKILL,)),
+            ]
+            ask_to_stop(self._directory, writer)
+        # A later writer came before us, by a takeover of its own. We wait for it like for any other.
+        if writer.number != self._target:
+            return
+        if not self._steps or time.monotonic() - self._began < self._steps[0].after:
+            return
+        step = self._steps.pop(0)
+        # Asking needs no signal: it also reaches a writer on another machine.
+        if _send(writer, self._directory / "lock", step.signals) or step.after == 0.0:
+            _log.warning("takeover: %s is %s", writer, step.what)
+        else:
+            self._steps = []
+            _log.warning(
+                "takeover: %s cannot be ended from here: waiting until it is done, or gives no sign of life "
+                "for %g seconds", writer, _SILENCE_LIMIT,
+            )  # fmt: skip
+
+
+def _send(writer: Writer, lock: Path, signals: tuple[signal.Signals, ...]) -> bool:
+    """Send signals to a writer, and never to a process that reuses its pid; whether that was possible."""
+    process = writer.process
+    if process is None or process.pid == os.getpid():
+        return False
+    try:
+        # This handle stands for this process, even if it ends now and its pid is used again.
+        handle = os.pidfd_open(process.pid)
+    except (OSError, AttributeError):
+        return False
+    try:
+        if process.is_running() is not True or not _has_open(process.pid, lock):
+            return False
+        for number in signals:
+            signal.pidfd_send_signal(handle, number)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    wanted = path.stat()
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found = os.stat(f"/proc/{pid}/fd/{descriptor}")
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    return False

@@ -37,13 +37,10 @@ def check_owner(meta: Mapping[str, Any], epoch: int, here: Nested, uid: str | No
 
     Args:
         meta: the checkpoint's plain data.
-        epoch: the checkpoint's epoch.
+        epoch: the checkpoint's epoch, for messages.
         here: this trial's hyperparameters.
         uid: this trial's id; None outside of Orion.
         where: where the checkpoint is, for messages.
-
-    Raises:
-        CheckpointError: if the checkpoint does not belong to this trial.
     """
     try:
         there, owner, lineage = meta["hyperparameters"], meta["uid"], meta["lineage"]

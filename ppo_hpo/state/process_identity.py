@@ -20,31 +20,18 @@ _HOST = re.compile(r"[\w.:-]{1,255}", re.ASCII)
 
 @dataclass(frozen=True)
 class Process:
-    """A process with everything that tells it from others. A pid alone is not enough: pids are reused.
+    """A process with everything that tells it from others. A pid alone is not enough: pids are reused."""
 
-    Attributes:
-        host: name of its machine.
-        boot: the kernel's id of the current boot of that machine.
-        namespace: the pid namespace. Containers have their own.
-        pid: its process id.
-        started: its start time, in kernel ticks since the boot.
-        uid: the id of its user.
-    """
-
-    host: str
-    boot: str
-    namespace: str
+    host: str  # name of its machine
+    boot: str  # the kernel's id of the current boot of that machine
+    namespace: str  # of pids; containers have their own
     pid: int
-    started: int
+    started: int  # in kernel ticks since the boot
     uid: int
 
     @classmethod
     def current(cls) -> Process:
-        """The calling process.
-
-        Raises:
-            UserError: if the environment variable `HOST_VARIABLE` holds an invalid name.
-        """
+        """The calling process."""
         host = os.environ.get(HOST_VARIABLE) or socket.gethostname()
         if not _HOST.fullmatch(host):
             raise UserError(
@@ -55,11 +42,7 @@ class Process:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Process:
-        """Read a process from a file that anybody may have written.
-
-        Raises:
-            ValueError, KeyError, TypeError: if a field is missing or invalid.
-        """
+        """Read a process from a file's record; `ValueError`, `KeyError` or `TypeError` if it is invalid."""
         process = cls(**{field.name: record[field.name] for field in fields(cls)})
         texts = (process.host, process.boot, process.namespace)
         numbers = (process.pid, process.started, process.uid)

@@ -45,19 +45,11 @@ class StoreError(MachineError):
 class Store:
     """Whole objects below one URL. The parts of an object's name are given as separate arguments.
 
-    Attributes:
-        name: the URL without user name and password, for messages.
+    Every method raises `StoreError` if the store cannot be reached, after some attempts.
     """
 
     def __init__(self, url: str) -> None:
-        """Open a store. Nothing is read yet.
-
-        Args:
-            url: a directory, or a URL that `fsspec` can open.
-
-        Raises:
-            StoreError: if `fsspec` does not know such URLs, or if a package that it needs is missing.
-        """
+        """Open a store: a directory, or a URL that `fsspec` can open. Nothing is read yet."""
         self.name = hide_passwords(url)
         scheme = _SCHEME.match(url)
         if "::" in url:
@@ -69,9 +61,8 @@ class Store:
         try:
             import fsspec
         except ImportError:
-            raise StoreError(
-                f"`--checkpoint-store {self.name}` needs fsspec: pip install 'ppo-hpo[remote]'."
-            ) from None
+            advice = "pip install 'ppo-hpo[remote]'"
+            raise StoreError(f"`--checkpoint-store {self.name}` needs fsspec: {advice}.") from None
         try:
             fs, root = fsspec.core.url_to_fs(url)
         except Exception as error:  # Each file system has its own error types.
@@ -82,24 +73,13 @@ class Store:
         return f"Store({self.name!r})"
 
     def names(self, *parts: str) -> list[str]:
-        """Names directly below a place, sorted; empty if there is no such place.
-
-        Names that no trial of ours can have are left out.
-
-        Raises:
-            StoreError: if the store cannot be read.
-        """
+        """Names directly below a place, sorted, without those that no trial of ours can have."""
         place = _place(parts)
         found = self._try(lambda: self._objects.names(place), "be read", missing=[])
         return sorted(name for name in found if _NAME.fullmatch(name))
 
     def get(self, *parts: str, max_bytes: int) -> bytes:
-        """Read an object.
-
-        Raises:
-            CheckpointError: if it does not exist, or is larger than ``max_bytes`` and therefore not read.
-            StoreError: if the store cannot be read.
-        """
+        """Read an object; `CheckpointError` if it does not exist, or is larger than ``max_bytes``."""
         place, name = _place(parts), self.path(*parts)
         content = self._try(lambda: self._objects.read(place, max_bytes, name), "be read", missing=None)
         if content is None:
@@ -107,29 +87,17 @@ class Store:
         return content
 
     def put(self, *parts: str, content: bytes, tries: int = 1 + len(_PAUSES)) -> None:
-        """Write an object as a whole, or not at all. An object of the same name is replaced.
-
-        Raises:
-            StoreError: if the store cannot be written.
-        """
+        """Write an object as a whole, or not at all. An object of the same name is replaced."""
         place = _place(parts)
         self._try(lambda: self._objects.write(place, content), "be written", tries=tries)
 
     def remove(self, *parts: str) -> None:
-        """Remove an object, if it exists.
-
-        Raises:
-            StoreError: if the store cannot be written.
-        """
+        """Remove an object, if it exists."""
         place = _place(parts)
         self._try(lambda: self._objects.remove(place), "be written", missing=None)
 
     def size(self, *parts: str) -> int:
-        """Size of an object in bytes; 0 if it does not exist.
-
-        Raises:
-            StoreError: if the store cannot be read.
-        """
+        """Size of an object in bytes; 0 if it does not exist."""
         place = _place(parts)
         return self._try(lambda: self._objects.size(place), "be read", missing=0)
 
@@ -221,14 +189,7 @@ class _FileSystem:
 
 
 def open_store(url: str | None) -> Store | None:
-    """Open a store.
-
-    Args:
-        url: a directory or a URL; None for the one in the environment variable `VARIABLE`; empty for none.
-
-    Raises:
-        StoreError: see `Store`.
-    """
+    """Open a store; None means the one in the environment variable `VARIABLE`, and empty means no store."""
     url = os.environ.get(VARIABLE, "") if url is None else url
     return Store(url) if url else None
 

@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_hpo.spec.errors import CheckpointError
-from ppo_hpo.state.files import explain_write_errors, read_bytes
+from ppo_hpo.state.files import explain_write_errors, read_json_lines
 
 FILE = "work.jsonl"
 _MAX_BYTES, _MAX_LINE, _LARGEST = 64 << 20, 4 << 10, 1e15
@@ -28,42 +27,25 @@ State = Literal["began", "epoch", "failed", "done"]
 
 @dataclass(frozen=True)
 class Line:
-    """What one process has spent on one seed of a trial so far.
+    """What one process has spent on one seed of a trial so far. Repeated steps count again."""
 
-    Attributes:
-        trial: Orion's id of the trial; empty outside of Orion. Orion copies a parent's directory to its
-            children, so the lines of several trials can be in one file.
-        process: the process, by host, pid and time.
-        part: the seed's directory; empty if the trial has one seed.
-        state: ``began`` or ``epoch`` while the process runs, and for one that was killed; else how it ended.
-        began: number of epochs that the trial had when the process began.
-        epoch: number of epochs that it has now.
-        epoch_steps: environment steps of one epoch.
-        steps: training steps taken, repeated ones included.
-        eval_steps: steps taken in evaluations, repeated ones included.
-        wall_seconds: seconds since the process began the trial.
-        cpu_seconds: CPU seconds of the process, or of its thread.
-    """
-
+    # Orion's id; empty outside of Orion. Orion copies a parent's directory to its children, so one file may
+    # hold the lines of several trials.
     trial: str
-    process: str
-    part: str
-    state: State
-    began: int
-    epoch: int
-    epoch_steps: int
-    steps: int
-    eval_steps: int
-    wall_seconds: float
-    cpu_seconds: float
+    process: str  # by host, pid and time
+    part: str  # the seed's directory; empty if the trial has one seed
+    state: State  # `began` or `epoch` while the process runs, and for one that was killed; else how it ended
+    began: int  # number of epochs that the trial had when the process began
+    epoch: int  # number of epochs that it has now
+    epoch_steps: int  # environment steps of one epoch
+    steps: int  # taken in training
+    eval_steps: int  # taken in evaluations
+    wall_seconds: float  # since the process began the trial
+    cpu_seconds: float  # of the process, or of its thread
 
 
 def append(directory: Path, line: Line) -> None:
-    """Append a line to the log of a trial.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
+    """Append a line to the log of a trial."""
     path = directory / FILE
     with explain_write_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(line)) + "\n")
@@ -71,16 +53,9 @@ def append(directory: Path, line: Line) -> None:
 
 def read(directory: Path, trial: str) -> list[Line]:
     """The last line of each process and seed of one trial. Invalid lines and other trials' are left out."""
-    try:
-        content = read_bytes(directory / FILE, _MAX_BYTES)
-    except CheckpointError:
-        return []
     last: dict[tuple[str, str], Line] = {}
-    for text in content.decode(errors="replace").splitlines():
-        try:
-            line = _line(json.loads(text[:_MAX_LINE]))
-        except (ValueError, RecursionError):
-            continue
+    for row in read_json_lines(directory / FILE, _MAX_BYTES, _MAX_LINE):
+        line = _line(row)
         if line is not None and line.trial == trial:
             last[line.process, line.part] = line
     return list(last.values())

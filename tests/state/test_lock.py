@@ -23,7 +23,7 @@ import pytest
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.errors import LostLock, UserError
 from ppo_hpo.state import claim as claims
-from ppo_hpo.state import lock, takeover
+from ppo_hpo.state import lock
 from ppo_hpo.state.claim import Writer, latest_writer, take_claim
 from ppo_hpo.state.files import write_atomically
 from ppo_hpo.state.process_identity import HOST_VARIABLE, Process, start_time
@@ -63,7 +63,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     given = SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep)
     monkeypatch.setattr(lock, "time", given)
-    monkeypatch.setattr(takeover, "time", given)
     return clock
 
 
@@ -434,8 +433,8 @@ def test_takeover_ends_a_writer_that_does_not_give_way(
 ) -> None:
     if not flock:
         request.getfixturevalue("no_flock")
-    monkeypatch.setattr(takeover, "_AFTER_ASKING", 0.1)
-    monkeypatch.setattr(takeover, "_AFTER_SIGTERM", 0.1)
+    monkeypatch.setattr(lock, "_AFTER_ASKING", 0.1)
+    monkeypatch.setattr(lock, "_AFTER_SIGTERM", 0.1)
     pid = deaf(tmp_path, ignores_sigterm=how == "SIGKILL")
     if how == "stopped":
         os.kill(pid, signal.SIGSTOP)
@@ -446,8 +445,8 @@ def test_takeover_ends_a_writer_that_does_not_give_way(
 
 
 def test_two_takeovers_do_not_end_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(takeover, "_AFTER_ASKING", 0.1)
-    monkeypatch.setattr(takeover, "_AFTER_SIGTERM", 0.1)
+    monkeypatch.setattr(lock, "_AFTER_ASKING", 0.1)
+    monkeypatch.setattr(lock, "_AFTER_SIGTERM", 0.1)
     first = deaf(tmp_path, ignores_sigterm=False)
 
     def take() -> None:
@@ -479,17 +478,17 @@ def test_only_the_writer_is_signalled(tmp_path: Path) -> None:
             replace(who, namespace="pid:[1]"),
             Process.current(),
         ):
-            assert not takeover._send(writer(claimed), tmp_path / "lock", kill)
+            assert not lock._send(writer(claimed), tmp_path / "lock", kill)
         assert innocent.poll() is None
     with (
         (tmp_path / "lock").open() as inherited,
         subprocess.Popen(["sleep", "600"], stdin=inherited) as process,
     ):
         who = described(process.pid)
-        assert not takeover._send(writer(replace(who, started=who.started + 1)), tmp_path / "lock", kill)
-        assert takeover._send(writer(who), tmp_path / "lock", kill)
+        assert not lock._send(writer(replace(who, started=who.started + 1)), tmp_path / "lock", kill)
+        assert lock._send(writer(who), tmp_path / "lock", kill)
         assert process.wait() == -signal.SIGKILL
-        assert not takeover._send(writer(who), tmp_path / "lock", kill)
+        assert not lock._send(writer(who), tmp_path / "lock", kill)
 
 
 # -------------------------------------------------------------- whole trials
