@@ -32,11 +32,7 @@ _OWN = ("frameskip", "obs_type", "continuous", "sound_obs")
 
 
 def register(name: str) -> None:
-    """Register the games with gymnasium, if ``name`` looks like one: ``ALE/Pong-v5``, ``PongNoFrameskip-v4``.
-
-    Raises:
-        ImportError: ale-py is not installed.
-    """
+    """Register the games with gymnasium if ``name`` is like ``ALE/Pong-v5`` or ``PongNoFrameskip-v4``."""
     if name.startswith("ALE/") or (name not in gymnasium.registry and _OLDER_NAME.fullmatch(name)):
         import ale_py
 
@@ -46,11 +42,7 @@ def register(name: str) -> None:
 
 
 def game_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with which gymnasium makes a game for `Atari`: single frames, and no rendered pictures.
-
-    Raises:
-        UserError: ``kwargs`` has an argument that the wrapper sets.
-    """
+    """Arguments with which gymnasium makes a game for `Atari`: single frames, and no rendered pictures."""
     for key in _OWN:
         if key in kwargs:
             raise UserError(
@@ -79,13 +71,7 @@ class Atari(gymnasium.Wrapper[Frame, int, Any, int]):
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], *, training: bool, max_steps: int | None = None) -> None:
-        """Wrap a game.
-
-        Args:
-            env: game, made with `game_options`.
-            training: whether the game is for training; see the class.
-            max_steps: truncate a game after so many steps; the console has its own limit in frames.
-        """
+        """Wrap a game made with `game_options`; beside ``max_steps`` the console has a limit in frames."""
         import ale_py
 
         super().__init__(env)

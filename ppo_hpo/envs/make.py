@@ -25,33 +25,19 @@ _SMALLEST_IMAGE = 36
 
 @dataclass(frozen=True)
 class EnvInfo:
-    """Description of an environment, as networks and training need it.
+    """Description of an environment, as networks and training need it."""
 
-    Attributes:
-        id: gymnasium id, as the user typed it.
-        obs_shape: shape of an observation: ``(D,)``, or ``(H, W, C)`` or ``(C, H, W)`` for an image.
-        obs_dtype: dtype of the observation space.
-        kind: kind of the actions.
-        action_dim: A, number of discrete actions or dimensions of a continuous one.
-        action_shape: shape of an action that ``step`` takes; ``()`` where actions are discrete.
-        first_action: smallest discrete action; 0 where actions are continuous.
-        low: ``[A]`` lower bounds of a continuous action; empty where actions are discrete.
-        high: ``[A]`` upper bounds of a continuous action; empty where actions are discrete.
-        action_dtype: dtype of the action space.
-        time_limit: most steps of an episode, or None where there is no limit.
-    """
-
-    id: str
-    obs_shape: tuple[int, ...]
-    obs_dtype: Any
-    kind: Literal["discrete", "continuous"]
-    action_dim: int
-    action_shape: tuple[int, ...]
-    first_action: int
-    low: NDArray[Any]
-    high: NDArray[Any]
-    action_dtype: Any
-    time_limit: int | None
+    id: str  # gymnasium's, as the user typed it
+    obs_shape: tuple[int, ...]  # (D,), or (H, W, C) or (C, H, W) for an image
+    obs_dtype: Any  # of the observation space
+    kind: Literal["discrete", "continuous"]  # of the actions
+    action_dim: int  # A, number of discrete actions or dimensions of a continuous one
+    action_shape: tuple[int, ...]  # of an action that `step` takes; () where actions are discrete
+    first_action: int  # smallest discrete action; 0 where actions are continuous
+    low: NDArray[Any]  # [A] lower bounds of a continuous action; empty where actions are discrete
+    high: NDArray[Any]  # [A] upper bounds, likewise
+    action_dtype: Any  # of the action space
+    time_limit: int | None  # most steps of an episode, or None where there is no limit
 
     @property
     def obs_dim(self) -> int:
@@ -91,13 +77,7 @@ class EnvInfo:
 def make(config: EnvConfig, *, evaluation: bool = False) -> gymnasium.Env[Any, Any]:
     """Make one environment.
 
-    Args:
-        config: hyperparameters of the environment.
-        evaluation: whether the environment is for evaluation. With `env.wrapper: atari` its episodes are
-            then whole games with their own rewards.
-
-    Raises:
-        UserError: the id is unknown, a package is missing, or the environment does not take `env.kwargs`.
+    With `env.wrapper: atari` the episodes of ``evaluation`` are whole games with their own rewards.
     """
     if config.wrapper == "none":
         return _make(config, options_of(config))
@@ -167,12 +147,7 @@ _NO_GAME = (
 
 
 def probe(config: EnvConfig) -> EnvInfo:
-    """Make an environment, describe it and close it.
-
-    Raises:
-        UserError: the environment cannot be made, its spaces are not supported, or its first observation does
-            not have the shape that its space promises.
-    """
+    """Make an environment, describe it and close it; a UserError says what is not supported."""
     env = make(config)
     try:
         info = _describe(config, env)
@@ -191,13 +166,7 @@ def probe(config: EnvConfig) -> EnvInfo:
 def check_hyperparameters_fit(config: TrialConfig, info: EnvInfo, *, own_network: bool = False) -> None:
     """Refuse hyperparameters that would have no effect on this environment's observations.
 
-    Args:
-        config: hyperparameters of the trial.
-        info: description of the environment.
-        own_network: whether the network is the caller's own; it has its own hyperparameters.
-
-    Raises:
-        UserError: such a hyperparameter is set.
+    A network of the caller's own (``own_network``) has its own hyperparameters.
     """
     if info.images and config.normalize.norm_obs:
         raise UserError(
@@ -229,15 +198,14 @@ def _describe(config: EnvConfig, env: gymnasium.Env[Any, Any]) -> EnvInfo:
     actions, none = env.action_space, np.zeros(0)
     if isinstance(actions, spaces.Discrete):
         return EnvInfo(
-            config.id, shape, dtype, "discrete", int(actions.n), action_shape=(),
-            first_action=int(actions.start), low=none, high=none,
-            action_dtype=actions.dtype, time_limit=limit,
+            config.id, shape, dtype, "discrete", int(actions.n), action_shape=(), low=none, high=none,
+            first_action=int(actions.start), action_dtype=actions.dtype, time_limit=limit,
         )  # fmt: skip
     if isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating):
         low, high = actions.low.reshape(-1), actions.high.reshape(-1)
         return EnvInfo(
-            config.id, shape, dtype, "continuous", len(low), action_shape=actions.shape,
-            first_action=0, low=low, high=high, action_dtype=actions.dtype, time_limit=limit,
+            config.id, shape, dtype, "continuous", len(low), action_shape=actions.shape, first_action=0,
+            low=low, high=high, action_dtype=actions.dtype, time_limit=limit,
         )  # fmt: skip
     raise UserError(f"`env.id: {config.id}` has the action space {actions}. {_SUPPORTED}")
 

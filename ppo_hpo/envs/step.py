@@ -15,23 +15,14 @@ from ppo_hpo.spec.errors import UserError
 
 @dataclass(slots=True)
 class Step:
-    """Result of one step of all environments. The next step reuses the arrays.
+    """Result of one step of all environments, ``[N]`` or ``[N, D]``. The next step reuses the arrays."""
 
-    Attributes:
-        obs: ``[N, D]`` observations to act on next; where an episode ended, the first of the next episode.
-        final_obs: ``[N, D]`` last observations of the episodes that ended; elsewhere undefined.
-        reward: ``[N]`` rewards.
-        terminated: ``[N]`` whether the task itself ended.
-        truncated: ``[N]`` whether the episode was cut, as by a time limit.
-        ended: whether any episode ended.
-    """
-
-    obs: NDArray[Any]
-    final_obs: NDArray[Any]
+    obs: NDArray[Any]  # to act on next; where an episode ended, the first of the next episode
+    final_obs: NDArray[Any]  # the last observations of the episodes that ended; elsewhere undefined
     reward: NDArray[np.float64]
-    terminated: NDArray[np.bool_]
-    truncated: NDArray[np.bool_]
-    ended: bool = False
+    terminated: NDArray[np.bool_]  # the task itself ended
+    truncated: NDArray[np.bool_]  # the episode was cut, as by a time limit
+    ended: bool = False  # whether any episode ended
 
     @classmethod
     def empty(cls, n_envs: int, info: EnvInfo) -> Step:
@@ -42,13 +33,9 @@ class Step:
 
 
 class VectorEnv(Protocol):
-    """N environments side by side.
+    """N environments side by side."""
 
-    Attributes:
-        name: how they are stepped, as `env.vectorization` has it.
-    """
-
-    name: str
+    name: str  # how they are stepped, as `env.vectorization` has it
 
     def reset(self, seeds: list[int]) -> NDArray[Any]:
         """Reset every environment, with one seed for each; return the observations ``[N, D]``."""
@@ -61,15 +48,9 @@ class VectorEnv(Protocol):
 
 
 def put_obs(name: str, obs: Any, row: NDArray[Any]) -> None:
-    """Copy an observation into its row of an array.
+    """Copy an observation of the environment ``name`` into its row, which has the shape of its space.
 
-    Args:
-        name: id of the environment.
-        obs: observation that it returned.
-        row: array of the shape that its space promises.
-
-    Raises:
-        UserError: the observation has another shape, or holds something that is not a number.
+    A UserError says where the observation has another shape, or holds something that is not a number.
     """
     try:
         if np.shape(obs) == row.shape:
@@ -77,32 +58,19 @@ def put_obs(name: str, obs: Any, row: NDArray[Any]) -> None:
             return
     except (TypeError, ValueError):
         pass
-    raise malformed(name, "observation", obs, f"{row.dtype} of shape {row.shape}")
+    found = f"the observation {obs!r:.200}"
+    with contextlib.suppress(ValueError):
+        found = f"an observation of shape {np.shape(obs)}"
+    raise _malformed(name, found, f"{row.dtype} of shape {row.shape}")
 
 
 def to_number(name: str, reward: Any) -> float:
-    """A reward as a number.
-
-    Raises:
-        UserError: the reward is not a number.
-    """
+    """A reward of the environment ``name`` as a number; a UserError where it is none."""
     try:
         return float(reward)
     except (TypeError, ValueError):
-        raise malformed(name, "reward", reward, "a number") from None
+        raise _malformed(name, f"the reward {reward!r:.200}", "a number") from None
 
 
-def malformed(name: str, what: str, value: Any, promised: str) -> UserError:
-    """The error for a value that an environment must not return.
-
-    Args:
-        name: id of the environment.
-        what: what the value is, such as ``reward``.
-        value: the value.
-        promised: what it should have been.
-    """
-    found = f"the {what} {value!r:.200}"
-    if what == "observation":
-        with contextlib.suppress(ValueError):
-            found = f"an observation of shape {np.shape(value)}"
+def _malformed(name: str, found: str, promised: str) -> UserError:
     return UserError(f"`env.id: {name}` returned {found}, but it must be {promised}. Fix the environment.")

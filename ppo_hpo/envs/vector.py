@@ -36,14 +36,7 @@ _ASYNC_SECONDS = 200e-6
 def vectorize(config: EnvConfig, info: EnvInfo, threads: int = 1) -> VectorEnv:
     """Make the environments of a trial, as `env.vectorization` says.
 
-    Args:
-        config: hyperparameters of the environment.
-        info: description of the environment.
-        threads: threads that the trial may use. With one, `auto` is `sync`. With more, it measures a few
-            steps and chooses the faster of `sync` and `async`.
-
-    Raises:
-        UserError: the environment cannot be stepped in this way.
+    With one thread `auto` is `sync`. With more it measures a few steps and chooses `sync` or `async`.
     """
     kind = config.vectorization
     if kind == "auto":
@@ -163,13 +156,10 @@ class AsyncEnvs:
         # The processes are not forks of this one. It has threads (torch's, Orion's), which a fork would leave
         # in the middle of whatever they do, and pipes, whose open copies would outlive it.
         self._envs = AsyncVectorEnv(
-            [functools.partial(_make_in_worker, config)] * config.n_envs,
-            context="spawn",
-            autoreset_mode=AutoresetMode.SAME_STEP,
-            copy=False,
-        )
-        self._info = info
-        self._n = config.n_envs
+            [functools.partial(_make_in_worker, config)] * config.n_envs, context="spawn",
+            autoreset_mode=AutoresetMode.SAME_STEP, copy=False,
+        )  # fmt: skip
+        self._info, self._n = info, config.n_envs
         self._final_obs = np.zeros((config.n_envs, *info.obs_shape), info.obs_dtype)
 
     def reset(self, seeds: list[int]) -> NDArray[Any]:
@@ -194,7 +184,6 @@ class AsyncEnvs:
 
 
 def _make_in_worker(config: EnvConfig) -> gymnasium.Env[Any, Any]:
-    """Make an environment in a process of `AsyncEnvs`."""
     # Ctrl-C in a terminal reaches every process. The trial's own process ends the workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

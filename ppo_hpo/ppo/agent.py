@@ -23,15 +23,9 @@ from ppo_hpo.spec.errors import UserError
 
 @dataclass
 class Agent:
-    """Everything that training changes.
+    """Everything that training changes."""
 
-    Attributes:
-        learner: the network and its optimizer.
-        normalizer: standardises observations by their running statistics.
-        scaler: scales rewards by the running variance of the discounted return.
-    """
-
-    learner: Learner
+    learner: Learner  # the network and its optimizer
     normalizer: ObservationNormalizer
     scaler: RewardScaler
 
@@ -55,12 +49,7 @@ class Agent:
         return {name: tensor.detach().cpu().numpy() for name, tensor in self.state().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state` returned; entries of other names are ignored.
-
-        Raises:
-            KeyError: a tensor is missing.
-            ValueError: a tensor has another shape.
-        """
+        """Load what `state` returned; a missing tensor is a KeyError, another shape a ValueError."""
         self.learner.load(state)
         for part, moments in self._moments().items():
             moments.load({name: state[f"{part}.{name}"].numpy() for name in ("mean", "var", "count")})
@@ -77,13 +66,7 @@ def build_agent(
     criterion: Criterion | None = None,
     engine: str = "auto",
 ) -> Agent:
-    """Build an agent that has not been trained; for the arguments see `Learner`.
-
-    Without a network of the caller's own, ``config`` describes it.
-
-    Raises:
-        UserError: hyperparameters do not fit the environment or the criterion.
-    """
+    """Build an untrained agent, with a network of the caller's own or the one that ``config`` describes."""
     if config.task.seeds != 1:
         raise UserError(
             f"`task.seeds` must be 1 for a PPO task, but got {config.task.seeds}. To train several seeds "
@@ -96,14 +79,9 @@ def build_agent(
         )
     check_hyperparameters_fit(config, info, own_network=network is not None)
     learner = Learner(
-        network or build_network(config, info),
-        config.optimizer,
-        config.ppo,
-        device,
-        continuous=info.continuous,
-        criterion=criterion,
-        engine=engine,
-    )
+        network or build_network(config, info), config.optimizer, config.ppo, device,
+        continuous=info.continuous, criterion=criterion, engine=engine,
+    )  # fmt: skip
     rules = config.normalize
     scaler = RewardScaler(
         config.env.n_envs, config.ppo.gamma, enabled=rules.norm_reward, clip=rules.clip_reward
@@ -126,13 +104,9 @@ def build_network(config: TrialConfig, info: EnvInfo) -> nn.Module:
             info.obs_dim, info.action_dim, config.model, continuous=info.continuous, seed=seed
         )
     return NatureCNN(
-        info.obs_shape,
-        info.action_dim,
-        config.model,
-        continuous=info.continuous,
-        channels_last=info.channels_last,
-        seed=seed,
-    )
+        info.obs_shape, info.action_dim, config.model,
+        continuous=info.continuous, channels_last=info.channels_last, seed=seed,
+    )  # fmt: skip
 
 
 def describe(agent: Agent, config: TrialConfig, info: EnvInfo, epoch: int) -> str:

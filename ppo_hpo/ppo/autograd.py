@@ -36,45 +36,33 @@ class Batch(NamedTuple):
 
 
 class AutogradEngine:
-    """Runs and differentiates any network through torch.
-
-    Attributes:
-        reuses_outputs: whether the network has `policy_and_value`. Then acting computes the values too,
-            and `act_with_outputs` and `evaluate_outputs` replace `act`, `log_probs` and `values`.
-    """
+    """Runs and differentiates any network through torch."""
 
     name = "autograd"
 
     def __init__(
         self, module: nn.Module, device: torch.device, *, continuous: bool, criterion: Criterion | None
     ) -> None:
-        self._module = module
-        self._policy_and_value: Callable[[Tensor], Outputs] | None = getattr(module, "policy_and_value", None)
-        self.reuses_outputs = self._policy_and_value is not None
-        self._device = device
-        self._continuous = continuous
-        self._criterion = criterion
+        self._module: Any = module
+        # Then acting computes the values too: `act_with_outputs` and `evaluate_outputs` replace `act`,
+        # `log_probs` and `values`.
+        self.reuses_outputs = hasattr(module, "policy_and_value")
+        self._device, self._continuous, self._criterion = device, continuous, criterion
 
     @torch.inference_mode()
     def act(self, obs: NDArray[Any], noise: Float32 | None) -> NDArray[Any]:
         """Actions for observations ``[N, D]``: sampled by ``noise [N, A]``, or the mode without noise."""
-        return self._choose(self._policy(self._tensor(obs)), noise)
+        return self._choose(self._module.policy(self._tensor(obs)), noise)
 
     @torch.inference_mode()
     def act_with_outputs(self, obs: NDArray[Any], noise: Float32) -> tuple[NDArray[Any], Outputs]:
         """Actions for observations ``[N, D]``, and the network's outputs, which stay on the device."""
-        assert self._policy_and_value is not None
-        outputs = self._policy_and_value(self._tensor(obs))
+        outputs: Outputs = self._module.policy_and_value(self._tensor(obs))
         return self._choose(outputs[0], noise), outputs
 
     @torch.inference_mode()
     def evaluate_outputs(self, outputs: list[Outputs], action: NDArray[Any]) -> tuple[Float32, Float32]:
-        """Log-probabilities and values ``[T * N]`` of actions ``[T * N, ...]``.
-
-        Args:
-            outputs: what T calls of `act_with_outputs` returned.
-            action: the actions that they returned.
-        """
+        """Log-probabilities and values ``[T * N]`` of the actions of T calls of `act_with_outputs`."""
         output, value = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         log_prob, _ = self._evaluate(output, self._tensor(action))
         return log_prob.cpu().numpy(), value.cpu().numpy()
@@ -82,20 +70,20 @@ class AutogradEngine:
     @torch.inference_mode()
     def values(self, obs: NDArray[Any]) -> Float32:
         """Values ``[B]`` of observations ``[B, D]``."""
-        parts = [self._value(self._tensor(part)) for part in _portions(obs)]
+        parts = [self._module.value(self._tensor(part)) for part in _portions(obs)]
         return torch.cat(parts).cpu().numpy()
 
     @torch.inference_mode()
     def log_probs(self, obs: NDArray[Any], action: NDArray[Any]) -> Float32:
         """Log-probabilities ``[B]`` of actions ``[B]`` or ``[B, A]``."""
-        output = torch.cat([self._policy(self._tensor(part)) for part in _portions(obs)])
+        output = torch.cat([self._module.policy(self._tensor(part)) for part in _portions(obs)])
         log_prob, _ = self._evaluate(output, self._tensor(action))
         return log_prob.cpu().numpy()
 
     def _choose(self, output: Tensor, noise: Float32 | None) -> NDArray[Any]:
         if noise is not None:
             drawn = self._tensor(noise)
-            output = output + drawn * self._log_std.exp() if self._continuous else output + drawn
+            output = output + drawn * self._module.log_std.exp() if self._continuous else output + drawn
         action = output if self._continuous else output.argmax(-1)
         return action.cpu().numpy()
 
@@ -119,12 +107,11 @@ class AutogradEngine:
 
     def loss(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> losses.LossParts:
         """The loss of one minibatch, and its parts."""
-        if self._policy_and_value is None:
-            log_prob, entropy = self._evaluate(self._policy(batch.obs), batch.action)
-            value = self._value(batch.obs)
+        if self.reuses_outputs:
+            output, value = self._module.policy_and_value(batch.obs)
         else:
-            output, value = self._policy_and_value(batch.obs)
-            log_prob, entropy = self._evaluate(output, batch.action)
+            output, value = self._module.policy(batch.obs), self._module.value(batch.obs)
+        log_prob, entropy = self._evaluate(output, batch.action)
         if self._criterion is None:
             critic_loss = losses.value_loss(value, batch.old_value, batch.returns, ppo.clip_range_vf)
         else:
@@ -133,15 +120,9 @@ class AutogradEngine:
         if ppo.normalize_advantage:
             advantage = losses.normalize_advantage(advantage)
         return losses.ppo_loss(
-            log_prob,
-            batch.old_log_prob,
-            advantage,
-            critic_loss,
-            entropy,
-            clip_range=clip_range,
-            ent_coef=ppo.ent_coef,
-            vf_coef=ppo.vf_coef,
-        )
+            log_prob, batch.old_log_prob, advantage, critic_loss, entropy,
+            clip_range=clip_range, ent_coef=ppo.ent_coef, vf_coef=ppo.vf_coef,
+        )  # fmt: skip
 
     def backward(self, batch: Batch, ppo: PPOConfig, clip_range: float) -> MinibatchStats:
         """Add the gradient of the loss to the parameters' gradients; the statistics stay on the device."""
@@ -159,20 +140,10 @@ class AutogradEngine:
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _policy(self, obs: Tensor) -> Tensor:
-        return self._module.policy(obs)  # type: ignore[operator, no-any-return]
-
-    def _value(self, obs: Tensor) -> Tensor:
-        return self._module.value(obs)  # type: ignore[operator, no-any-return]
-
-    @property
-    def _log_std(self) -> Tensor:
-        return self._module.log_std  # type: ignore[return-value]
-
     def _evaluate(self, output: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``[B]`` of actions under the policy's output, and entropies ``[B]``."""
         if self._continuous:
-            return losses.diagonal_gaussian(output, self._log_std, action)
+            return losses.diagonal_gaussian(output, self._module.log_std, action)
         return losses.categorical(output, action)
 
 

@@ -19,24 +19,14 @@ from ppo_hpo.state.checkpoint import MAX_HEADER, Checkpoint, Storage, arrays_dig
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a task has come: what a checkpoint holds beside the tensors of the agent.
+    """How far a task has come: what a checkpoint holds beside the tensors of the agent."""
 
-    Attributes:
-        epoch: epochs done.
-        curve: learning curve, rows in the order of their `epoch`.
-        hyperparameters: hyperparameters of the trial, by group and key.
-        identity: hash of the hyperparameters.
-        lineage: one entry for each fork that led to this task, oldest first.
-        seconds: wall seconds of all epochs.
-        uid: id of the trial, where it has one.
-    """
-
-    epoch: int
-    curve: list[dict[str, Any]]
-    hyperparameters: Mapping[str, Any]
-    identity: str
-    lineage: list[dict[str, Any]]
-    seconds: float
+    epoch: int  # epochs done
+    curve: list[dict[str, Any]]  # rows in the order of their `epoch`
+    hyperparameters: Mapping[str, Any]  # by group and key
+    identity: str  # hash of the hyperparameters
+    lineage: list[dict[str, Any]]  # one entry for each fork that led to this task, oldest first
+    seconds: float  # wall seconds of all epochs
     uid: str | None
 
     def to_plain(self) -> dict[str, Any]:
@@ -46,12 +36,7 @@ class Progress:
 
     @classmethod
     def from_plain(cls, plain: Any) -> Progress:
-        """Read and check what `to_plain` returned; it may come from anybody.
-
-        Raises:
-            CheckpointError: this is no progress, or its learning curve is wrong.
-            KeyError, TypeError, ValueError: something is missing, or has another type.
-        """
+        """Read and check what `to_plain` returned; it may come from anybody."""
         if not isinstance(plain, Mapping):
             raise CheckpointError("The state has no `progress`, so it is not the state dict of a task.")
         epoch, curve = int(plain["epoch"]), [dict(row) for row in plain["curve"]]
@@ -75,14 +60,7 @@ def to_checkpoint(agent: Agent, progress: Progress) -> Checkpoint:
 def load_newest(
     storage: Storage | None, agent: Agent, config: TrialConfig, uid: str | None, log: logging.Logger
 ) -> Progress | None:
-    """Load the newest whole checkpoint of a trial into an agent with the hyperparameters ``config``.
-
-    Returns:
-        The progress of the checkpoint; None where there is no checkpoint.
-
-    Raises:
-        CheckpointError: the newest checkpoint belongs to another trial.
-    """
+    """Load the newest whole checkpoint of a trial into an agent, and return its progress, if there is one."""
     if storage is None:
         return None
 
@@ -98,11 +76,7 @@ def load_newest(
 def load_checkpoint(
     checkpoint: Checkpoint, agent: Agent, config: TrialConfig, log: logging.Logger
 ) -> Progress:
-    """Load a checkpoint that `ownership.check_owner` accepted. Other hyperparameters make a fork.
-
-    Raises:
-        CheckpointError: the checkpoint does not fit the agent.
-    """
+    """Load a checkpoint that `ownership.check_owner` accepted. Other hyperparameters make a fork."""
     own, epoch, meta = config.identity_mapping(), checkpoint.epoch, checkpoint.meta
     changed = ownership.describe_differences(meta["hyperparameters"], own)
     fork = {"uid": meta["uid"], "identity": meta["identity"], "epoch": epoch, "changed": changed}
@@ -119,23 +93,14 @@ def load_checkpoint(
 def load_state(
     state: Mapping[str, Any], agent: Agent, config: TrialConfig, *, strict: bool
 ) -> tuple[Progress, list[str]]:
-    """Check a state dict and load its tensors into an agent; see `PPO.load_state_dict`.
-
-    Returns:
-        The progress of the state, and the names of the skipped entries.
-
-    Raises:
-        CheckpointError: the state does not fit the agent or its hyperparameters.
-    """
+    """Check a state and load it; return its progress and the skipped entries (see `PPO.load_state_dict`)."""
     try:
         return _load_state(state, agent, config, strict=strict)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"The state does not fit this task ({type(error).__name__}: {reason})."
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(f"The state does not fit this task ({reason}).") from None
 
 
 def _load_state(

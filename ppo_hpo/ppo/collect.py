@@ -17,9 +17,8 @@ from ppo_hpo.ppo.rollout import Episodes, Float32, Rollout, sampling_noise
 class Collector:
     """Collects one rollout after another in environments that it resets once, at its construction.
 
-    Attributes:
-        obs: ``[N, D]`` observations, normalised, from which the next rollout starts.
-        episodes: training episodes that ended.
+    The agent's normaliser and scaler learn from every observation and reward. ``before_step`` is called
+    before each step of the environments; what it raises leaves the last checkpoint as it is.
     """
 
     def __init__(
@@ -31,23 +30,13 @@ class Collector:
         rng: np.random.Generator,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """Reset the environments.
-
-        Args:
-            agent: acts; its normaliser and its scaler learn from every observation and reward.
-            envs: N training environments.
-            info: description of the environment.
-            seeds: one seed for each environment.
-            rng: random numbers that sample the actions.
-            before_step: called before each step of the environments. What it raises leaves the last
-                checkpoint as it is.
-        """
         self._agent, self._envs, self._info = agent, envs, info
         self._rng, self._before_step = rng, before_step
         self.episodes = Episodes(len(seeds))
         agent.scaler.reset()
         raw_obs = envs.reset(seeds)
         agent.normalizer.update(raw_obs)
+        #: ``[N, D]`` observations, normalised, from which the next rollout starts.
         self.obs: NDArray[Any] = agent.normalizer(raw_obs)
 
     def collect(self, n_steps: int) -> Rollout:

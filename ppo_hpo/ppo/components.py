@@ -26,9 +26,8 @@ class _Component:
         Raises:
             UserError: a name is unknown, or a value breaks its rule.
         """
-        self.fixed: Groups = {self.group: {}}
-        for key, value in fixed.items():
-            self.fixed[self.group][key] = check_value(self.group, key, value)
+        checked = {key: check_value(self.group, key, value) for key, value in fixed.items()}
+        self.fixed: Groups = {self.group: checked}
 
     def get_space(self) -> Groups:
         """Priors of what is open, by group and key."""
@@ -92,13 +91,7 @@ class RolloutLoader(_Component):
 
 
 class Hyperparameters:
-    """What a task's constructor fixed, until `complete` makes a configuration of it.
-
-    Attributes:
-        components: the deferred components but the model.
-        fixed: fixed hyperparameters by group and key.
-        max_epochs: highest fidelity that `get_space` was asked for; None if it was not.
-    """
+    """What a task's constructor fixed, until `complete` makes a configuration of it."""
 
     #: Discount factor where nobody gives one.
     DEFAULT_GAMMA = 0.99
@@ -111,11 +104,7 @@ class Hyperparameters:
         lr_scheduler: LRSchedule,
         groups: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Join what the components fix with further hyperparameters by group and key.
-
-        Raises:
-            UserError: an argument is no component, a name is unknown, or a value breaks its rule.
-        """
+        """Join what the components fix with further hyperparameters by group and key."""
         for name, component, kind in (
             ("dataloader", dataloader, RolloutLoader),
             ("optimizer", optimizer, Optimizer),
@@ -129,7 +118,7 @@ class Hyperparameters:
         self.components = (dataloader, optimizer, lr_scheduler)
         self._all = (*self.components, *([model] if isinstance(model, ActorCritic) else []))
         self.fixed = merge(*(component.fixed for component in self._all), groups)
-        self.max_epochs: int | None = None
+        self.max_epochs: int | None = None  # highest fidelity that `get_space` was asked for
 
     def get_space(self, fidelities: Mapping[str, str]) -> Groups:
         """Priors of what is open, and fidelities; see `PPO.get_space`."""
@@ -143,11 +132,7 @@ class Hyperparameters:
         return {k: v for k, v in merge(open_space, given.priors).items() if v}
 
     def complete(self, gamma: float, supplied: Groups) -> TrialConfig:
-        """Add what `PPO.init` was given, by group and key; the rest takes its default.
-
-        Raises:
-            UserError: a value breaks a rule, or is given twice.
-        """
+        """Add what `PPO.init` was given, by group and key; the rest takes its default."""
         self._check_not_fixed(supplied)
         groups = merge(self.fixed, supplied)
         if self.max_epochs is not None:

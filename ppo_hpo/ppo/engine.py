@@ -13,21 +13,13 @@ from ppo_hpo.spec.config import PPOConfig
 
 
 class MinibatchStats(NamedTuple):
-    """Parts of the loss of one minibatch and two diagnostics; numbers, or scalar tensors on a device.
+    """Parts of the loss of one minibatch and two diagnostics; numbers, or scalar tensors on a device."""
 
-    Attributes:
-        policy_loss: clipped surrogate, to be minimised.
-        value_loss: loss of the critic, before its weight `vf_coef`.
-        entropy: mean entropy of the policy.
-        approx_kl: estimated KL divergence from the policy that acted.
-        clip_fraction: share of samples whose ratio was clipped.
-    """
-
-    policy_loss: Any
-    value_loss: Any
-    entropy: Any
-    approx_kl: Any
-    clip_fraction: Any
+    policy_loss: Any  # clipped surrogate, to be minimised
+    value_loss: Any  # loss of the critic, before its weight `vf_coef`
+    entropy: Any  # mean entropy of the policy
+    approx_kl: Any  # estimated KL divergence from the policy that acted
+    clip_fraction: Any  # share of samples whose ratio was clipped
 
 
 class Engine(Protocol):

@@ -19,15 +19,10 @@ from ppo_hpo.spec.errors import UserError
 
 
 class Environments:
-    """Training and evaluation environments, made by `open`.
-
-    Attributes:
-        info: description of the environment.
-    """
+    """Training and evaluation environments, made by `open`."""
 
     def __init__(self, config: TrialConfig, info: EnvInfo) -> None:
-        self.info = info
-        self._config = config
+        self._config, self._info = config, info
         self._training: VectorEnv | None = None
         self._evaluator: Evaluator | None = None
 
@@ -35,11 +30,11 @@ class Environments:
         """Make what is not there, and return the training environments."""
         config = self._config
         if self._training is None:
-            self._training = vectorize(config.env, self.info, config.task.threads)
+            self._training = vectorize(config.env, self._info, config.task.threads)
         if self._evaluator is None:
             seeds = randomness.evaluation_seeds(config.task.eval_episodes)
-            limit = self.info.time_limit or config.task.steps_per_epoch
-            self._evaluator = Evaluator(config.env, self.info, seeds, limit)
+            limit = self._info.time_limit or config.task.steps_per_epoch
+            self._evaluator = Evaluator(config.env, self._info, seeds, limit)
         return self._training
 
     def train(
@@ -49,24 +44,16 @@ class Environments:
         on_rollout: Callable[[int, Rollout], None],
         before_step: Callable[[], None],
     ) -> dict[str, Any]:
-        """Train an agent for one epoch (see `train_epoch`), evaluate it, and return its row of the curve.
-
-        Raises:
-            Diverged: a loss, a parameter or a return is not finite.
-        """
+        """Train an agent for one epoch (see `train_epoch`), evaluate it, and return its row of the curve."""
         config = self._config
-        summary = train_epoch(agent, self.open(), self.info, config, epoch, on_rollout, before_step)
+        summary = train_epoch(agent, self.open(), self._info, config, epoch, on_rollout, before_step)
         evaluation = self._evaluation(agent, epoch + 1)
         if not evaluation.finite:
             raise Diverged("the evaluation: a return is not finite", config.task.steps_per_epoch)
         return self._row(epoch + 1, evaluation, summary)
 
     def evaluate_untrained(self, agent: Agent) -> dict[str, Any]:
-        """Evaluate an agent before its first epoch, and return the first row of the curve.
-
-        Raises:
-            UserError: a return is not finite.
-        """
+        """Evaluate an agent before its first epoch, and return the first row of the curve."""
         evaluation = self._evaluation(agent, 0)
         if not evaluation.finite:
             raise UserError(

@@ -17,12 +17,7 @@ from ppo_hpo.spec.config import EnvConfig
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of the episodes, in the order of their seeds.
-
-    Attributes:
-        returns: unscaled return of each episode.
-        lengths: steps of each episode.
-    """
+    """Unscaled returns and lengths of the episodes, in the order of their seeds."""
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
@@ -33,11 +28,6 @@ class Evaluation:
         with np.errstate(over="ignore", invalid="ignore"):
             return bool(np.isfinite(self.returns).all() and np.isfinite(np.var(self.returns)))
 
-    @property
-    def steps(self) -> int:
-        """Environment steps that the evaluation took."""
-        return sum(self.lengths)
-
 
 class Actor(Protocol):
     """What can be evaluated: a `Learner`, or anything else that acts."""
@@ -47,32 +37,19 @@ class Actor(Protocol):
 
 
 class Evaluator:
-    """Evaluates policies, with one environment for each episode: all that still run share a forward pass."""
+    """Evaluates policies, with one environment for each episode: all that still run share a forward pass.
+
+    An episode stops after ``max_steps`` steps, for environments without a time limit.
+    """
 
     def __init__(self, config: EnvConfig, info: EnvInfo, seeds: list[int], max_steps: int) -> None:
-        """Make the environments.
-
-        Args:
-            config: hyperparameters of the environment.
-            info: description of the environment.
-            seeds: one seed for each episode.
-            max_steps: stop an episode after so many steps, for environments without a time limit.
-        """
         self._envs = [make(config, evaluation=True) for _ in seeds]
-        self._info = info
-        self._seeds = seeds
-        self._max_steps = max_steps
+        self._info, self._seeds, self._max_steps = info, seeds, max_steps
 
     def __call__(
         self, policy: Actor, normalizer: ObservationNormalizer, rng: np.random.Generator | None
     ) -> Evaluation:
-        """Run every episode to its end.
-
-        Args:
-            policy: what is evaluated.
-            normalizer: normaliser of training; its statistics do not change.
-            rng: random numbers that sample the actions; None takes the most probable action.
-        """
+        """Run every episode to its end, with sampled actions, or without ``rng`` the most probable ones."""
         n = len(self._envs)
         obs = np.zeros((n, *self._info.obs_shape), self._info.obs_dtype)
         for index, (env, seed) in enumerate(zip(self._envs, self._seeds, strict=True)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -23,25 +23,15 @@ from ppo_hpo.spec.config import OptimizerConfig, PPOConfig
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Means over the minibatches of one rollout's update.
-
-    Attributes:
-        policy_loss: clipped surrogate, to be minimised.
-        value_loss: loss of the critic, before its weight `vf_coef`.
-        entropy: mean entropy of the policy.
-        approx_kl: estimated KL divergence of the updated policy from the one that acted.
-        clip_fraction: share of samples whose ratio was clipped.
-        grad_norm: norm of the gradient before clipping.
-        n_updates: optimizer steps taken; fewer than planned where `target_kl` stopped the update.
-    """
+    """Means of `MinibatchStats` over the minibatches of one rollout's update, and two numbers more."""
 
     policy_loss: float
     value_loss: float
     entropy: float
     approx_kl: float
     clip_fraction: float
-    grad_norm: float
-    n_updates: int
+    grad_norm: float  # mean norm of the gradient before clipping
+    n_updates: int  # optimizer steps taken; fewer than planned where `target_kl` stopped the update
 
     def finite(self) -> bool:
         """Whether the losses and the entropy are finite numbers."""
@@ -51,12 +41,8 @@ class UpdateStats:
 class Learner:
     """A network that acts, evaluates and learns, on one device.
 
-    Attributes:
-        module: network with `policy`, `value` and, for continuous actions, `log_std`.
-        optimizer: Adam; the module's parameters are views into its buffer.
-        device: torch device that holds the network and its optimizer.
-        engine: ``numpy`` or ``autograd``; see `_numpy_engine_fits`.
-        reuses_outputs: whether acting computes the values too; see `AutogradEngine`.
+    The network has `policy`, `value` and, for continuous actions, `log_std`. Without a ``criterion`` the loss
+    of the critic is the mean squared error. The ``engine`` ``auto`` chooses the numpy engine where it can.
     """
 
     def __init__(
@@ -70,43 +56,28 @@ class Learner:
         criterion: Criterion | None = None,
         engine: str = "auto",
     ) -> None:
-        """Move a network to a device and make its optimizer.
-
-        Args:
-            module: network.
-            optimizer: hyperparameters of Adam.
-            ppo: hyperparameters of the update.
-            device: torch device that holds the network and its optimizer.
-            continuous: whether actions are continuous.
-            criterion: loss of the critic; None is the mean squared error.
-            engine: ``auto`` chooses the numpy engine where it can; ``autograd`` never does.
-        """
         if device.type == "cuda":
             # Left alone, cuDNN chooses gradients of convolutions that add up in any order. A resumed trial
             # would then end elsewhere than one that never stopped.
             torch.backends.cudnn.deterministic = True
-        self.module = module.to(device)
-        self.device = device
-        self._ppo = ppo
+        self.module, self.device, self._ppo = module.to(device), device, ppo
         self._on = functools.partial(
             Learner, module, optimizer, ppo, continuous=continuous, criterion=criterion, engine=engine
         )
         self._autograd = AutogradEngine(module, device, continuous=continuous, criterion=criterion)
-        by_hand = engine == "auto" and _numpy_engine_fits(module, device, criterion)
+        by_hand = module if engine == "auto" and _numpy_engine_fits(module, device, criterion) else None
         trained = [p for p in module.parameters() if p.requires_grad]
-        if by_hand:
-            assert isinstance(module, MLPActorCritic)
-            trained = parameter_order(module)
+        if by_hand is not None:
+            trained = parameter_order(by_hand)
         name_of = {id(p): name for name, p in module.named_parameters()}
         self._names = [name_of[id(p)] for p in trained]
         self.optimizer = FlatAdam(trained, optimizer.lr, optimizer.eps)
         self._engine: Engine = self._autograd
-        if by_hand:
-            assert isinstance(module, MLPActorCritic)
+        if by_hand is not None:
             flat, grad = self.optimizer.flat, self.optimizer.grad
-            self._engine = NumpyEngine(module, flat, grad, continuous=continuous)
+            self._engine = NumpyEngine(by_hand, flat, grad, continuous=continuous)
         self.engine: str = self._engine.name
-        self.reuses_outputs = not by_hand and self._autograd.reuses_outputs
+        self.reuses_outputs = self._engine is self._autograd and self._autograd.reuses_outputs
         self.act_with_outputs = self._autograd.act_with_outputs
         self.evaluate_outputs = self._autograd.evaluate_outputs
         # A rollout calls these thousands of times, so nothing stands between.
@@ -132,12 +103,6 @@ class Learner:
 
         With ``target_kl`` the update ends at the first minibatch whose estimated KL divergence exceeds 1.5
         times it, before the optimizer step of that minibatch.
-
-        Args:
-            samples: the rollout.
-            rng: random numbers that shuffle the samples.
-            lr: learning rate.
-            clip_range: bound on the ratio of probabilities.
         """
         ppo, optimizer, backward = self._ppo, self.optimizer, self._engine.backward
         optimizer.lr = lr
@@ -181,12 +146,7 @@ class Learner:
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state` returned. Where anything does not fit, nothing is loaded.
-
-        Raises:
-            KeyError: a tensor is missing.
-            ValueError: a tensor has another shape.
-        """
+        """Load what `state` returned. Where anything does not fit, nothing is loaded."""
         own = self.state()
         for name, tensor in own.items():
             if state[name].shape != tensor.shape:
@@ -199,7 +159,9 @@ class Learner:
         self.optimizer.n_steps = int(state["optimizer.n_steps"])
 
 
-def _numpy_engine_fits(module: nn.Module, device: torch.device, criterion: Criterion | None) -> bool:
+def _numpy_engine_fits(
+    module: nn.Module, device: torch.device, criterion: Criterion | None
+) -> TypeGuard[MLPActorCritic]:
     """The only place that decides between the engines.
 
     The numpy engine has the gradients of one network and one loss, on the CPU and in single precision.

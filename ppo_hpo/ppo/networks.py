@@ -18,28 +18,18 @@ class MLPActorCritic(nn.Module):
 
     A network of your own needs `policy`, `value` and, for continuous actions, `log_std`. If the two share
     layers, give it `policy_and_value` too, as `NatureCNN` has.
-
-    Attributes:
-        log_std: ``[A]`` log standard deviations, the same in every state (detail 24); None where actions
-            are discrete.
     """
 
+    #: ``[A]`` log standard deviations, the same in every state (detail 24); None where actions are discrete.
     log_std: nn.Parameter | None
 
     def __init__(
         self, obs_dim: int, action_dim: int, model: ModelConfig = _DEFAULT, *, continuous: bool, seed: int = 0
     ) -> None:
-        """Build and initialise the networks.
+        """Build and initialise the networks, for observations ``[D]`` and ``A`` actions or their dimensions.
 
         With `ortho_init` weights are orthogonal, with gain sqrt(2), 0.01 for the last layer of the actor and
         1 for that of the critic, and biases are zero (detail 2). Without it torch initialises them.
-
-        Args:
-            obs_dim: D, entries of an observation.
-            action_dim: A, dimensions of a continuous action or number of discrete ones.
-            model: hyperparameters `width`, `depth`, `activation`, `ortho_init` and `log_std_init`.
-            continuous: whether actions are continuous.
-            seed: seed of the initialisation.
         """
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -74,9 +64,6 @@ class NatureCNN(nn.Module):
     It has three convolutions (32 of 8x8 with stride 4, 64 of 4x4 with stride 2, 64 of 3x3) and a dense layer,
     each followed by max(x, 0). Policy and value have a linear head each. Parameters have the shapes and the
     order of those of Stable-Baselines3's `NatureCNN`.
-
-    Attributes:
-        log_std: as in `MLPActorCritic`.
     """
 
     log_std: nn.Parameter | None
@@ -93,13 +80,7 @@ class NatureCNN(nn.Module):
     ) -> None:
         """Build and initialise the network, with gain sqrt(2) for convolutions and the dense layer.
 
-        Args:
-            image_shape: ``(H, W, C)`` or ``(C, H, W)``; H and W are at least 36.
-            action_dim: A, dimensions of a continuous action or number of discrete ones.
-            model: hyperparameters `features_dim`, `ortho_init` and `log_std_init`.
-            continuous: whether actions are continuous.
-            channels_last: whether an image is ``(H, W, C)``.
-            seed: seed of the initialisation.
+        ``image_shape`` is ``(H, W, C)`` with ``channels_last``, else ``(C, H, W)``; H and W are at least 36.
         """
         super().__init__()
         self._channels_last = channels_last

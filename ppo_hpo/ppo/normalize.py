@@ -11,13 +11,7 @@ EPSILON = 1e-8
 
 
 class RunningMoments:
-    """Mean and variance of all rows seen, merged batch by batch (Chan, Golub & LeVeque 1983).
-
-    Attributes:
-        mean: mean of the rows, of shape ``shape``.
-        var: population variance of the rows, of shape ``shape``; 1 before the first batch.
-        count: number of rows seen.
-    """
+    """Mean and population variance of all rows seen, merged batch by batch (Chan, Golub & LeVeque 1983)."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.mean = np.zeros(shape, np.float64)
@@ -51,25 +45,13 @@ class RunningMoments:
 class ObservationNormalizer:
     """Standardises observations by the statistics of training, then clips them (details 28 and 29).
 
-    Evaluation uses the same statistics and never adds to them.
-
-    Attributes:
-        moments: running statistics of the observations.
-        enabled: whether observations are standardised.
+    Evaluation uses the same statistics and never adds to them. Images, whose ``dim`` is 0, stay unchanged.
     """
 
     def __init__(self, dim: int, *, enabled: bool, clip: float) -> None:
-        """Start without statistics.
-
-        Args:
-            dim: D, entries of an observation; 0 for images, which stay unchanged.
-            enabled: whether observations are standardised.
-            clip: bound on a standardised entry.
-        """
         self.moments = RunningMoments((dim,))
         self._images = dim == 0
-        self.enabled = enabled
-        self._clip = clip
+        self.enabled, self._clip = enabled, clip
 
     def update(self, obs: NDArray[Any]) -> None:
         """Add observations of training, ``[N, D]``."""
@@ -89,17 +71,11 @@ class RewardScaler:
 
     The discount factor is that of the trial, since the scale that matters is that of the return that the
     critic learns. The mean of the rewards is not subtracted: that would change the task.
-
-    Attributes:
-        moments: running statistics of the discounted return.
-        enabled: whether rewards are scaled.
     """
 
     def __init__(self, n_envs: int, gamma: float, *, enabled: bool, clip: float) -> None:
         self.moments = RunningMoments(())
-        self.enabled = enabled
-        self._gamma = gamma
-        self._clip = clip
+        self.enabled, self._gamma, self._clip = enabled, gamma, clip
         self._return = np.zeros(n_envs, np.float64)
 
     def reset(self) -> None:

@@ -33,65 +33,31 @@ _sum = np.add.reduce
 # The entries of a sample that are one number each. They are the last rows of what `NumpyEngine.load` returns.
 _SCALARS = Samples._fields[2:]
 _ADVANTAGE = _SCALARS.index("advantage") - len(_SCALARS)
+# Samples as `NumpyEngine.backward` takes them: observations `[D, B]`, and actions `[A, B]`, which are one-hot
+# columns where actions are discrete.
+Minibatch = Samples
 
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Views into one flat buffer of the parameters, or of their gradients.
+    """Views into one flat buffer of the parameters, or of their gradients."""
 
-    Attributes:
-        weights: ``[2, out, in]`` for each hidden layer: the actor's, then the critic's.
-        biases: ``[2, out, 1]`` for each hidden layer.
-        policy_weight: ``[A, width]``.
-        policy_bias: ``[A, 1]``.
-        value_weight: ``[1, width]``.
-        value_bias: ``[1, 1]``.
-        log_std: ``[A, 1]``; empty where actions are discrete.
-    """
-
-    weights: list[Float32]
-    biases: list[Float32]
-    policy_weight: Float32
-    policy_bias: Float32
-    value_weight: Float32
-    value_bias: Float32
-    log_std: Float32
-
-
-class Minibatch(NamedTuple):
-    """Samples in the form that `NumpyEngine.backward` takes.
-
-    Attributes:
-        obs: ``[D, B]``.
-        action: ``[A, B]`` reals, or one-hot columns where actions are discrete.
-        old_log_prob: ``[B]``.
-        old_value: ``[B]``.
-        advantage: ``[B]``, standardised where `normalize_advantage` is set.
-        returns: ``[B]``.
-    """
-
-    obs: Float32
-    action: Float32
-    old_log_prob: Float32
-    old_value: Float32
-    advantage: Float32
-    returns: Float32
+    weights: list[Float32]  # [2, out, in] for each hidden layer: the actor's, then the critic's
+    biases: list[Float32]  # [2, out, 1] for each hidden layer
+    policy_weight: Float32  # [A, width]
+    policy_bias: Float32  # [A, 1]
+    value_weight: Float32  # [1, width]
+    value_bias: Float32  # [1, 1]
+    log_std: Float32  # [A, 1]; empty where actions are discrete
 
 
 class _Surrogate(NamedTuple):
-    """The clipped surrogate of one minibatch.
-
-    Attributes:
-        policy_loss: the loss.
-        approx_kl: estimated KL divergence.
-        clip_fraction: share of samples whose ratio was clipped.
-        d_log_prob: ``[B]`` gradient of the loss with respect to the log-probabilities.
-    """
+    """The clipped surrogate of one minibatch, and two diagnostics."""
 
     policy_loss: float
     approx_kl: float
     clip_fraction: float
-    d_log_prob: Float32
+    d_log_prob: Float32  # [B] gradient of the loss with respect to the log-probabilities
 
 
 def parameter_order(module: MLPActorCritic) -> list[nn.Parameter]:
@@ -133,14 +99,7 @@ class NumpyEngine:
     def __init__(
         self, module: MLPActorCritic, flat: torch.Tensor, grad: torch.Tensor, *, continuous: bool
     ) -> None:
-        """Share the memory of a network.
-
-        Args:
-            module: network, whose parameters are views into ``flat``.
-            flat: all parameters in `parameter_order`.
-            grad: their gradients, in the same order.
-            continuous: whether actions are continuous.
-        """
+        """Share the memory of a network, whose parameters are views into ``flat`` in `parameter_order`."""
         self._parameters = p = _views(flat.numpy(), module)
         # Weights and biases of the hidden layers in the form that `_hidden` takes: actor's, then critic's.
         self._hidden_layers = [
@@ -210,9 +169,8 @@ class NumpyEngine:
             action = samples.action.T
         else:
             action = samples.action == np.arange(len(self._parameters.policy_weight))[:, None]
-        return np.concatenate(
-            [samples.obs.T, action, np.stack(samples[2:])], dtype=np.float32, casting="unsafe"
-        )
+        rows = [samples.obs.T, action, np.stack(samples[2:])]
+        return np.concatenate(rows, dtype=np.float32, casting="unsafe")
 
     def shuffled(self, samples: Float32, order: NDArray[np.int64], ppo: PPOConfig) -> list[Minibatch]:
         """Minibatches of the samples in ``order``: gathered once, then sliced."""

@@ -32,8 +32,7 @@ from ppo_hpo.ppo.normalize import EPSILON
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError
 from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, from_bytes, to_bytes
-from ppo_hpo.state.files import read_bytes
-from ppo_hpo.state.files import write_atomically as write
+from ppo_hpo.state.files import read_bytes, write_atomically
 
 _KIND = "policy"
 _MODEL, _NORMALIZER = "model.", "observation_normalizer."
@@ -55,6 +54,11 @@ class Policy(nn.Module):
         epoch: epochs that the policy was trained for.
         network: actor and critic, with `policy`, `value` and, for continuous actions, `log_std`.
     """
+
+    _mean: Tensor
+    _scale: Tensor
+    _low: Tensor
+    _high: Tensor
 
     def __init__(
         self,
@@ -99,19 +103,10 @@ class Policy(nn.Module):
             network, config.optimizer, config.ppo, resolve_device(device), continuous=info.continuous
         )
         self.network = self._learner.module
-        state = self._normalizer.moments
-        self._mean: Tensor
-        self._scale: Tensor
-        self._low: Tensor
-        self._high: Tensor
-        for name, values in (
-            ("_mean", state.mean),
-            ("_scale", np.sqrt(state.var + EPSILON)),
-            ("_low", info.low),
-            ("_high", info.high),
-        ):
-            at = self._learner.device
-            self.register_buffer(name, torch.from_numpy(np.array(values)).to(at), persistent=False)
+        mean, scale = self._normalizer.moments.mean, np.sqrt(self._normalizer.moments.var + EPSILON)
+        for name, values in (("_mean", mean), ("_scale", scale), ("_low", info.low), ("_high", info.high)):
+            buffer = torch.from_numpy(np.array(values)).to(self._learner.device)
+            self.register_buffer(name, buffer, persistent=False)
 
     def extra_repr(self) -> str:
         """The environment and the epochs, for ``repr``."""
@@ -164,12 +159,9 @@ class Policy(nn.Module):
             f"{_MODEL}{name}": t.detach().cpu().numpy() for name, t in self.network.state_dict().items()
         }
         arrays |= {f"{_NORMALIZER}{k}": np.asarray(v) for k, v in self._normalizer.moments.state().items()}
-        meta = {
-            "kind": _KIND,
-            "hyperparameters": self.config.identity_mapping(),
-            "interface": _to_plain(self.info),
-        }
-        write(Path(path), to_bytes(Checkpoint(self.epoch, arrays, meta)))
+        hyperparameters, interface = self.config.identity_mapping(), _to_plain(self.info)
+        meta = {"kind": _KIND, "hyperparameters": hyperparameters, "interface": interface}
+        write_atomically(Path(path), to_bytes(Checkpoint(self.epoch, arrays, meta)))
 
     def save_onnx(self, path: str | os.PathLike[str]) -> None:
         """Write `forward` in ONNX: input ``observations [N, ...]``, output ``actions``, for any N.
@@ -200,18 +192,14 @@ class Policy(nn.Module):
             warnings.simplefilter("ignore")
             try:
                 program = torch.onnx.export(
-                    self,
-                    (example.to(self._learner.device),),
-                    dynamo=True,
-                    input_names=["observations"],
-                    output_names=["actions"],
+                    self, (example.to(self._learner.device),), dynamo=True, verbose=False,
+                    input_names=["observations"], output_names=["actions"],
                     dynamic_shapes=({0: torch.export.Dim("N")},),
-                    verbose=False,
-                )
+                )  # fmt: skip
             finally:
                 log.setLevel(level)
         assert program is not None
-        write(Path(path), program.model_proto.SerializeToString())
+        write_atomically(Path(path), program.model_proto.SerializeToString())
 
 
 def load_policy(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Policy:
@@ -258,7 +246,7 @@ def export_policy(
         UserError: there is no usable checkpoint, the environment cannot be made, or the file cannot be
             written.
     """
-    policy = policy_of(Path(directory), epoch)
+    policy = _newest_policy(Path(directory), epoch)
     if str(path).endswith(".onnx"):
         policy.save_onnx(path)
     else:
@@ -266,8 +254,7 @@ def export_policy(
     return policy
 
 
-def policy_of(directory: Path, epoch: int | None = None) -> Policy:
-    """The policy of a trial's newest checkpoint; see `export_policy`."""
+def _newest_policy(directory: Path, epoch: int | None) -> Policy:
     place = directory / _FIRST_SEED if (directory / _FIRST_SEED).is_dir() else directory
     found = Storage(place).load(lambda checkpoint: _refuse_other_epochs(checkpoint, epoch, place))
     if found is None:
@@ -285,12 +272,7 @@ def policy_of(directory: Path, epoch: int | None = None) -> Policy:
 
 
 def _refuse_other_sizes(config: TrialConfig, info: EnvInfo, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse arrays that do not fit the network, before it is built: it could need much memory.
-
-    Raises:
-        KeyError: an array is missing.
-        ValueError: an array has another shape.
-    """
+    """Refuse arrays that do not fit the network, before it is built: it could need much memory."""
     model, shapes = config.model, dict[str, tuple[int, ...]]()
     if info.images:
         height, width = info.obs_shape[:2] if info.channels_last else info.obs_shape[1:]
@@ -318,29 +300,12 @@ def _to_plain(info: EnvInfo) -> dict[str, Any]:
     def bounds(values: NDArray[Any]) -> list[float | None]:
         return [float(value) if math.isfinite(value) else None for value in values]
 
-    return {
-        "id": info.id,
-        "obs_shape": list(info.obs_shape),
-        "obs_dtype": np.dtype(info.obs_dtype).name,
-        "kind": info.kind,
-        "action_dim": info.action_dim,
-        "action_shape": list(info.action_shape),
-        "first_action": info.first_action,
-        "low": bounds(info.low),
-        "high": bounds(info.high),
-        "action_dtype": np.dtype(info.action_dtype).name,
-        "time_limit": info.time_limit,
-    }
+    dtypes = {name: np.dtype(getattr(info, name)).name for name in ("obs_dtype", "action_dtype")}
+    return vars(info) | dtypes | {"low": bounds(info.low), "high": bounds(info.high)}
 
 
 def _from_plain(plain: Mapping[str, Any]) -> EnvInfo:
-    """Read and check what `_to_plain` returned; it may come from anybody.
-
-    Raises:
-        KeyError: something is missing.
-        TypeError: something has another type.
-        ValueError: a value is impossible.
-    """
+    """Read and check what `_to_plain` returned; it may come from anybody."""
     obs_dtype, action_dtype = _dtype(plain["obs_dtype"]), _dtype(plain["action_dtype"])
     obs_shape, action_shape = _shape(plain["obs_shape"]), _shape(plain["action_shape"])
     kind, dim = plain["kind"], plain["action_dim"]
@@ -358,18 +323,12 @@ def _from_plain(plain: Mapping[str, Any]) -> EnvInfo:
         return np.array([infinite if v is None else float(v) for v in values], action_dtype)
 
     return EnvInfo(
-        id=str(plain["id"]),
-        obs_shape=obs_shape,
-        obs_dtype=obs_dtype,
-        kind=kind,
-        action_dim=dim,
-        action_shape=action_shape,
-        first_action=int(plain["first_action"]),
+        str(plain["id"]), obs_shape, obs_dtype, kind, dim, action_shape, int(plain["first_action"]),
         low=bounds(low, -math.inf) if continuous else np.zeros(0),
         high=bounds(high, math.inf) if continuous else np.zeros(0),
         action_dtype=action_dtype,
         time_limit=None if plain["time_limit"] is None else int(plain["time_limit"]),
-    )
+    )  # fmt: skip
 
 
 def _shape(sides: Any) -> tuple[int, ...]:

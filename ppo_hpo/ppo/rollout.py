@@ -28,28 +28,20 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollout:
-    """T steps of N environments.
+    """T steps of N environments, each field ``[T, N]`` or ``[T, N, ...]``.
 
-    Attributes:
-        obs: ``[T, N, D]`` observations as the network saw them, so normalised where the trial normalises;
-            images are ``[T, N, H, W, C]`` or ``[T, N, C, H, W]`` bytes.
-        action: ``[T, N]`` integers or ``[T, N, A]`` reals, as sampled: not clipped to the action space.
-        log_prob: ``[T, N]`` log-probabilities of the actions under the policy that took them.
-        value: ``[T, N]`` values of ``obs``.
-        reward: ``[T, N]`` rewards, scaled where the trial scales them.
-        terminated: ``[T, N]`` whether the task itself ended: nothing follows.
-        truncated: ``[T, N]`` whether the episode was cut: what would follow is worth ``final_value``.
-        final_value: ``[T, N]`` value of the last observation of a truncated episode; elsewhere 0.
+    Observations ``[T, N, D]`` are as the network saw them, so normalised where the trial normalises. Images
+    are ``[T, N, H, W, C]`` or ``[T, N, C, H, W]`` bytes.
     """
 
     obs: NDArray[Any]
-    action: NDArray[Any]
-    log_prob: Float32
-    value: Float32
-    reward: NDArray[np.float64]
-    terminated: NDArray[np.bool_]
-    truncated: NDArray[np.bool_]
-    final_value: Float32
+    action: NDArray[Any]  # [T, N] integers or [T, N, A] reals, as sampled: not clipped to the action space
+    log_prob: Float32  # of the actions under the policy that took them
+    value: Float32  # of ``obs``
+    reward: NDArray[np.float64]  # scaled where the trial scales them
+    terminated: NDArray[np.bool_]  # the task itself ended: nothing follows
+    truncated: NDArray[np.bool_]  # the episode was cut: what would follow is worth ``final_value``
+    final_value: Float32  # of the last observation of a truncated episode; elsewhere 0
 
     @property
     def done(self) -> NDArray[np.bool_]:
@@ -57,11 +49,7 @@ class Rollout:
         return self.terminated | self.truncated
 
     def next_value(self, last_value: Float32) -> Float32:
-        """Values ``[T, N]`` of the observations that the steps led to.
-
-        Args:
-            last_value: ``[N]`` values of the observations that follow the last step.
-        """
+        """Values ``[T, N]`` of the observations that the steps led to; ``last_value [N]`` follow the last."""
         following = np.concatenate([self.value[1:], last_value[None]])
         return np.where(self.truncated, self.final_value, following)
 
@@ -73,12 +61,7 @@ class Rollout:
 
 
 class Episodes:
-    """Training episodes that ended since the environments were reset, in raw rewards.
-
-    Attributes:
-        returns: undiscounted sum of rewards of each episode.
-        lengths: steps of each episode.
-    """
+    """Undiscounted raw returns and lengths of the episodes that ended since the environments were reset."""
 
     def __init__(self, n_envs: int) -> None:
         self.returns: list[float] = []

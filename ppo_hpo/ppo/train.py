@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -20,15 +20,11 @@ from ppo_hpo.spec.config import PPOConfig, TrialConfig
 
 
 class Diverged(Exception):
-    """A loss, a parameter, a running statistic or a return is not a finite number any more.
-
-    Attributes:
-        env_steps: environment steps of the epoch that were spent.
-    """
+    """A loss, a parameter, a running statistic or a return is not a finite number any more."""
 
     def __init__(self, message: str, env_steps: int) -> None:
         super().__init__(message)
-        self.env_steps = env_steps
+        self.env_steps = env_steps  # of the epoch, which were spent
 
 
 class Rates(NamedTuple):
@@ -47,29 +43,16 @@ def train_epoch(
     on_rollout: Callable[[int, Rollout], None] = lambda index, rollout: None,
     before_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Train for one epoch of ``steps_per_epoch`` environment steps.
+    """Train an agent for one epoch, and return the epoch's part of the learning curve (see `_summary`).
 
-    Args:
-        agent: what is trained, in place.
-        envs: training environments; they are reset with this epoch's seeds.
-        info: description of the environment.
-        config: hyperparameters of the trial.
-        epoch: epochs done before this one. With the seed it determines every random number.
-        on_rollout: called with its index and the rollout after each rollout's update.
-        before_step: called before each step of the environments.
-
-    Returns:
-        The epoch's part of the learning curve; see `_summary`.
-
-    Raises:
-        Diverged: a loss or a parameter became NaN or infinite.
+    The seed and ``epoch``, the number of epochs done before, determine every random number. The environments
+    are reset with this epoch's seeds. ``on_rollout`` is called after each rollout's update, with its index.
     """
     ppo, seed = config.ppo, config.task.seed
     shuffle_rng = randomness.make_rng(seed, "shuffle", epoch)
     env_seeds = randomness.training_seeds(seed, epoch, config.env.n_envs)
-    collector = Collector(
-        agent, envs, info, env_seeds, randomness.make_rng(seed, "action", epoch), before_step
-    )  # fmt: skip
+    action_rng = randomness.make_rng(seed, "action", epoch)
+    collector = Collector(agent, envs, info, env_seeds, action_rng, before_step)
     rows: list[dict[str, float]] = []
     for index in range(config.rollouts_per_epoch):
         rates = scheduled_rates(config, epoch + index / config.rollouts_per_epoch)
@@ -80,8 +63,7 @@ def train_epoch(
         stats = agent.learner.update(rollout.samples(advantage, returns), shuffle_rng, *rates)
 
         if not (stats.finite() and agent.finite()):
-            env_steps = (index + 1) * config.rollout_steps
-            raise Diverged(f"rollout {index + 1} of epoch {epoch + 1}", env_steps)
+            raise Diverged(f"rollout {index + 1} of epoch {epoch + 1}", (index + 1) * config.rollout_steps)
         variance = {"explained_variance": explained_variance(rollout.value, returns)}
         rows.append(asdict(stats) | rates._asdict() | variance)
         on_rollout(index, rollout)
@@ -104,13 +86,7 @@ def scheduled(name: str, start: float, end: float, progress: float) -> float:
 
 
 def advantages(rollout: Rollout, last_value: Float32, ppo: PPOConfig) -> NDArray[np.float64]:
-    """Advantages ``[T, N]`` of a rollout.
-
-    Args:
-        rollout: T steps of N environments.
-        last_value: ``[N]`` values of the observations that follow the last step.
-        ppo: hyperparameters `gamma` and `gae_lambda`.
-    """
+    """Advantages ``[T, N]`` of a rollout; ``last_value [N]`` are of the observations that follow it."""
     return gae(
         rollout.reward, rollout.value, rollout.next_value(last_value),
         rollout.terminated, rollout.done, ppo.gamma, ppo.gae_lambda,
@@ -124,11 +100,11 @@ def _summary(rows: list[dict[str, float]], episodes: Episodes) -> dict[str, Any]
     summary["n_updates"] = int(sum(row["n_updates"] for row in rows))
     summary["train_episodes"] = len(episodes.returns)
     summary["train_return"] = _mean(episodes.returns)
-    summary["train_length"] = _mean([float(length) for length in episodes.lengths])
+    summary["train_length"] = _mean(episodes.lengths)
     return summary
 
 
-def _mean(values: list[float]) -> float | None:
+def _mean(values: Sequence[float]) -> float | None:
     """Mean of the finite values; None, which JSON can write, where there is none."""
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else None
