@@ -43,6 +43,12 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
+# The limit of a BLAS holds for the process: its first trial sets the limit, its last one lifts it.
+_lock = threading.Lock()
+_limit: tuple[int, Any] | None = None
+_users = 0
+
+
 @contextlib.contextmanager
 def limited_threads(n: int) -> Iterator[None]:
     """Let torch and every loaded BLAS use ``n`` threads, and restore their limits afterwards.
@@ -50,26 +56,10 @@ def limited_threads(n: int) -> Iterator[None]:
     Trials run side by side. With two threads each on two cores, Stable-Baselines3's PPO was up to 24 times
     slower than with one, and a network of two layers of 128 here was 40 times slower.
     """
-    before = torch.get_num_threads()
-    with _shared_limit(n):
-        torch.set_num_threads(n)  # holds for the calling thread only
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
-_lock = threading.Lock()
-_limit: tuple[int, Any] | None = None
-_users = 0
-
-
-@contextlib.contextmanager
-def _shared_limit(n: int) -> Iterator[None]:
-    """The limit of a BLAS holds for the process: its first trial sets the limit, its last one lifts it."""
     global _limit, _users
     from threadpoolctl import threadpool_limits
 
+    before = torch.get_num_threads()
     with _lock:
         if _limit is None:
             _limit = n, threadpool_limits(n)
@@ -80,8 +70,10 @@ def _shared_limit(n: int) -> Iterator[None]:
             )
         _users += 1
     try:
+        torch.set_num_threads(n)  # holds for the calling thread only
         yield
     finally:
+        torch.set_num_threads(before)
         with _lock:
             _users -= 1
             if not _users:

@@ -25,9 +25,7 @@ class Events:
     | `end_fit` | `fit` ends | `epochs`, `context` |
     """
 
-    NAMES = (
-        "resumed", "start_fit", "start_epoch", "end_rollout", "end_epoch", "diverged", "end_fit",
-    )  # fmt: skip
+    NAMES = ("resumed", "start_fit", "start_epoch", "end_rollout", "end_epoch", "diverged", "end_fit")
 
     def __init__(self) -> None:
         self._observers: dict[str, list[Observer]] = {name: [] for name in self.NAMES}

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Protocol
+from typing import Any
 
 from ppo_hpo.spec.errors import BadResume
 
 
-class _Guarded(Protocol):
-    bad_state: bool
-
-
 class BadResumeGuard:
-    """Marks a task as bad when the guarded block fails, and refuses to run a block of a bad task.
+    """Sets a task's ``bad_state`` when the guarded block fails, and refuses to run a block of a bad task.
 
     After a failure a task may be anywhere between two states. A new task with the same hyperparameters and
     storage resumes from the last checkpoint instead.
     """
 
-    def __init__(self, task: _Guarded) -> None:
+    def __init__(self, task: Any) -> None:
         self._task = task
 
     def __enter__(self) -> None:
@@ -29,8 +24,6 @@ class BadResumeGuard:
                 "hyperparameters and storage. It resumes from the last checkpoint."
             )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is not None:
             self._task.bad_state = True

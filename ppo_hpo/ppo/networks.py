@@ -32,18 +32,13 @@ class MLPActorCritic(nn.Module):
         1 for that of the critic, and biases are zero (detail 2). Without it torch initialises them.
         """
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
         # Linear layers first initialise themselves with torch's global rng, which is the caller's.
         # (`skip_init` would leave that out, but imports sympy: a third of a second in every trial.)
         with torch.random.fork_rng(devices=[]):
             self.actor = _mlp(obs_dim, action_dim, model)
             self.critic = _mlp(obs_dim, 1, model)
         self.log_std = _log_std(action_dim, model) if continuous else None
-        for network, last_gain in ((self.actor, 0.01), (self.critic, 1.0)):
-            layers = [layer for layer in network if isinstance(layer, nn.Linear)]
-            for layer in layers:
-                gain = last_gain if layer is layers[-1] else math.sqrt(2.0)
-                _initialise(layer, gain, generator, orthogonal=model.ortho_init)
+        _initialise(self, self.actor[-1], self.critic[-1], seed, orthogonal=model.ortho_init)
 
     def policy(self, obs: Tensor) -> Tensor:
         """Logits or means, ``[B, A]``, for observations ``[B, D]``."""
@@ -84,7 +79,6 @@ class NatureCNN(nn.Module):
         """
         super().__init__()
         self._channels_last = channels_last
-        generator = torch.Generator().manual_seed(seed)
         height, width, channels = image_shape if channels_last else (*image_shape[1:], image_shape[0])
         rows, columns = (after_convolutions(length) for length in (height, width))
         with torch.random.fork_rng(devices=[]):
@@ -98,11 +92,7 @@ class NatureCNN(nn.Module):
             self.policy_head = nn.Linear(features, action_dim)
             self.value_head = nn.Linear(features, 1)
         self.log_std = _log_std(action_dim, model) if continuous else None
-        gains: dict[nn.Module, float] = {self.policy_head: 0.01, self.value_head: 1.0}
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                gain = gains.get(layer, math.sqrt(2.0))
-                _initialise(layer, gain, generator, orthogonal=model.ortho_init)
+        _initialise(self, self.policy_head, self.value_head, seed, orthogonal=model.ortho_init)
 
     def policy(self, images: Tensor) -> Tensor:
         """Logits or means, ``[B, A]``, for images ``[B, *image_shape]`` of bytes."""
@@ -138,16 +128,21 @@ def after_convolutions(length: int) -> int:
 
 
 def _initialise(
-    layer: nn.Conv2d | nn.Linear, gain: float, generator: torch.Generator, *, orthogonal: bool
+    network: nn.Module, policy_head: nn.Module, value_head: nn.Module, seed: int, *, orthogonal: bool
 ) -> None:
-    assert layer.bias is not None
-    if orthogonal:
-        nn.init.orthogonal_(layer.weight, gain, generator=generator)
-        nn.init.zeros_(layer.bias)
-    else:
-        bound = 1.0 / math.sqrt(layer.weight[0].numel())
-        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    gains = {policy_head: 0.01, value_head: 1.0}
+    for layer in network.modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        assert layer.bias is not None
+        if orthogonal:
+            nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2.0)), generator=generator)
+            nn.init.zeros_(layer.bias)
+        else:
+            bound = 1.0 / math.sqrt(layer.weight[0].numel())
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
 def _log_std(action_dim: int, model: ModelConfig) -> nn.Parameter:

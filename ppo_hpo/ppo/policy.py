@@ -12,8 +12,10 @@ environment.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,19 +86,15 @@ class Policy(nn.Module):
         super().__init__()
         self.config, self.info, self.epoch = config, info, epoch
         self._normalizer = build_normalizer(config, info)
-        moments = {name: arrays[f"{_NORMALIZER}{name}"] for name in ("mean", "var", "count")}
-        for name in ("mean", "var"):
-            needed = self._normalizer.moments.mean.shape
-            if moments[name].shape != needed:
-                raise ValueError(f"{name} has shape {moments[name].shape}, but {needed} is needed")
+        moments = self._normalizer.moments.state()
+        for name, array in moments.items():
+            moments[name] = _array_of(arrays, f"{_NORMALIZER}{name}", array.shape)
         self._normalizer.moments.load(moments)
         _refuse_other_sizes(config, info, arrays)
         network = build_network(config, info)
         own = network.state_dict()
         for name, tensor in own.items():
-            array = arrays[f"{_MODEL}{name}"]
-            if array.shape != tuple(tensor.shape):
-                raise ValueError(f"{name} has shape {array.shape}, but {tuple(tensor.shape)} is needed")
+            array = _array_of(arrays, f"{_MODEL}{name}", tuple(tensor.shape))
             own[name] = torch.from_numpy(np.array(array))
         network.load_state_dict(own)
         self._learner = Learner(
@@ -155,10 +153,9 @@ class Policy(nn.Module):
         Raises:
             UserError: the file cannot be written.
         """
-        arrays = {
-            f"{_MODEL}{name}": t.detach().cpu().numpy() for name, t in self.network.state_dict().items()
-        }
-        arrays |= {f"{_NORMALIZER}{k}": np.asarray(v) for k, v in self._normalizer.moments.state().items()}
+        weights, moments = self.network.state_dict(), self._normalizer.moments.state()
+        arrays = {f"{_MODEL}{name}": tensor.detach().cpu().numpy() for name, tensor in weights.items()}
+        arrays |= {f"{_NORMALIZER}{name}": array for name, array in moments.items()}
         hyperparameters, interface = self.config.identity_mapping(), _to_plain(self.info)
         meta = {"kind": _KIND, "hyperparameters": hyperparameters, "interface": interface}
         write_atomically(Path(path), to_bytes(Checkpoint(self.epoch, arrays, meta)))
@@ -180,14 +177,11 @@ class Policy(nn.Module):
                 f"ONNX needs a package that is not installed ({error}). Install it with: "
                 f"pip install 'ppo-hpo[onnx]'"
             ) from None
-        import logging
-        import warnings
-
         # The exporter warns about its own parts, and about packages that nothing here uses.
         log = logging.getLogger("torch.onnx")
         level = log.level
         log.setLevel(logging.ERROR)
-        example = torch.zeros((2, *self.info.obs_shape), dtype=_torch_dtype(self.info.obs_dtype))
+        example = torch.from_numpy(np.zeros((2, *self.info.obs_shape), self.info.obs_dtype))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -285,8 +279,13 @@ def _refuse_other_sizes(config: TrialConfig, info: EnvInfo, arrays: Mapping[str,
             for index in range(model.depth + 1):
                 shapes[f"{name}.{2 * index}.weight"] = sizes[index + 1], sizes[index]
     for name, shape in shapes.items():
-        if arrays[f"{_MODEL}{name}"].shape != shape:
-            raise ValueError(f"{name} has shape {arrays[f'{_MODEL}{name}'].shape}, but {shape} is needed")
+        _array_of(arrays, f"{_MODEL}{name}", shape)
+
+
+def _array_of(arrays: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    if arrays[name].shape != shape:
+        raise ValueError(f"{name} has shape {arrays[name].shape}, but {shape} is needed")
+    return arrays[name]
 
 
 def _refuse_other_epochs(checkpoint: Checkpoint, epoch: int | None, place: Path) -> None:
@@ -344,7 +343,3 @@ def _dtype(name: Any) -> np.dtype[Any]:
     if found.kind not in "fiub":
         raise ValueError(f"numbers cannot be {name!r}")
     return found
-
-
-def _torch_dtype(dtype: Any) -> torch.dtype:
-    return torch.from_numpy(np.zeros(1, dtype)).dtype
