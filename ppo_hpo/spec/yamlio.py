@@ -20,6 +20,11 @@ _MAX_DEPTH = 30
 _MAX_DIGITS = 100
 
 
+def _refused(where: Any, reason: str) -> UserError:
+    """An error at a node or an event of the text."""
+    return UserError(f"Line {where.start_mark.line + 1}: {reason}")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1's safe loader with the number syntax of YAML 1.2.
 
@@ -34,25 +39,24 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in keys:
             if not isinstance(key, str):
-                raise UserError(f"Line {node.start_mark.line + 1}: keys must be strings, but got {key!r}.")
+                raise _refused(node, f"keys must be strings, but got {key!r}.")
             if key in seen:
-                raise UserError(f"Line {node.start_mark.line + 1}: key `{key}` is given twice.")
+                raise _refused(node, f"key `{key}` is given twice.")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        line = event.start_mark.line + 1
         # With aliases a kilobyte can stand for gigabytes. Configurations do not need them.
         if isinstance(event, yaml.AliasEvent):
-            raise UserError(f"Line {line}: YAML aliases (*name) are not read. Write the value out.")
+            raise _refused(event, "YAML aliases (*name) are not read. Write the value out.")
         if event.tag is not None:
-            raise UserError(f"Line {line}: YAML tags ({event.tag}) are not read. Write the plain value.")
+            raise _refused(event, f"YAML tags ({event.tag}) are not read. Write the plain value.")
         self.values += 1
         if self.values > _MAX_VALUES:
-            raise UserError(f"Line {line}: a configuration has at most {_MAX_VALUES} values.")
+            raise _refused(event, f"a configuration has at most {_MAX_VALUES} values.")
         if self.depth >= _MAX_DEPTH:
-            raise UserError(f"Line {line}: values are nested more than {_MAX_DEPTH} deep.")
+            raise _refused(event, f"values are nested more than {_MAX_DEPTH} deep.")
         self.depth += 1
         try:
             return super().compose_node(parent, index)
@@ -81,15 +85,10 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
     digits = text.lstrip("+-")
     if not digits.isdigit() or (digits.startswith("0") and digits != "0"):
-        raise UserError(
-            f"Line {node.start_mark.line + 1}: write whole numbers in decimal digits, without leading "
-            f"zeros, underscores or colons, but got {text!r}."
-        )
+        form = "in decimal digits, without leading zeros, underscores or colons"
+        raise _refused(node, f"write whole numbers {form}, but got {text!r}.")
     if len(digits) > _MAX_DIGITS:
-        raise UserError(
-            f"Line {node.start_mark.line + 1}: a number of {len(digits)} digits is too long. "
-            f"At most {_MAX_DIGITS} are read."
-        )
+        raise _refused(node, f"a number of {len(digits)} digits is too long. At most {_MAX_DIGITS} are read.")
     return int(text)
 
 
@@ -98,9 +97,7 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
     if text.lstrip("+-") in (".inf", ".nan"):
         return float(text.replace(".", ""))
     if "_" in text or ":" in text:
-        raise UserError(
-            f"Line {node.start_mark.line + 1}: write numbers without underscores or colons, but got {text!r}."
-        )
+        raise _refused(node, f"write numbers without underscores or colons, but got {text!r}.")
     return float(text)
 
 

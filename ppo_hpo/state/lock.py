@@ -241,9 +241,8 @@ class _Takeover:
             ]
             ask_to_stop(self._directory, writer)
         # A later writer came before us, by a takeover of its own. We wait for it like for any other.
-        if writer.number != self._target:
-            return
-        if not self._steps or time.monotonic() - self._began < self._steps[0].after:
+        waited = time.monotonic() - self._began
+        if writer.number != self._target or not self._steps or waited < self._steps[0].after:
             return
         step = self._steps.pop(0)
         # Asking needs no signal: it also reaches a writer on another machine.

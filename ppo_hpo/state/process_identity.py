@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -38,7 +39,12 @@ class Process:
                 f"`{HOST_VARIABLE}` must be letters, digits and any of . : _ -, at most 255 of them, but got "
                 f"{host!r}. Set it to a valid name of this machine."
             )
-        return cls(host, _boot(), _namespace(), os.getpid(), start_time(os.getpid()) or 0, os.getuid())
+        boot = namespace = ""
+        with contextlib.suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        with contextlib.suppress(OSError):
+            namespace = os.readlink("/proc/self/ns/pid")
+        return cls(host, boot, namespace, os.getpid(), start_time(os.getpid()) or 0, os.getuid())
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Process:
@@ -91,17 +97,3 @@ def start_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if rest[0] in "ZX" else int(rest[19])
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
