@@ -19,19 +19,11 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ppo_hpo.orion.experiment import (
-    asked_epochs,
-    completed_trials,
-    configuration_of,
-    highest_epochs,
-    open_experiment,
-    ranking_key,
-    statistics_of,
-)
+from ppo_hpo.orion import experiment
 from ppo_hpo.spec.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -44,50 +36,30 @@ _UNFINISHED = ("new", "reserved", "interrupted", "suspended")
 
 
 class _File(NamedTuple):
-    """A checkpoint.
+    """A checkpoint."""
 
-    Attributes:
-        part: name of the seed's directory, ``seed-N``; empty if the trial has one seed.
-        name: file name.
-        size: size in bytes.
-        path: the file; None if the checkpoint is in the checkpoint store.
-    """
-
-    part: str
+    part: str  # Name of the seed's directory, `seed-N`; empty if the trial has one seed.
     name: str
-    size: int
-    path: Path | None = None
+    size: int  # In bytes.
+    path: Path | None = None  # None if the checkpoint is in the checkpoint store.
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What happened to the checkpoints of one trial.
+    """What happened to the checkpoints of one trial."""
 
-    Attributes:
-        trial: the trial's id.
-        reason: why they are not needed; empty if they are.
-        removed: those that were removed.
-        kept: those that stay.
-        note: why some stay although there is a reason to remove them.
-    """
-
-    trial: str
-    reason: str
-    removed: Sequence[_File] = field(default_factory=list)
-    kept: Sequence[_File] = field(default_factory=list)
-    note: str = ""
+    trial: str  # The trial's id.
+    reason: str  # Why they are not needed; empty if they are.
+    removed: Sequence[_File] = ()
+    kept: Sequence[_File] = ()
+    note: str = ""  # Why some stay although there is a reason to remove them.
 
 
 def clean(
-    name: str,
-    config: str | None = None,
-    *,
-    dry_run: bool = False,
-    finished: bool = False,
-    keep: int = 1,
+    name: str, config: str | None = None, *, dry_run: bool = False, finished: bool = False, keep: int = 1,
     store: Store | None = None,
-) -> str:
-    """Remove the checkpoints that no trial can resume from.
+) -> str:  # fmt: skip
+    """Remove the checkpoints that no trial can resume from; what was removed, for the user.
 
     Args:
         name: name of the experiment, or path of a sweep's directory.
@@ -96,22 +68,20 @@ def clean(
         finished: nobody will raise `max_trials` of this experiment, so no trial will be promoted any more.
         keep: how many of the best trials keep their newest checkpoint; at least 1.
         store: checkpoint store, which is cleaned too; None if there is none.
-
-    Returns:
-        What was removed, for the user.
-
-    Raises:
-        UserError: there is no such experiment, it is not finished, or a file cannot be removed.
     """
     if keep < 1:
         raise UserError(f"`--keep >= 1` must hold, but got {keep}: the best trial keeps its checkpoint.")
-    client = open_experiment(name, config)
+    client = experiment.open_experiment(name, config)
     trials = client.fetch_trials()
     is_done = _why_done(client, trials, finished)
-    reasons = obsolete(trials, highest_epochs(client), forking(client), is_done=is_done)
+    reasons = obsolete(trials, experiment.highest_epochs(client), forking(client), is_done=is_done)
     files = _all_files(trials, store)
     # If somebody removed the directory of a good trial, the next one keeps its checkpoint instead.
-    ranked = (trial.id for trial in sorted(completed_trials(trials), key=ranking_key) if files[trial.id])
+    ranked = (
+        trial.id
+        for trial in sorted(experiment.completed_trials(trials), key=experiment.ranking_key)
+        if files[trial.id]
+    )
     best = set(itertools.islice(ranked, keep))
     found = []
     for trial in trials:
@@ -121,23 +91,20 @@ def clean(
 
 
 def obsolete(trials: Sequence[Any], top: float | None, forks: bool, *, is_done: str = "") -> dict[str, str]:
-    """Find the trials whose checkpoints no trial can resume from.
+    """Find the trials whose checkpoints no trial can resume from; their ids, and why.
 
     Args:
         trials: all trials of the experiment.
         top: the highest fidelity; None if the experiment has none.
         forks: whether the algorithm makes several children of one trial.
         is_done: why no trial at all will be promoted; empty if some may be.
-
-    Returns:
-        Ids of these trials, and why.
     """
     by_configuration: dict[str, list[Any]] = {}
     for trial in trials:
-        by_configuration.setdefault(configuration_of(trial), []).append(trial)
+        by_configuration.setdefault(experiment.configuration_of(trial), []).append(trial)
     reasons: dict[str, str] = {}
-    for trial in completed_trials(trials):
-        relatives = by_configuration[configuration_of(trial)]
+    for trial in experiment.completed_trials(trials):
+        relatives = by_configuration[experiment.configuration_of(trial)]
         further = [t for t in relatives if t.status == "completed" and _epochs(t) > _epochs(trial)]
         if top is None:
             reasons[trial.id] = "there are no promotions"
@@ -151,8 +118,8 @@ def obsolete(trials: Sequence[Any], top: float | None, forks: bool, *, is_done: 
 
 
 def _epochs(trial: Any) -> float:
-    epochs = asked_epochs(trial)
-    return statistics_of(trial)["epochs"] if epochs is None else epochs
+    epochs = experiment.asked_epochs(trial)
+    return experiment.statistics_of(trial)["epochs"] if epochs is None else epochs
 
 
 def forking(client: Any) -> bool:
@@ -215,11 +182,12 @@ def _decide(trial_id: str, reason: str, files: Sequence[_File], is_best: bool) -
         return Cleaned(trial_id, reason, kept=files)
     if not is_best:
         return Cleaned(trial_id, reason, removed=files)
-    newest: set[tuple[str, str]] = set()
-    for part in {file.part for file in files}:
-        newest.add((part, _newest_readable([file for file in files if file.part == part])))
-    removed = [file for file in files if (file.part, file.name) not in newest]
-    kept = [file for file in files if (file.part, file.name) in newest]
+    newest = {
+        part: _newest_readable([file for file in files if file.part == part])
+        for part in {file.part for file in files}
+    }
+    removed = [file for file in files if file.name != newest[file.part]]
+    kept = [file for file in files if file.name == newest[file.part]]
     return Cleaned(trial_id, reason, removed, kept, "one of the best: its newest stays")
 
 
@@ -264,15 +232,15 @@ def to_text(found: Sequence[Cleaned], *, dry_run: bool) -> str:
     """What was removed and what stays, as lines of text."""
     verb = "would remove" if dry_run else "removed"
     lines = [
-        f"{verb}  {item.trial[:8]}  {_amount(item.removed)}  {item.reason}"
-        + (f"; {item.note}" if item.note else "")
+        f"{verb}  {item.trial[:8]}  {_amount(item.removed)}  "
+        + "; ".join(filter(None, (item.reason, item.note)))
         for item in found
         if item.removed
     ]
     lines += [
         f"kept     {item.trial[:8]}  {_amount(item.kept)}  {item.note}"
         for item in found
-        if item.reason and item.note and item.kept and not item.removed
+        if item.note and item.kept and not item.removed
     ]
     removed = [file for item in found for file in item.removed]
     kept = [file for item in found for file in item.kept]

@@ -59,23 +59,16 @@ class Cost:
 
 
 def cost_of(trials: Sequence[Any]) -> Cost:
-    """The cost of all these trials together.
-
-    Args:
-        trials: Orion's trials.
-    """
+    """The cost of all these trials together."""
     each = costs_of(trials)
     return Cost(*(sum(getattr(cost, field.name) for cost in each) for field in fields(Cost)))
 
 
 def costs_of(trials: Sequence[Any]) -> list[Cost]:
-    """The cost of each trial, in their order.
+    """The cost of each trial of an experiment, in their order.
 
     It comes from the trial's directory, where every process records what it spent. If the process that
     completed the trial ran on another machine, what that process reported to Orion is added.
-
-    Args:
-        trials: Orion's trials. Promotions are counted among these, so give all trials of an experiment.
     """
     # The rungs of each configuration. A trial resumes from where a lower rung ended.
     rungs: dict[str, list[float]] = {}
@@ -100,7 +93,7 @@ def costs_of(trials: Sequence[Any]) -> list[Cost]:
             unended=len({line.process for line in lines if line.state in ("began", "epoch")}),
             stopped_steps=int(reported.get("env_steps_not_trained", 0.0)) if is_highest else 0,
         )
-        found.append(cost if _is_among(reported, lines) else _add_reported(cost, reported))
+        found.append(_add_reported(cost, reported) if reported and not _is_among(reported, lines) else cost)
     return found
 
 
@@ -118,12 +111,7 @@ def _saved_steps(reported: Mapping[str, float], rungs: Sequence[float]) -> int:
 
 
 def _is_among(reported: Mapping[str, float], lines: Sequence[worklog.Line]) -> bool:
-    """Whether the process that completed the trial recorded its work in these lines.
-
-    True as well if no process completed the trial.
-    """
-    if not reported:
-        return True
+    """Whether the process that completed the trial recorded its work in these lines."""
     spent: dict[str, tuple[int, int]] = {}
     for line in lines:
         steps, evaluation = spent.get(line.process, (0, 0))

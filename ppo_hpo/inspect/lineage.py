@@ -9,29 +9,15 @@ from ppo_hpo.orion.experiment import asked_epochs, open_experiment, params_of, s
 
 
 def lineage(name: str, config: str | None = None) -> str:
-    """Print the trials of an experiment as a tree, each one below its parent.
+    """The trials of an experiment, or of a sweep's directory, as a tree, each one below its parent.
 
     A parent is what Orion calls so: the trial whose directory Orion copied (ASHA, population-based training).
-
-    Args:
-        name: name of the experiment, or path of a sweep's directory.
-        config: Orion's configuration file, which says where the database is.
-
-    Returns:
-        The tree, for the user.
-
-    Raises:
-        UserError: there is no such experiment.
     """
     return tree(open_experiment(name, config).fetch_trials())
 
 
 def tree(trials: Sequence[Any]) -> str:
-    """One line for each trial: its id, epochs and return, and the hyperparameters that a fork changed.
-
-    Args:
-        trials: Orion's trials, all of an experiment.
-    """
+    """One line for each trial: its id, epochs and return, and the hyperparameters that a fork changed."""
     by_id = {trial.id: trial for trial in trials}
     children: dict[str | None, list[Any]] = {}
     for trial in sorted(trials, key=lambda trial: (str(trial.submit_time), trial.id)):

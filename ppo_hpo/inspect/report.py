@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_hpo.inspect.cost import Cost, cost_of, costs_of
-from ppo_hpo.orion.experiment import (
-    completed_trials,
-    configuration_of,
-    highest_epochs,
-    open_experiment,
-    params_of,
-    ranking_key,
-    statistics_of,
-)
+from ppo_hpo.orion import experiment
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.results import seeds_text
 from ppo_hpo.state.curve import read_curve
@@ -28,37 +20,23 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Summary:
-    """An experiment in numbers.
+    """An experiment in numbers."""
 
-    Attributes:
-        name: name of the experiment.
-        version: version of the experiment.
-        algorithm: Orion's name of the algorithm.
-        working_dir: directory that contains the trials' directories.
-        by_status: number of trials of each of Orion's statuses.
-        best: the completed trial of the lowest objective; among equals, the longest trained.
-        configurations: number of different configurations that completed at some fidelity.
-        steps: environment steps trained. What a promoted trial resumed from counts once.
-        steps_in_full: steps if every configuration were trained to the highest fidelity.
-        steps_restarted: steps if promoted trials started from scratch instead of resuming.
-        max_epochs: the highest fidelity, or the epochs of every trial.
-        reached: the most epochs of a completed trial.
-        cost: what all trials have cost, however they ended.
-    """
-
-    name: str
-    version: int
+    title: str  # Name and version.
     algorithm: str
-    working_dir: Path
-    by_status: Mapping[str, int]
-    best: Any
-    configurations: int
-    steps: int
-    steps_in_full: int
-    steps_restarted: int
-    max_epochs: int
-    reached: int
-    cost: Cost
+    by_status: Mapping[str, int]  # Number of trials of each of Orion's statuses.
+    best: Any  # The completed trial of the lowest objective; among equals, the longest trained.
+    configurations: int  # Number of different configurations that completed at some fidelity.
+    steps: int  # Environment steps trained. What a promoted trial resumed from counts once.
+    steps_in_full: int  # If every configuration were trained to the highest fidelity.
+    max_epochs: int  # The highest fidelity, or the epochs of every trial.
+    reached: int  # The most epochs of a completed trial.
+    cost: Cost  # Of all trials, however they ended.
+
+    @property
+    def steps_restarted(self) -> int:
+        """Steps if promoted trials started from scratch instead of resuming."""
+        return self.steps + self.cost.saved_steps
 
 
 def report(name: str, config: str | None = None, html: str | None = None) -> str:
@@ -68,14 +46,8 @@ def report(name: str, config: str | None = None, html: str | None = None) -> str
         name: name of the experiment, or path of a sweep's directory.
         config: Orion's configuration file; None looks in the places that `ppo_hpo.orion.experiment` lists.
         html: file to write a page with plots to; None writes none.
-
-    Returns:
-        The summary, for the user.
-
-    Raises:
-        UserError: there is no such experiment, no trial is completed yet, or the page cannot be written.
     """
-    client = open_experiment(name, config)
+    client = experiment.open_experiment(name, config)
     trials = client.fetch_trials()
     summary = summarise(client, trials)
     text = to_text(summary)
@@ -85,70 +57,57 @@ def report(name: str, config: str | None = None, html: str | None = None) -> str
             path.write_text(_page(client, summary, trials, text), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-        text += f"\nplots       {path}"
+        text += f"\npage        {path}"
     return text
 
 
 def summarise(client: Any, trials: Sequence[Any]) -> Summary:
-    """Summarize an experiment in numbers.
-
-    Args:
-        client: Orion's client of the experiment.
-        trials: all trials of the experiment.
-
-    Raises:
-        UserError: no trial is completed yet.
-    """
+    """Summarize an experiment in numbers; UserError if no trial is completed yet."""
     by_status = dict(Counter(trial.status for trial in trials))
-    completed = completed_trials(trials)
+    completed = experiment.completed_trials(trials)
     if not completed:
         counts = ", ".join(f"{n} {status}" for status, n in by_status.items()) or "no trial"
         raise UserError(f"No trial of {client.name!r} is completed yet ({counts}).")
-    cost = cost_of(trials)
-    steps = _trained_steps(completed)
-    configurations = len({configuration_of(trial) for trial in completed})
-    reached = int(max(statistics_of(trial)["epochs"] for trial in completed))
-    max_epochs = highest_epochs(client) or reached
+    configurations = len({experiment.configuration_of(trial) for trial in completed})
+    reached = int(max(experiment.statistics_of(trial)["epochs"] for trial in completed))
+    max_epochs = experiment.highest_epochs(client) or reached
     # A trial that diverged in its first epoch would give a wrong number of steps per epoch.
-    typical = next((found for t in completed if not (found := statistics_of(t))["diverged"]), None)
-    typical = typical or statistics_of(completed[0])
+    typical = next((found for t in completed if not (found := experiment.statistics_of(t))["diverged"]), None)
+    typical = typical or experiment.statistics_of(completed[0])
     steps_per_epoch = typical["env_steps"] / max(typical["epochs"], 1.0)
     return Summary(
-        name=client.name,
-        version=client.version,
+        title=f"{client.name}-v{client.version}",
         algorithm=", ".join(client.algorithm.configuration),
-        working_dir=Path(client.working_dir),
         by_status=by_status,
-        best=min(completed, key=ranking_key),
+        best=min(completed, key=experiment.ranking_key),
         configurations=configurations,
-        steps=steps,
+        steps=_trained_steps(completed),
         steps_in_full=int(configurations * max_epochs * steps_per_epoch),
-        steps_restarted=steps + cost.saved_steps,
         max_epochs=max_epochs,
         reached=reached,
-        cost=cost,
+        cost=cost_of(trials),
     )
 
 
 def _trained_steps(completed: Sequence[Any]) -> int:
     """Environment steps of completed trials. Steps that several trials share count once."""
-    statistics = [statistics_of(trial) for trial in completed]
+    statistics = [experiment.statistics_of(trial) for trial in completed]
     if any(found.get("forked") for found in statistics):
         # A fork's steps contain its parent's, so only what each process trained can be added up.
         return sum(int(found["env_steps_here"]) for found in statistics)
     longest: dict[str, int] = {}
     for trial, found in zip(completed, statistics, strict=True):
-        key = configuration_of(trial)
+        key = experiment.configuration_of(trial)
         longest[key] = max(int(found["env_steps"]), longest.get(key, 0))
     return sum(longest.values())
 
 
 def to_text(summary: Summary) -> str:
     """The summary as lines of text."""
-    best, stats = summary.best, statistics_of(summary.best)
+    best, stats = summary.best, experiment.statistics_of(summary.best)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.by_status.items()))
     lines = [
-        f"experiment  {summary.name}-v{summary.version} ({summary.algorithm}): {counts}; "
+        f"experiment  {summary.title} ({summary.algorithm}): {counts}; "
         f"{summary.configurations} configurations",
         f"best trial  {best.id}",
         f"            return {stats['return_mean']:.1f} +- {stats['return_std']:.1f} after "
@@ -159,7 +118,7 @@ def to_text(summary: Summary) -> str:
     curve = read_curve(Path(best.working_dir))
     if len(curve) > 1:
         lines.append(f"            return by epoch {curve_text([row['return_mean'] for row in curve])}")
-    params = params_of(best)
+    params = experiment.params_of(best)
     width = max(len(name) for name in params)
     lines += [f"            {name:{width}}  {value}" for name, value in sorted(params.items())]
     lines += [f"directory   {best.working_dir}", *_steps_text(summary), str(summary.cost)]
@@ -231,7 +190,7 @@ def _page(client: Any, summary: Summary, trials: Sequence[Any], text: str) -> st
     regret.update_layout(template="simple_white")
     plots = figure.to_html(full_html=False, include_plotlyjs=True)
     plots += regret.to_html(full_html=False, include_plotlyjs=False)
-    title = html.escape(f"{summary.name}-v{summary.version}")
+    title = html.escape(summary.title)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<body style="font-family: sans-serif; max-width: 70em; margin: 2em auto">'

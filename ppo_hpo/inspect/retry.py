@@ -29,8 +29,8 @@ from ppo_hpo.spec.errors import UserError
 
 #: Statuses of trials that can be requeued.
 STUCK = ("broken", "reserved")
-#: Seconds without a sign of life after which a worker counts as gone. These are two of Orion's heartbeats,
-#: and twice the time that Orion's workers wait for the algorithm's lock.
+#: Seconds without a sign of life after which a worker counts as gone: two of Orion's heartbeats, and twice
+#: the time that Orion's workers wait for the algorithm's lock.
 PATIENCE = 120.0
 # Seconds to wait for the algorithm's lock.
 _LOCK_SECONDS = 10.0
@@ -41,7 +41,7 @@ _ERROR_CHARACTERS = 200
 def retry(
     name: str, config: str | None = None, *, trial: str | None = None, status: str | None = None
 ) -> str:
-    """Requeue trials, and repair what a killed worker left behind.
+    """Requeue trials, and repair what a killed worker left behind; what was done, for the user.
 
     Args:
         name: name of the experiment, or path of a sweep's directory.
@@ -49,13 +49,6 @@ def retry(
         trial: id of the only trial to requeue, or the beginning of it. It is requeued even if its worker was
             seen less than two minutes ago.
         status: requeue only trials of this status, ``broken`` or ``reserved``.
-
-    Returns:
-        What was done, for the user.
-
-    Raises:
-        UserError: there is no such experiment or trial, or the named trial is not stuck, or a process trains
-            it.
     """
     client = open_experiment(name, config, mode="w")
     chosen = _choose(client.fetch_trials(), name, trial, status)
@@ -70,14 +63,7 @@ def retry(
 
 
 def repair(client: Any) -> list[str]:
-    """Requeue reserved trials that a killed worker left, and repair the algorithm, as `retry` does.
-
-    Args:
-        client: Orion's client of the experiment.
-
-    Returns:
-        What was done, one line each.
-    """
+    """Requeue reserved trials that a killed worker left, and repair the algorithm, as `retry` does."""
     reserved = client.fetch_trials_by_status("reserved")
     return [_requeue(client, trial, named=False) for trial in reserved] + _repair_algorithm(client)
 
@@ -132,11 +118,7 @@ def _requeue(client: Any, trial: Any, *, named: bool) -> str:
 
 
 def seconds_since(moment: datetime.datetime | None) -> float:
-    """Seconds since a moment, by this machine's clock; infinity for None.
-
-    Args:
-        moment: a time in UTC without a time zone, as Orion stores it.
-    """
+    """Seconds since a moment in UTC without a time zone, as Orion stores it; infinity for None."""
     return float("inf") if moment is None else (_now() - moment).total_seconds()
 
 
@@ -165,10 +147,7 @@ def _release_lock(client: Any) -> tuple[list[str], str]:
     """Release the algorithm's lock if it was held for too long.
 
     Orion's own calls cannot do this: they neither say since when the lock is held, nor release it only if
-    its holder is still the same.
-
-    Returns:
-        What was done, and what to say if the lock cannot be acquired now.
+    its holder is still the same. This returns what was done, and what to say if the lock is still held.
     """
     database, query = client.storage._db, {"experiment": client.id, "locked": 1}
     found = database.read("algo", query)

@@ -57,16 +57,11 @@ class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        max_trials: int = 20,
-        env: str | None = None,
-        space: str = "default",
-        epochs: str | int | None = None,
-        seed: int | None = None,
-        overrides: Mapping[str, Mapping[str, Any]] | None = None,
-        device: str = "auto",
+        self, max_trials: int = 20, env: str | None = None, space: str = "default",
+        epochs: str | int | None = None, seed: int | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None, device: str = "auto",
         directory: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if type(max_trials) is not int or max_trials < 1:
             raise UserError(f"`max_trials` must be a whole number of at least 1, but got {max_trials!r}.")
         given = {
@@ -95,15 +90,7 @@ class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
             raise UserError("This space searches nothing, because every value is fixed.")
 
     def call(self, **params: Any) -> list[dict[str, Any]]:
-        """Run one trial, or resume it.
-
-        Args:
-            **params: hyperparameters that Orion proposes, nested as in the space.
-
-        Returns:
-            Orion's results: the objective, which is the negative mean episode return of the last evaluation,
-            and the statistics.
-        """
+        """Run or resume a trial. Its objective is the negative mean episode return of the last evaluation."""
         return self._objective(**params)
 
     def get_search_space(self) -> dict[str, str]:

@@ -34,15 +34,10 @@ _SHOWN_NAMES = 8
 
 @dataclass(frozen=True)
 class Database:
-    """A database of Orion's.
+    """A database of Orion's."""
 
-    Attributes:
-        storage: Orion's configuration of the storage; None if Orion finds it by itself.
-        named_by: the place that names the database, for messages.
-    """
-
-    storage: Any
-    named_by: str
+    storage: Any  # Orion's configuration of the storage; None if Orion finds it by itself.
+    named_by: str  # The place that names the database, for messages.
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -59,14 +54,7 @@ class Database:
         return f"{text} (from {self.named_by})" if text else f"of {self.named_by}"
 
     def open(self) -> Any:
-        """Open the database.
-
-        Returns:
-            Orion's storage.
-
-        Raises:
-            UserError: the database is a file that does not exist.
-        """
+        """Open the database, and return Orion's storage. A file that does not exist raises UserError."""
         host = self.settings.get("host")
         is_file = str(self.settings.get("type")).lower() in _FILES
         # Orion would create the file of a mistyped name, and its directories, and find nothing in it.
@@ -84,15 +72,7 @@ class Database:
 
 
 def find_database(config: str | None = None, name: str | None = None) -> Database:
-    """Find the database of an experiment, in the order that this module's docstring gives.
-
-    Args:
-        config: Orion's configuration file that the user named.
-        name: name of the experiment, or path of a sweep's directory.
-
-    Raises:
-        UserError: the configuration file cannot be read.
-    """
+    """Find the database of an experiment or a sweep's directory, in the order of this module's docstring."""
     file = Path(config) if config is not None else Path(name or "") / "orion.yaml"
     if config is not None or (name and file.is_file()):
         content = yamlio.load(file)
@@ -108,18 +88,12 @@ def find_database(config: str | None = None, name: str | None = None) -> Databas
 
 
 def open_experiment(name: str, config: str | None = None, mode: str = "r") -> Any:
-    """Open an experiment that is in Orion's database.
+    """Open Orion's client of an experiment.
 
     Args:
         name: name of the experiment, or path of a sweep's directory.
         config: Orion's configuration file; None looks in the places that this module's docstring lists.
         mode: ``r`` to read, ``w`` to write as well.
-
-    Returns:
-        Orion's `ExperimentClient`.
-
-    Raises:
-        UserError: there is no such experiment, or its database cannot be opened.
     """
     database = find_database(config, name)
     try:
@@ -133,13 +107,17 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
         raise
     except Exception as error:
         # Orion does not check its configuration, so a mistake there can raise any error.
-        text = hide_passwords(" ".join(f"{type(error).__name__}: {error}".split())[:300])
-        raise UserError(f"The database {database} cannot be opened ({text}).") from None
+        raise UserError(f"The database {database} cannot be opened ({in_short(error)}).") from None
     others = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
     hint = "" if config else " Name another one with -c FILE, or with ORION_DB_TYPE and ORION_DB_ADDRESS."
     raise UserError(
         f"There is no experiment {name!r} in the database {database}, which has {others or 'none'}.{hint}"
     )
+
+
+def in_short(error: BaseException) -> str:
+    """An error in one line of limited length, without passwords."""
+    return hide_passwords(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 def _name_in(names: list[str], name: str, database: Database) -> str | None:

@@ -2,7 +2,7 @@
 
 Each function below `_apply` fixes one defect and says where the defect is known. It acts only where Orion
 fails, waits for ever or sorts by NaN. A sweep that went well without it gets the same suggestions.
-docs/how-to/orion-hunt.md lists the defects that a plugin cannot fix, and what to do about them.
+docs/how-to/orion-hunt.md lists the defects that a plugin cannot fix.
 
 The patches are for the version of Orion that they were tested with. ``PPO_HPO_FIXES=0`` in the environment
 turns them off. ``tests/orion/test_fixes.py`` shows each defect in unpatched Orion, and fails once it is gone.
@@ -24,11 +24,7 @@ _OUR_COMMANDS = ("ppo-hpo", "ppo_hpo")
 
 
 def install() -> bool:
-    """Fix Orion in this process.
-
-    Returns:
-        Whether it is fixed; see `ppo_hpo.orion.patch.install_once`.
-    """
+    """Fix Orion in this process; whether it is fixed."""
     return patch.install_once(VARIABLE, "The fixes of Orion", _apply)
 
 
@@ -221,14 +217,7 @@ def _ensure_trial_working_dir(original: Callable[..., None]) -> Callable[..., No
 
 
 def make_directory_without_parent(client: Any, trial: Any) -> None:
-    """Make a trial's directory if its parent's directory is not on this machine. Orion then copies nothing.
-
-    Args:
-        client: Orion's experiment, or its client.
-        trial: Orion's trial.
-    """
-    if not trial.parent:
-        return
-    parent = client.get_trial(uid=trial.parent)
+    """Make a trial's directory if its parent's is not on this machine. Orion then copies nothing."""
+    parent = client.get_trial(uid=trial.parent) if trial.parent else None
     if parent is not None and not os.path.isdir(parent.working_dir):
         os.makedirs(trial.working_dir, exist_ok=True)

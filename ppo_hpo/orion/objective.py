@@ -40,33 +40,18 @@ def _stop_if_asked() -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """A function that runs one trial and returns its results. It can be pickled.
+    """A function that runs one trial and returns its results. It can be pickled."""
 
-    Attributes:
-        space: search space. Its fixed values complete the hyperparameters that Orion proposes.
-        overrides: values by group and key, which replace those of the space and of Orion.
-        directory: parent directory for trials that have no directory of Orion's.
-        options: what is asked of each trial.
-        console: whether trials log to standard error.
-        log_stops: whether to log why a hunt stops. The ExecutionError has the same text as its ``reason``.
-    """
-
-    space: Space
-    overrides: Overrides = field(default_factory=dict)
-    directory: Path | None = None
+    space: Space  # Its fixed values complete the hyperparameters that Orion proposes.
+    overrides: Overrides = field(default_factory=dict)  # They replace values of the space and of Orion.
+    directory: Path | None = None  # Parent directory for trials that have no directory of Orion's.
     options: RunOptions = field(default_factory=lambda: RunOptions(retries=RETRIES))
-    console: bool = True
+    console: bool = True  # Whether trials log to standard error.
+    # Whether to log why a hunt stops. The ExecutionError has the same text as its `reason`.
     log_stops: bool = True
 
     def config(self, params: Mapping[str, Any]) -> TrialConfig:
-        """Make and check the configuration of one trial.
-
-        Args:
-            params: hyperparameters that Orion proposes, nested as in the space.
-
-        Raises:
-            UserError: a value breaks a rule.
-        """
+        """Make and check the configuration of one trial from the hyperparameters that Orion proposes."""
         return TrialConfig.from_mapping(fill(self.space, params, self.overrides))
 
     def __call__(self, trial: Trial | None = None, **params: Any) -> list[dict[str, Any]]:
@@ -81,9 +66,8 @@ class Objective:
             Orion's results: the objective and the statistics.
 
         Raises:
-            orion.core.worker.consumer.ExecutionError: the trial failed in a way that other trials would fail
-                too, so the hunt should stop. `workon` turns this into a KeyboardInterrupt, and marks the
-                trial interrupted.
+            orion.core.worker.consumer.ExecutionError: other trials would fail in the same way, so the hunt
+                should stop. `workon` turns this into a KeyboardInterrupt, and marks the trial interrupted.
         """
         try:
             return self.run(trial, params)
@@ -171,9 +155,8 @@ def objective(
         space = Space("configuration", Path(), fixed, {})
     space = with_fidelities(space, fidelities)
     options = RunOptions(
-        device_name(device), trials_per_device, checkpoint_store, retries=retries,
-        stop_poor=stop_poor,
-    )  # fmt: skip
+        device_name(device), trials_per_device, checkpoint_store, retries=retries, stop_poor=stop_poor
+    )
     chosen = {group: dict(values) for group, values in (overrides or {}).items()}
     if env is not None:
         chosen.setdefault("env", {})["id"] = env
@@ -187,10 +170,6 @@ def prepare_trial(client: ExperimentClient, trial: Trial) -> None:
     Orion copies the parent's directory, and fails if it is not there. Workers that share only the database
     and a checkpoint store use ``client.workon(..., prepare_trial=prepare_trial)``. The trial then resumes
     from the store.
-
-    Args:
-        client: Orion's client of the experiment.
-        trial: Orion's trial.
     """
     from orion.client.runner import prepare_trial_working_dir
 

@@ -1,8 +1,4 @@
-"""The one place that decides whether this process may patch Orion.
-
-`ppo_hpo.orion.speedups` and `ppo_hpo.orion.fixes` replace functions of Orion. They do so only in the version
-of Orion that they were tested with, and only if the user did not turn them off.
-"""
+"""Decides for `speedups` and `fixes`, which replace functions of Orion, whether they may do so."""
 
 from __future__ import annotations
 
@@ -20,23 +16,16 @@ _installed: dict[str, bool] = {}
 
 
 def install_once(variable: str, name: str, apply: Callable[[], None]) -> bool:
-    """Apply patches to Orion, at most once in a process.
+    """Apply patches to Orion, at most once in a process; whether they are in force.
 
-    Args:
-        variable: environment variable that turns the patches off when its value is ``0``. It also identifies
-            them: a second call with the same variable only returns the first answer.
-        name: what the patches are called in the log.
-        apply: makes the patches. If it raises, the next call tries again.
-
-    Returns:
-        Whether the patches are in force. They are not if the user turned them off, or if this is not the
-        tested version of Orion.
+    They are not if this is not the tested version of Orion, or if the environment variable is ``0``. The
+    variable also identifies the patches.
     """
     with _lock:
         if variable not in _installed:
             allowed = os.environ.get(variable, "1") != "0" and _is_tested_version(name)
             if allowed:
-                apply()
+                apply()  # If it raises, the next call tries again.
             _installed[variable] = allowed
         return _installed[variable]
 

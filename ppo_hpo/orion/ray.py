@@ -14,13 +14,10 @@ from orion.executor.base import AsyncException, AsyncResult, BaseExecutor, Execu
 
 
 class _RayFuture(Future):  # type: ignore[misc]
-    """A call on the cluster, by Ray's reference to its result."""
-
     def __init__(self, reference: Any) -> None:
         self.reference = reference
 
     def get(self, timeout: float | None = None) -> Any:
-        """Wait for the result and return it, or raise what the call raised."""
         import ray
 
         try:
@@ -34,23 +31,16 @@ class _RayFuture(Future):  # type: ignore[misc]
             raise
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the call is done, at most ``timeout`` seconds."""
         import ray
 
         ray.wait([self.reference], timeout=timeout)
 
     def ready(self) -> bool:
-        """Whether the call is done."""
         import ray
 
         return bool(ray.wait([self.reference], timeout=0)[0])
 
     def successful(self) -> bool:
-        """Whether the call raised nothing.
-
-        Raises:
-            ValueError: the call is not done yet.
-        """
         if not self.ready():
             raise ValueError("the call is not done yet")
         try:
@@ -71,20 +61,12 @@ class Ray(BaseExecutor):  # type: ignore[misc]
         num_gpus: GPUs for each trial, which may be a fraction.
         retries: number of times that a trial is started again after its worker process died.
         **config: further arguments of ``ray.init``.
-
-    Raises:
-        ImportError: Ray is not installed.
     """
 
     def __init__(
-        self,
-        n_workers: int = -1,
-        address: str | None = None,
-        num_cpus: float = 1,
-        num_gpus: float = 0,
-        retries: int = 0,
-        **config: Any,
-    ) -> None:
+        self, n_workers: int = -1, address: str | None = None, num_cpus: float = 1, num_gpus: float = 0,
+        retries: int = 0, **config: Any,
+    ) -> None:  # fmt: skip
         super().__init__(n_workers)
         try:
             import ray
@@ -93,11 +75,8 @@ class Ray(BaseExecutor):  # type: ignore[misc]
         self._owner = not ray.is_initialized()
         if self._owner:
             if address is None:
-                config = {
-                    "num_cpus": n_workers if n_workers > 0 else None,
-                    "include_dashboard": False,
-                    **config,
-                }
+                cpus = n_workers if n_workers > 0 else None
+                config = {"num_cpus": cpus, "include_dashboard": False, **config}
             ray.init(address=address, **config)
         if n_workers <= 0:
             self.n_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -114,11 +93,7 @@ class Ray(BaseExecutor):  # type: ignore[misc]
         self._owner, self._open, self._closed = False, [], False
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> _RayFuture:
-        """Let the cluster call ``function(*args, **kwargs)``.
-
-        Raises:
-            ExecutorClosed: this executor is closed.
-        """
+        """Let the cluster call ``function(*args, **kwargs)``."""
         import cloudpickle
         import ray
 
@@ -137,12 +112,7 @@ class Ray(BaseExecutor):  # type: ignore[misc]
     def async_get(self, futures: list[_RayFuture], timeout: float | None = 0.01) -> list[Any]:
         """Remove the calls that are done from ``futures``, and return their results.
 
-        Args:
-            futures: calls that were submitted.
-            timeout: seconds to wait for the first of them.
-
-        Returns:
-            An `AsyncResult` or an `AsyncException` for each.
+        If none is done yet, this waits at most ``timeout`` seconds.
         """
         import ray
 

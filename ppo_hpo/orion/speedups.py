@@ -1,17 +1,16 @@
 """Patches that remove the copies which make Orion slower with every trial.
 
-Orion keeps the state of its algorithm in the database, and each worker reads and writes that state twice for
-every trial. On the way, each wrapper around the algorithm copies the state by `copy.deepcopy`. All trials in
-the state are unpickled and pickled again, although few of them have changed. At 500 trials this is most of
-the time that Orion takes.
+Each worker reads and writes the state of the algorithm twice for every trial. On the way, each wrapper
+around the algorithm copies the state by `copy.deepcopy`, and all trials in it are unpickled and pickled
+again, although few of them have changed. At 500 trials this is most of the time that Orion takes.
 
 `install` replaces the following parts of Orion and nothing else. The suggestions stay the same. The stored
 state stays a plain pickle, which Orion can read without ppo_hpo.
 
 - `copy` in the modules that handle the state of an algorithm. While a worker reads or writes the state, no
   other code holds it, so the copy is left out.
-- `pickle` in `orion.storage.legacy`, which uses it for the state only. Each trial is pickled once, and its
-  bytes are used again until the trial changes. When a state is read, trials are recognised by their bytes.
+- `pickle` in `orion.storage.legacy`. Each trial is pickled once, and its bytes are used again until the trial
+  changes. When a state is read, trials are recognised by their bytes.
 - `Experiment.acquire_algorithm_lock`, which tells the two replacements above when a state is read or written.
 - `Experiment.is_done` and the two properties behind `BaseAlgorithm.is_done`, which loop over all trials.
 
@@ -59,11 +58,7 @@ _FLATTENING_MODULES = ("orion.algo.tpe.tpe", "orion.algo.asha.asha", "orion.algo
 
 
 def install() -> bool:
-    """Remove the copies from Orion in this process.
-
-    Returns:
-        Whether they are removed; see `ppo_hpo.orion.patch.install_once`.
-    """
+    """Remove the copies from Orion in this process; whether they are removed."""
     return patch.install_once(VARIABLE, "The speed-ups of Orion", _apply)
 
 
@@ -96,17 +91,9 @@ def _apply() -> None:
 
 
 class _StateAccess(threading.local):
-    """What this thread does with the state of an algorithm.
-
-    Attributes:
-        active: whether the thread is reading or writing a state at this moment.
-        state: the state that was read since the algorithm was locked.
-        pickled: the bytes of that state.
-    """
-
-    active = False
-    state: Any = None
-    pickled = b""
+    active = False  # Whether this thread is reading or writing a state at this moment.
+    state: Any = None  # The state that was read since the algorithm was locked.
+    pickled = b""  # The bytes of that state.
 
     def forget_state(self) -> None:
         self.state, self.pickled = None, b""
@@ -164,10 +151,8 @@ class _StatePickle:
 
 
 class _PickledTrial(NamedTuple):
-    """A trial, what it contained when it was pickled, and its pickle."""
-
     trial: Any
-    content: Any
+    content: Any  # What the trial contained when it was pickled.
     pickled: bytes
 
 
@@ -176,9 +161,6 @@ class _TrialPickles:
 
     In the pickle of a state each trial is a call of `pickle.loads` on the trial's own pickle. So the pickle
     of a trial that has not changed can be used again, and plain `pickle` reads the whole.
-
-    Args:
-        trial_class: Orion's class of trials.
     """
 
     def __init__(self, trial_class: Any) -> None:
@@ -218,7 +200,6 @@ class _TrialPickles:
         return bool(entry.content == self.content(entry.trial))
 
     def dumps(self, state: Any) -> bytes:
-        """Pickle a state."""
         buffer = io.BytesIO()
         with self._lock, _without_garbage_collection():
             pickler = _StatePickler(buffer, self)

@@ -20,7 +20,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from orion.core.io.database import Database, DatabaseError, DatabaseTimeout, DuplicateKeyError
 from orion.core.io.database.ephemeraldb import EphemeralDocument
@@ -29,6 +29,8 @@ from orion.core.utils.flatten import flatten
 if TYPE_CHECKING:
     import sqlite3
 
+# A document's fields, or a query of Orion's.
+Fields = dict[str, Any]
 # The fields that Orion asks for most, and their columns. SQLite answers whether one of them equals a value.
 _COLUMNS = {"_id": "oid", "experiment": "experiment", "id": "uid", "status": "status"}
 # Byte strings that are longer (the algorithm's state) have a table of their own, and are written only when
@@ -57,23 +59,18 @@ def _plain(value: Any) -> Any:
     """A value that SQLite compares in the same way as Python; None if it is not such a value."""
     if type(value).__module__ == "numpy" and hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, bool):
-        return int(value)
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, int):
+    if isinstance(value, int):  # This includes truth values.
         return int(value) if -(2**63) <= value < 2**63 else None
-    if isinstance(value, float) and value == value:
-        return float(value)
-    return None
+    return float(value) if isinstance(value, float) and value == value else None
 
 
 class _Document(EphemeralDocument):  # type: ignore[misc]
     """A document, and its number in the file."""
 
-    def __init__(self, number: int, data: dict[str, Any]) -> None:
-        self.number = number
-        self._data = data
+    def __init__(self, number: int, data: Fields) -> None:
+        self.number, self._data = number, data
 
 
 class SQLiteDB(Database):  # type: ignore[misc]
@@ -82,8 +79,6 @@ class SQLiteDB(Database):  # type: ignore[misc]
     Args:
         host: path of the file. An empty one means ``orion_db.sqlite`` in the user's data directory of Orion.
         timeout: seconds to wait for other processes before DatabaseTimeout is raised.
-        *args: ignored.
-        **kwargs: ignored.
     """
 
     host: str
@@ -101,18 +96,14 @@ class SQLiteDB(Database):  # type: ignore[misc]
         return True
 
     @classmethod
-    def get_defaults(cls) -> dict[str, Any]:
+    def get_defaults(cls) -> Fields:
         """The default path of the file, in the user's data directory of Orion."""
         import orion.core
 
         return {"host": os.path.join(orion.core.DIRS.user_data_dir, "orion", "orion_db.sqlite")}
 
     def initiate_connection(self) -> None:
-        """Create the file and its tables, if they do not exist.
-
-        Raises:
-            DatabaseError: the file belongs to another program, or has another version.
-        """
+        """Create the file and its tables, if they do not exist."""
         self.host = os.path.abspath(self.host)
         os.makedirs(os.path.dirname(self.host), exist_ok=True)
         with self._transaction(write=False) as db:
@@ -157,28 +148,26 @@ class SQLiteDB(Database):  # type: ignore[misc]
             if db is not None:
                 db.close()  # This rolls back what was not committed.
 
-    def _narrow(self, collection: str, query: dict[str, Any] | None) -> tuple[str, list[Any], bool]:
+    def _narrow(self, collection: str, query: Fields | None) -> tuple[str, list[Any], bool]:
         """The part of a query that SQLite can answer, its arguments, and whether it is the whole query."""
-        terms, arguments, whole = ["collection = ?"], [collection], True
+        arguments: list[Any] = [collection]
+        terms, whole = ["collection = ?"], True
         for key, value in flatten(query or {}).items():
             name, _, operator = key.rpartition(".")
             if key in _COLUMNS and (plain := _plain(value)) is not None:
                 terms.append(f"{_COLUMNS[key]} = ?")
                 arguments.append(plain)
-            elif (
-                operator == "$in"
-                and name in _COLUMNS
-                and all(_plain(item) is not None for item in value)
-                and len(value) < 100
-            ):
-                terms.append(f"{_COLUMNS[name]} IN ({', '.join('?' * len(value))})")
-                arguments += map(_plain, value)
-            else:
+                continue
+            values = [_plain(item) for item in value] if operator == "$in" and name in _COLUMNS else [None]
+            if None in values or len(values) >= 100:
                 whole = False
+            else:
+                terms.append(f"{_COLUMNS[name]} IN ({', '.join('?' * len(values))})")
+                arguments += values
         return " AND ".join(terms), arguments, whole
 
     def _find(
-        self, db: sqlite3.Connection, collection: str, query: dict[str, Any] | None, first: bool = False
+        self, db: sqlite3.Connection, collection: str, query: Fields | None, first: bool = False
     ) -> list[_Document]:
         where, arguments, whole = self._narrow(collection, query)
         found = []
@@ -200,14 +189,12 @@ class SQLiteDB(Database):  # type: ignore[misc]
                     break
         return found
 
-    def _insert(self, db: sqlite3.Connection, collection: str, data: dict[str, Any]) -> None:
+    def _insert(self, db: sqlite3.Connection, collection: str, data: Fields) -> None:
         if "_id" not in data:
             data["_id"] = self._new_id(db, collection)
-        document = _Document(0, flatten(data))
         cursor = db.execute("INSERT INTO documents (collection, content) VALUES (?, '')", (collection,))
         assert cursor.lastrowid is not None
-        document.number = cursor.lastrowid
-        self._store(db, collection, document, {})
+        self._store(db, collection, _Document(cursor.lastrowid, flatten(data)), {})
 
     @staticmethod
     def _new_id(db: sqlite3.Connection, collection: str) -> int:
@@ -223,19 +210,15 @@ class SQLiteDB(Database):  # type: ignore[misc]
         none = db.execute("SELECT 1 FROM documents WHERE collection = ? LIMIT 1", (collection,)).fetchone()
         return 1 if none is None else 0
 
-    def _store(
-        self, db: sqlite3.Connection, collection: str, document: _Document, before: dict[str, Any]
-    ) -> None:
+    def _store(self, db: sqlite3.Connection, collection: str, document: _Document, before: Fields) -> None:
         data, number = document._data, document.number
         large = {key: value for key, value in data.items() if type(value) is bytes and len(value) > _LARGE}
         rest = {key: None if key in large else value for key, value in data.items()}
+        columns = [_plain(data.get(key)) for key in _COLUMNS]
+        content = pickle.dumps((rest, list(large)), pickle.HIGHEST_PROTOCOL)
         db.execute(
             "UPDATE documents SET oid = ?, experiment = ?, uid = ?, status = ?, content = ? WHERE number = ?",
-            (
-                *(_plain(data.get(key)) for key in _COLUMNS),
-                pickle.dumps((rest, list(large)), pickle.HIGHEST_PROTOCOL),
-                number,
-            ),
+            (*columns, content, number),
         )
         for key, value in before.items():
             if type(value) is bytes and len(value) > _LARGE and key not in large:
@@ -288,23 +271,15 @@ class SQLiteDB(Database):  # type: ignore[misc]
             return dict.fromkeys(self._indexes(db, collection_name), True)
 
     def drop_index(self, collection_name: str, name: str) -> None:
-        """Remove a unique index.
-
-        Raises:
-            DatabaseError: there is no such index.
-        """
+        """Remove a unique index."""
         with self._transaction() as db:
             if name not in self._indexes(db, collection_name) or name == "_id_":
                 raise DatabaseError(f"index not found with name {name}")
             for table in ("indexes", "uniques"):
                 db.execute(f"DELETE FROM {table} WHERE collection = ? AND name = ?", (collection_name, name))
 
-    def write(self, collection_name: str, data: Any, query: dict[str, Any] | None = None) -> int:
-        """Insert documents, or update those that match a query; return how many.
-
-        Raises:
-            DuplicateKeyError: a unique index has such a document already.
-        """
+    def write(self, collection_name: str, data: Any, query: Fields | None = None) -> int:
+        """Insert documents, or update those that match a query; return how many."""
         with self._transaction() as db:
             if query is None:
                 documents = data if isinstance(data, list | tuple) else [data]
@@ -316,41 +291,31 @@ class SQLiteDB(Database):  # type: ignore[misc]
                 self._update(db, collection_name, document, data)
             return len(found)
 
-    def _update(
-        self, db: sqlite3.Connection, collection: str, document: _Document, data: dict[str, Any]
-    ) -> None:
+    def _update(self, db: sqlite3.Connection, collection: str, document: _Document, data: Fields) -> None:
         before = dict(document._data)
         document.update({"$set": data})
         self._store(db, collection, document, before)
 
     def read(
-        self,
-        collection_name: str,
-        query: dict[str, Any] | None = None,
-        selection: dict[str, Any] | None = None,
-    ) -> list[dict[str, Any]]:
+        self, collection_name: str, query: Fields | None = None, selection: Fields | None = None
+    ) -> list[Fields]:
         """Return the documents that match a query."""
         with self._transaction(write=False) as db:
             found = self._find(db, collection_name, query)
         return [document.select(selection) for document in found]
 
     def read_and_write(
-        self,
-        collection_name: str,
-        query: dict[str, Any],
-        data: dict[str, Any],
-        selection: dict[str, Any] | None = None,
-    ) -> dict[str, Any] | None:
+        self, collection_name: str, query: Fields, data: Fields, selection: Fields | None = None
+    ) -> Fields | None:
         """Update the first document that matches, and return it updated; None if there is none."""
         with self._transaction() as db:
             found = self._find(db, collection_name, query, first=True)
             if not found:
                 return None
             self._update(db, collection_name, found[0], data)
-        whole: dict[str, Any] = found[0].select(selection)
-        return whole
+        return cast(Fields, found[0].select(selection))
 
-    def count(self, collection_name: str, query: dict[str, Any] | None = None) -> int:
+    def count(self, collection_name: str, query: Fields | None = None) -> int:
         """Count the documents that match a query."""
         with self._transaction(write=False) as db:
             where, arguments, whole = self._narrow(collection_name, query)
@@ -359,7 +324,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
             (found,) = db.execute(f"SELECT count(*) FROM documents WHERE {where}", arguments).fetchone()
             return int(found)
 
-    def remove(self, collection_name: str, query: dict[str, Any]) -> int:
+    def remove(self, collection_name: str, query: Fields) -> int:
         """Remove the documents that match a query; return how many."""
         with self._transaction() as db:
             found = self._find(db, collection_name, query)

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 from ppo_hpo.spec.errors import Interrupted
@@ -20,9 +21,7 @@ STOP_SECONDS = 10.0
 def serve(connection_fd: int, lifeline: int) -> NoReturn:
     """Answer calls until the executor is gone, then end this process.
 
-    Args:
-        connection_fd: file descriptor of the connection that calls come from.
-        lifeline: file descriptor of a pipe that closes when the executor's process ends.
+    The lifeline is the file descriptor of a pipe that closes when the executor's process ends.
     """
     from ppo_hpo.trial import gpu_slots
     from ppo_hpo.trial.process import leave
@@ -57,8 +56,6 @@ def serve(connection_fd: int, lifeline: int) -> NoReturn:
 
 def _answer(pickled_call: bytes) -> bytes:
     """Make a call; its result, its error and the error's traceback, pickled."""
-    import warnings
-
     import cloudpickle
 
     try:

@@ -1,8 +1,7 @@
 """An executor for Orion that runs trials in separate processes, and survives when one of them dies.
 
 Orion's own pools fork. A forked worker that has copied half of torch's threads hangs. It is also a daemon, so
-it cannot start processes, and when it dies `workon` waits for ever. Here each worker is a new Python process
-that makes one call at a time:
+it cannot start processes, and when it dies `workon` waits for ever. Here each worker is a new Python process:
 
 - It is started by a command, so scripts need no ``if __name__ == "__main__"``.
 - It has a session of its own, so Ctrl-C reaches only this process, which then stops its workers.
@@ -21,6 +20,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -49,8 +49,6 @@ class WorkerDied(RuntimeError):
 
 
 class _Task(Future):  # type: ignore[misc]
-    """A call and its result."""
-
     def __init__(self, executor: Workers, pickled_call: bytes, retries: int) -> None:
         self.executor, self.pickled_call, self.retries = executor, pickled_call, retries
         self.done = False
@@ -59,11 +57,6 @@ class _Task(Future):  # type: ignore[misc]
         self.traceback = ""
 
     def get(self, timeout: float | None = None) -> Any:
-        """Wait for the result and return it, or raise what the call raised.
-
-        Raises:
-            TimeoutError: the call is not done after ``timeout`` seconds.
-        """
         self.wait(timeout)
         if not self.done:
             raise TimeoutError
@@ -72,21 +65,14 @@ class _Task(Future):  # type: ignore[misc]
         return self.value
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the call is done, at most ``timeout`` seconds."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while not self.done and (end is None or time.monotonic() < end):
-            self.executor.poll_workers(1.0 if end is None else max(0.0, min(1.0, end - time.monotonic())))
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.done and (left := end - time.monotonic()) > 0:
+            self.executor.poll_workers(min(1.0, left))
 
     def ready(self) -> bool:
-        """Whether the call is done."""
         return self.done
 
     def successful(self) -> bool:
-        """Whether the call raised nothing.
-
-        Raises:
-            ValueError: the call is not done yet.
-        """
         if not self.done:
             raise ValueError("the call is not done yet")
         return self.error is None
@@ -96,8 +82,6 @@ class _Task(Future):  # type: ignore[misc]
 
 
 class _Worker:
-    """A worker process, and the task that it works on."""
-
     def __init__(self) -> None:
         self.task: _Task | None = None
         self.connection, theirs = multiprocessing.connection.Pipe()
@@ -147,26 +131,17 @@ class Workers(BaseExecutor):  # type: ignore[misc]
             of usable CPU cores.
         retries: how many times a call is repeated whose worker died. Use 0 for calls that must not run twice.
             A trial resumes from its checkpoint.
-        **config: not allowed.
-
-    Raises:
-        TypeError: another argument is given.
     """
 
-    def __init__(self, n_workers: int = -1, retries: int = 0, **config: Any) -> None:
-        if config:
-            raise TypeError(f"`workers` takes n_workers and retries, but got {', '.join(config)}")
+    def __init__(self, n_workers: int = -1, retries: int = 0) -> None:
         super().__init__(n_workers if n_workers > 0 else usable_cores())
         self.retries = retries
         self._workers: list[_Worker] = []
         self._queue: collections.deque[_Task] = collections.deque()
         self._closed = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"n_workers": self.n_workers, "retries": self.retries}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Workers, (self.n_workers, self.retries)
 
     @property
     def processes(self) -> list[int]:
@@ -174,11 +149,7 @@ class Workers(BaseExecutor):  # type: ignore[misc]
         return [worker.process.pid for worker in self._workers]
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> _Task:
-        """Let a worker call ``function(*args, **kwargs)`` as soon as one is free.
-
-        Raises:
-            ExecutorClosed: this executor is closed.
-        """
+        """Let a worker call ``function(*args, **kwargs)`` as soon as one is free."""
         import cloudpickle
 
         if self._closed:
@@ -195,12 +166,7 @@ class Workers(BaseExecutor):  # type: ignore[misc]
     def async_get(self, futures: list[_Task], timeout: float | None = 0.01) -> list[Any]:
         """Remove the calls that are done from ``futures``, and return their results.
 
-        Args:
-            futures: calls that were submitted.
-            timeout: seconds to wait for the first of them.
-
-        Returns:
-            An `AsyncResult` or an `AsyncException` for each.
+        If none is done yet, this waits at most ``timeout`` seconds.
         """
         if not any(future.done for future in futures):
             self.poll_workers(timeout or 0.0)

@@ -94,7 +94,7 @@ def _retrained(client: Any, found: Sequence[Candidate], title: str, retraining: 
     _write(place / "best.json", json.dumps(about, indent=1) + "\n")
     if retraining.html is not None:
         _write(Path(retraining.html), page(title, tested, "\n".join(lines)))
-        lines.append(f"picture     {retraining.html}")
+        lines.append(f"page        {retraining.html}")
     return lines
 
 

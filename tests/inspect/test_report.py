@@ -120,7 +120,7 @@ def test_page_of_a_hunt(hunted: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    assert done.stdout.rstrip().endswith(f"plots       {page}")
+    assert done.stdout.rstrip().endswith(f"page        {page}")
     html = page.read_text(encoding="utf-8")
     assert html.startswith("<!doctype html>")
     assert html.rstrip().endswith("</html>")
@@ -282,7 +282,7 @@ def test_promoted_trials_are_counted_once(tmp_path: Path) -> None:
     client.insert({"optimizer": {"lr": 0.4}, "task": {"epochs": 1}})  # Orion calls it interrupted
     summary = summarise(client, client.fetch_trials())
     assert summary.by_status == {"completed": 6, "interrupted": 1}
-    assert (summary.name, summary.version, summary.algorithm) == (NAME, 1, "asha")
+    assert (summary.title, summary.algorithm) == (f"{NAME}-v1", "asha")
     assert summary.configurations == 3
     assert summary.max_epochs == 4
     # Epochs reached: 4, 2 and 1, of 100 steps each; starting again would be (1+2+4) + (1+2) + 1.
