@@ -71,40 +71,39 @@ def compare(folder: Path, output: Path, seeds: int) -> None:
 
     trial = TrialConfig.from_mapping(yamlio.load(folder / "untuned.yaml"))
     steps = trial.task.epochs * trial.task.steps_per_epoch
-    say(f"PPO on {trial.env.id}; a trial has {steps:,} environment steps. Higher returns are better.\n")
-    say("1. Train with the defaults of Stable-Baselines3. The mean return at the end:")
+    say(
+        f"PPO on {trial.env.id}. Each trial trains for {steps:,} environment steps. A return is the mean over"
+    )
+    say(f"{trial.task.eval_episodes} evaluation episodes; higher is better.\n")
+    say("1. Train with PPO's defaults (those of Stable-Baselines3). Return:")
     run(log, "ppo-hpo", "run", "--config", folder / "untuned.yaml", "--dir", output / "untuned",
         "--device", "cpu")  # fmt: skip
-    say(
-        f"2. Tune with `orion hunt`: {plan['experiment']['max_trials']} trials, two at a time. Their returns:"
-    )
+    say("2. Tune with `orion hunt`, two trials at a time. Returns of its trials:")
     run(log, "orion", "hunt", "-n", name, "-c", folder / "orion.yaml", "--working-dir", trials,
         "ppo-hpo", "run", "--config", folder / "space.yaml", "--device", "cpu")  # fmt: skip
-    say(
-        f"3. Retrain the best trial and the defaults on {seeds} new seeds with `ppo-hpo best`. Their returns:"
-    )
+    say(f"3. Retrain the best trial, and the defaults, on {seeds} fresh seeds, which no trial has trained:")
     winner = output / "winner.yaml"
     winner.unlink(missing_ok=True)
     run(log, "ppo-hpo", "best", name, "-c", output / "orion.yaml", "--top", "1", "--export", winner,
         "--test-seeds", str(seeds), "--against", folder / "untuned.yaml", "--test-dir", best,
-        "--device", "cpu")  # fmt: skip
+        "--device", "cpu", show_returns=False)  # fmt: skip
 
     total = sum(statistic(path, "env_steps") for path in trials.glob("*/results.json"))
     seconds = time.monotonic() - started
-    say(f"\nDone in {seconds:.0f} s. The search took {total:,.0f} environment steps in all.")
+    say(f"\nDone in {seconds:.0f} s in all. The search took {total:,.0f} environment steps.")
     say_comparison(folder, winner, best)
     command = typed(BIN / "ppo-hpo")
     say(f"\nNext:\n  {command} report {name} -c {typed(output / 'orion.yaml')}    # more about this search")
     say(f"  {command} run --config {typed(winner)}    # train the winner yourself")
-    say(f"  {command} sweep CartPole-v1    # tune PPO on your environment")
+    say(f"  {command} sweep CartPole-v1    # tune PPO on CartPole-v1, or name your environment")
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def run(log: Path, *command: str | Path) -> None:
-    """Run a command. Its output goes to the log, and its trials' returns to the screen, eight in a line.
+def run(log: Path, *command: str | Path, show_returns: bool = True) -> None:
+    """Run a command. Its output goes to the log, and the return of each trial, or a dot, to the screen.
 
     Raises:
         CommandFailed: the command's exit code is not 0.
@@ -121,13 +120,13 @@ def run(log: Path, *command: str | Path) -> None:
                 print(line, end="", file=file, flush=True)
                 if match := TRIAL_ENDED.search(line):
                     returns.append(float(match[1]))
-                    print(f"{returns[-1]:7.0f}", end="", flush=True)
-                    if len(returns) % RETURNS_PER_LINE == 0:
-                        say(f"   {time.monotonic() - started:4.0f} s, best {max(returns):.0f}")
+                    print(f"{returns[-1]:7.0f}" if show_returns else " .", end="", flush=True)
+                    if show_returns and len(returns) % RETURNS_PER_LINE == 0:
+                        say(f"   after {time.monotonic() - started:.0f} s, best so far {max(returns):.0f}")
         except KeyboardInterrupt:
             process.wait()
             raise
-    if len(returns) % RETURNS_PER_LINE:
+    if len(returns) % RETURNS_PER_LINE or not show_returns:
         say("")
     if process.returncode:
         raise CommandFailed(
@@ -139,16 +138,17 @@ def run(log: Path, *command: str | Path) -> None:
 def say_comparison(folder: Path, winner: Path, best: Path) -> None:
     """Print untuned and tuned, one below the other, and the hyperparameters in which they differ."""
     tuned, untuned = json.loads((best / "best.json").read_text())["tested"]
-    say(f"{'':10}steps of a trial    mean return on {len(tuned['scores'])} new seeds (lowest to highest)")
+    say(f"{'':10}{'steps':>9}   mean return on {len(tuned['scores'])} fresh seeds (lowest to highest)")
     for label, tested in (("untuned", untuned), ("tuned", tuned)):
         scores = tested["scores"]
         span = f"({min(scores):.0f} to {max(scores):.0f})"
-        say(f"{label:10}{tested['steps']:14,}{mean(scores):20.0f}  {span}")
+        say(f"{label:10}{tested['steps']:9,}   {mean(scores):5.0f}  {span}")
+    say("The best return in step 2 was partly luck. The fresh seeds give the honest number.")
     new, old = (
         TrialConfig.from_mapping(yamlio.load(path)).to_mapping() for path in (winner, folder / "untuned.yaml")
     )
     changes = [
-        f"{group if key == 'name' else key} {short(old[group][key])} -> {short(value)}"
+        f"{group}.{key} {short(old[group][key])} -> {short(value)}"
         for group in ("optimizer", "lr_schedule", "normalize", "model", "ppo")
         for key, value in new[group].items()
         if value != old[group][key]
