@@ -102,15 +102,6 @@ class _StateAccess(threading.local):
 _access = _StateAccess()
 
 
-@contextlib.contextmanager
-def _reading_or_writing() -> Iterator[None]:
-    _access.active = True
-    try:
-        yield
-    finally:
-        _access.active = False
-
-
 class _StateCopy:
     """Replaces the module `copy`, and leaves out the copies of a state."""
 
@@ -272,20 +263,18 @@ def _acquire_algorithm_lock(original: Callable[..., Any], legacy: type) -> Calla
             with lock as algorithm:
                 yield algorithm
             return
-        # Orion reads the state when it enters the lock, and writes it when it leaves the lock.
         _access.forget_state()
-        with _reading_or_writing():
-            algorithm = lock.__enter__()
+        # Orion reads the state when it enters the lock, and writes it when it leaves the lock.
+        _access.active = True
         try:
-            yield algorithm
-        except BaseException as error:
-            with _reading_or_writing():
-                if not lock.__exit__(type(error), error, error.__traceback__):
-                    raise
-        else:
-            with _reading_or_writing():
-                lock.__exit__(None, None, None)
+            with lock as algorithm:
+                _access.active = False
+                try:
+                    yield algorithm
+                finally:
+                    _access.active = True
         finally:
+            _access.active = False
             _access.forget_state()
 
     return acquire_algorithm_lock
