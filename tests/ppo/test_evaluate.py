@@ -86,8 +86,8 @@ def test_sampled_actions_have_their_own_noise_in_every_episode_and_step() -> Non
         expected = sampling_noise(stream, (300, 3), continuous=False)
         np.testing.assert_array_equal(noise, expected[lengths > step])
     # Gumbel noise alone picks each of three actions a third of the time, and one of them pays 1.
-    share = sum(result.returns) / result.steps
-    assert share == pytest.approx(1 / 3, abs=4 * np.sqrt(2 / 9 / result.steps))
+    share = sum(result.returns) / sum(result.lengths)
+    assert share == pytest.approx(1 / 3, abs=4 * np.sqrt(2 / 9 / sum(result.lengths)))
 
 
 def test_an_episode_without_a_time_limit_is_cut() -> None:
