@@ -64,14 +64,13 @@ def lacks_memory(error: BaseException) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Whether an error comes from a file system or a connection that failed for a reason that may pass."""
-
-    def one(error: BaseException) -> bool:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno in _TRANSIENT
+    return any(
+        e.errno in _TRANSIENT
+        if isinstance(e, OSError) and e.errno is not None
         # A process at the other end of a pipe went away, or did not answer.
-        return isinstance(error, EOFError | ConnectionError | TimeoutError)
-
-    return any(one(e) for e in _chain(error))
+        else isinstance(e, EOFError | ConnectionError | TimeoutError)
+        for e in _chain(error)
+    )
 
 
 def _is_about_files(error: BaseException) -> bool:
@@ -91,28 +90,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def one_line(error: BaseException) -> str:
     """An error in one line. The type of the error is left out if its text is written for users."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    if isinstance(error, UserError):
-        return text
-    return f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 @dataclass(frozen=True)
 class Record:
-    """Why a trial failed last, as its directory tells.
+    """Why a trial failed last, as its directory tells."""
 
-    Attributes:
-        error: the error in one line.
-        place: where it failed, see `retries.place_of`.
-        stopped: whether it stopped the hunt.
-        at: when it failed.
-        host: on which machine.
-    """
-
-    error: str
-    place: str | None
-    stopped: bool
-    at: str
-    host: str
+    error: str  # in one line
+    place: str | None  # where it failed, see `retries.place_of`
+    stopped: bool  # whether it stopped the hunt
+    at: str  # when it failed
+    host: str  # on which machine
 
 
 def read_record(directory: Path) -> Record | None:
@@ -124,9 +113,8 @@ def read_record(directory: Path) -> Record | None:
         texts = [content["error"], content["at"], content["host"], content["place"] or ""]
         if not all(type(text) is str and text.isprintable() for text in texts):
             return None
-        return Record(
-            content["error"], content["place"], content["stopped"] is True, content["at"], content["host"]
-        )
+        stopped = content["stopped"] is True
+        return Record(content["error"], content["place"], stopped, content["at"], content["host"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # A UserError is a ValueError.
         return None
 
@@ -156,15 +144,9 @@ def remove_record(directory: Path) -> None:
 
 
 def stops_the_hunt(error: Exception, directory: Path, siblings: Path | None) -> bool:
-    """Decide what Orion should do about a failure, and write it down in the trial's directory.
+    """Decide whether a failure stops the hunt or the trial is broken, and write it down in its directory.
 
-    Args:
-        error: what ended the trial.
-        directory: directory of the trial's files.
-        siblings: directory that holds the directories of the experiment's trials.
-
-    Returns:
-        True if the hunt should stop and leave the trial interrupted, False if the trial is broken.
+    ``siblings`` is the directory that holds the directories of the experiment's trials.
     """
     if not isinstance(error, UserError) or isinstance(error, CheckpointError | OutOfMemory):
         stop = False

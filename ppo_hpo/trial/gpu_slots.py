@@ -21,7 +21,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 
 from ppo_hpo.spec.errors import MachineError
 from ppo_hpo.spec.user_dir import open_user_dir
@@ -43,18 +42,13 @@ def own_process() -> None:
 
 @contextlib.contextmanager
 def taken(
-    device: str,
-    limit: int | None = None,
-    *,
-    count: Callable[[], int],
-    log: logging.Logger,
+    device: str, limit: int | None = None, *, count: Callable[[], int], log: logging.Logger,
     tick: Callable[[], None] = lambda: None,
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """Take one GPU for one trial. Wait while every GPU has as many trials as it may have.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` (any visible GPU), ``cuda:N`` or ``cuda:N,M`` (any of these, by
-            torch's numbers).
+        device: as in `RunOptions`, by torch's numbers.
         limit: number of trials that each GPU may have. None means unlimited.
         count: torch's number of GPUs.
         log: gets a line that names the GPU.
@@ -106,20 +100,20 @@ def choose(free: Sequence[int | None], trials: Sequence[int], limit: int | None 
     with fewer trials is taken, then the first.
 
     Args:
-        free: free memory of each GPU, in MiB or any other unit.
+        free: free memory of each GPU, in any unit.
         trials: number of trials that each has already.
         limit: number of trials that each may have. None means unlimited.
 
     Returns:
         Its index, or None if every GPU has as many trials as it may have.
     """
-    known = [1 if memory is None else memory for memory in ([None] * len(free) if None in free else free)]
+    known = [memory or 0 for memory in free] if None not in free else [1] * len(free)
     open_ones = [index for index, count in enumerate(trials) if limit is None or count < limit]
-    return max(
-        open_ones,
-        key=lambda index: (Fraction(known[index], trials[index] + 1), -trials[index], -index),
-        default=None,
-    )
+
+    def preference(index: int) -> tuple[float, int, int]:
+        return known[index] / (trials[index] + 1), -trials[index], -index
+
+    return max(open_ones, key=preference, default=None)
 
 
 def _check_numbers(numbers: Sequence[int], n_gpus: int) -> None:
@@ -141,13 +135,9 @@ def _open_directory(log: logging.Logger) -> int | None:
 
 
 def _wait_for_slot(
-    directory: int | None,
-    numbers: Sequence[int] | None,
-    limit: int | None,
-    count: Callable[[], int],
-    log: logging.Logger,
-    tick: Callable[[], None],
-) -> tuple[int, Gpu, _Slot]:
+    directory: int | None, numbers: Sequence[int] | None, limit: int | None, count: Callable[[], int],
+    log: logging.Logger, tick: Callable[[], None],
+) -> tuple[int, Gpu, _Slot]:  # fmt: skip
     """Wait for a GPU that has room; return torch's number of it, the GPU, and the slot on it."""
     reminded = -_REMIND
     while True:
@@ -215,9 +205,8 @@ def _count_trials(directory: int | None, keys: Sequence[str]) -> list[int]:
     if directory is None:
         return [0] * len(keys)
     names = os.listdir(directory)
-    return [
-        sum(name.startswith(_prefix(key)) and _is_locked(directory, name) for name in names) for key in keys
-    ]
+    of_each = [[name for name in names if name.startswith(_prefix(key))] for key in keys]
+    return [sum(_is_locked(directory, name) for name in own) for own in of_each]
 
 
 def _is_locked(directory: int, name: str) -> bool:

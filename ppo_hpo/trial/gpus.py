@@ -1,7 +1,5 @@
 """The GPUs of this machine: names of devices, what the driver says, and what CUDA shows to a process.
 
-Nothing here takes a GPU. That is the task of `ppo_hpo.trial.gpu_slots`.
-
 The driver is asked through ``nvidia-smi``, which comes with it. `torch.cuda.mem_get_info` would take some
 hundred megabytes of each GPU that it looks at, and fix what the process can see. NVML's bindings
 (``nvidia-ml-py``) would be one more dependency for the same numbers, and do not know the rules in `visible`.
@@ -13,13 +11,9 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from ppo_hpo.spec.errors import UserError
-
-if TYPE_CHECKING:
-    import subprocess
 
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}(?:,\d{1,4})*))?", re.ASCII)
@@ -29,11 +23,7 @@ _DRIVER_TIMEOUT = 30.0
 
 
 def device_name(device: Any) -> str:
-    """A device as one word, such as ``cuda:0,1`` for a list of numbers or of names.
-
-    Raises:
-        UserError: it is no device's name.
-    """
+    """A device as one word, such as ``cuda:0,1`` for a list of numbers or of names."""
     text = device
     if isinstance(device, list | tuple):
         text = "cuda:" + ",".join(str(part).removeprefix("cuda:") for part in device)
@@ -51,36 +41,21 @@ def gpu_numbers(device: str) -> tuple[int, ...] | None:
     return tuple(map(int, found[1].split(","))) if found and found[1] else None
 
 
-@dataclass(frozen=True)
-class Card:
-    """What the driver says of one GPU.
+class Card(NamedTuple):
+    """What the driver says of one GPU."""
 
-    Attributes:
-        name: name of the product.
-        uuid: the driver's name for this one, ``GPU-...``.
-        free: free memory in MiB, or None if the driver does not say.
-        instances: names of its MIG instances, ``MIG-...``, if it is in MIG mode.
-    """
-
-    name: str
-    uuid: str
-    free: int | None
-    instances: tuple[str, ...] = ()
+    name: str  # of the product
+    uuid: str  # the driver's name for this one, GPU-...
+    free: int | None  # free memory in MiB, or None if the driver does not say
+    instances: tuple[str, ...] = ()  # names of its MIG instances, MIG-..., if it is in MIG mode
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU or a MIG instance that this process can use. torch numbers them in their order.
+class Gpu(NamedTuple):
+    """A GPU or a MIG instance that this process can use. torch numbers them in their order."""
 
-    Attributes:
-        token: what CUDA_VISIBLE_DEVICES calls it here.
-        key: a name that is the same for every process on the machine, as far as the driver tells.
-        free: free memory in MiB, or None if it is unknown.
-    """
-
-    token: str
-    key: str
-    free: int | None
+    token: str  # what CUDA_VISIBLE_DEVICES calls it here
+    key: str  # the same name for every process on the machine, as far as the driver tells
+    free: int | None  # free memory in MiB, or None if it is unknown
 
 
 def read_driver() -> tuple[Card, ...]:
@@ -91,24 +66,17 @@ def read_driver() -> tuple[Card, ...]:
     with contextlib.ExitStack() as stack:
         processes = []
         try:
-            for arguments in questions:
+            for arguments in questions:  # at the same time, because the driver may take seconds for each
                 process = subprocess.Popen(
                     ["nvidia-smi", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL, text=True, errors="replace",
                 )  # fmt: skip
-                stack.callback(_end, process)
+                stack.enter_context(process)
+                stack.callback(process.kill)
                 processes.append(process)
-            answers = [process.communicate(timeout=_DRIVER_TIMEOUT)[0] for process in processes]
+            return cards(*(process.communicate(timeout=_DRIVER_TIMEOUT)[0] for process in processes))
         except (OSError, subprocess.TimeoutExpired):
             return ()
-    return cards(*answers)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    assert process.stdout is not None
-    process.stdout.close()
-    process.wait()
 
 
 def cards(listing: str, memory: str) -> tuple[Card, ...]:
@@ -123,15 +91,14 @@ def cards(listing: str, memory: str) -> tuple[Card, ...]:
         if card := re.fullmatch(r"\s*GPU \d+: (.*) \(UUID: (GPU-[^)\s]+)\)\s*", line):
             found.append(Card(card[1], card[2], free.get(card[2])))
         elif found and (part := re.fullmatch(r"\s*MIG .*\(UUID: (MIG-[^)\s]+)\)\s*", line)):
-            found[-1] = replace(found[-1], instances=(*found[-1].instances, part[1]))
+            found[-1] = found[-1]._replace(instances=(*found[-1].instances, part[1]))
     return tuple(found)
 
 
 def visible_now(count: Callable[[], int]) -> tuple[tuple[Gpu, ...], bool]:
-    """The GPUs that this process can use, and whether the environment or the driver named them, not torch.
+    """The GPUs that this process can use, and whether the environment or the driver named them.
 
-    Args:
-        count: torch's number of GPUs.
+    Otherwise torch's number of GPUs, ``count``, is all that is known.
     """
     value, found = os.environ.get(VISIBLE), read_driver()
     return visible(value, os.environ.get(ORDER), found, count), value is not None or bool(found)
@@ -149,7 +116,7 @@ def visible(
     Args:
         value: CUDA_VISIBLE_DEVICES, or None if it is not set.
         order: CUDA_DEVICE_ORDER. Unless it is PCI_BUS_ID, CUDA's numbers are the driver's only if all GPUs
-            are of one kind. Otherwise it is unknown which GPU a number means and how much of it is free.
+            are of one kind. Otherwise it is unknown which GPU a number means.
         found: what the driver says. It is empty if the driver says nothing.
         count: the number of GPUs, if neither the variable nor the driver tells.
     """

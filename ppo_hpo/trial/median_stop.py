@@ -40,29 +40,20 @@ _COMPARABLE = {
 
 @dataclass(frozen=True)
 class Stop:
-    """The decision to stop a trial.
-
-    Attributes:
-        identity: identity of the trial.
-        epochs: ``task.epochs`` of the trial. With another value the trial continues.
-        epoch: epoch after which it stopped.
-        best: its best mean return until then.
-        median: what its best return should have reached, see `median_to_reach`.
-        siblings: number of siblings that it was compared with.
-    """
+    """The decision to stop a trial."""
 
     identity: str
-    epochs: int
-    epoch: int
-    best: float
-    median: float
-    siblings: int
+    epochs: int  # task.epochs of the trial; with another value it continues
+    epoch: int  # after which it stopped
+    best: float  # its best mean return until then
+    median: float  # what its best return should have reached, see `median_to_reach`
+    siblings: int  # number of siblings that it was compared with
 
 
 def median_to_reach(
     epoch: int, others: Sequence[Sequence[float]], min_siblings: int = MIN_SIBLINGS
 ) -> float | None:
-    """The value that the best return of a trial up to ``epoch`` must reach.
+    """The value that the best return of a trial up to ``epoch`` must reach, or None if it is not known yet.
 
     It is the median, over the siblings that have come as far, of the mean of each one's returns after the
     epochs 1 to ``epoch``. That is the median stopping rule of Golovin et al., "Google Vizier", KDD 2017,
@@ -73,9 +64,6 @@ def median_to_reach(
         epoch: current epoch, from 1 on.
         others: for each sibling the mean returns after its epochs 1, 2, ..., without the untrained policy's.
         min_siblings: number of siblings that must have come as far.
-
-    Returns:
-        The median, or None if too few siblings have come as far.
     """
     means = [statistics.fmean(returns[:epoch]) for returns in others if len(returns) >= epoch]
     return statistics.median(means) if len(means) >= max(min_siblings, 1) else None
@@ -98,8 +86,8 @@ def refuse_what_does_not_fit(*, seeds: int = 1, store: object = None) -> None:
 class Siblings:
     """The other trials of an experiment, as far as their directories can be read.
 
-    Files that are missing, torn or not of a trial are left out. They are never an error, because other
-    processes are writing them or have left them behind.
+    Files that are missing, torn or not of a trial are no error: other processes are writing them or have
+    left them behind.
     """
 
     def __init__(self, directory: Path, config: TrialConfig) -> None:

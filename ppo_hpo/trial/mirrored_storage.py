@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ppo_hpo.spec.errors import CheckpointError, UserError
 from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes
@@ -28,8 +28,7 @@ def part_key(key: str, part: str) -> str:
     return f"{key}-{part}" if part else key
 
 
-@dataclass(frozen=True)
-class Acceptance:
+class Acceptance(NamedTuple):
     """Which checkpoints may be used: the arguments of `Storage.load`."""
 
     check: Callable[[Checkpoint], None]
@@ -45,25 +44,16 @@ class MirroredStorage(Storage):
     """
 
     def __init__(
-        self,
-        directory: Path,
-        store: Store | None,
-        key: str,
-        write: Callable[[Path, bytes], None] | None = None,
-        log: logging.Logger | None = None,
-    ) -> None:
-        """Checkpoints in ``directory`` and, unless it is None, in ``store`` under ``key``.
-
-        Raises:
-            UserError: ``key`` cannot be a name in a store.
-        """
+        self, directory: Path, store: Store | None, key: str,
+        write: Callable[[Path, bytes], None] | None = None, log: logging.Logger | None = None,
+    ) -> None:  # fmt: skip
+        """Checkpoints in ``directory`` and, unless it is None, in ``store`` under ``key``."""
         super().__init__(directory, write)
         if not is_key(key):
             raise UserError(f"A trial's id must be letters, digits, _ and -, but got {key!r}.")
         self.store, self.key = store, key
         self._log = log or logging.getLogger("ppo_hpo")
-        # Whether the newest checkpoint is not in the store yet.
-        self._behind = False
+        self._behind = False  # whether the newest checkpoint is not in the store yet
 
     def put(self, epoch: int, content: bytes) -> Path:
         """Write a serialised checkpoint whole, or not at all, into the directory and then into the store."""
@@ -92,38 +82,33 @@ class MirroredStorage(Storage):
             CheckpointError: there are checkpoints, but none can be used.
             StoreError: the store cannot be read, so it is unknown whether it has a newer one.
         """
-        found: Checkpoint | None = None
-        failure: CheckpointError | None = None
+        if self.store is None:
+            return super().load(check, on_refused, max_bytes)
+        found, newer, failure = None, None, None
         try:
             found = super().load(check, on_refused, max_bytes)
         except CheckpointError as error:
             failure = error
-        if self.store is not None:
-            accept = Acceptance(check, on_refused, max_bytes)
-            try:
-                newer = self._newest_in_store(self.key, accept, above=found.epoch if found else -1)
-            except CheckpointError as error:
-                newer = None
-                if found is not None:
-                    on_refused(error)
-                failure = failure or error
-            if newer is not None:
-                checkpoint, content = newer
-                super().put(checkpoint.epoch, content)
-                self._log.info("found epoch %d in %s", checkpoint.epoch, self.store.path(TRIALS, self.key))
-                return checkpoint
-            if found and self.path_of(found.epoch).name not in self.store.names(TRIALS, self.key):
-                self.put(found.epoch, read_bytes(self.path_of(found.epoch), max_bytes))
+        accept = Acceptance(check, on_refused, max_bytes)
+        try:
+            newer = self._newest_in_store(self.key, accept, above=found.epoch if found else -1)
+        except CheckpointError as error:
+            if found is not None:
+                on_refused(error)
+            failure = failure or error
+        if newer is not None:
+            checkpoint, content = newer
+            super().put(checkpoint.epoch, content)
+            self._log.info("found epoch %d in %s", checkpoint.epoch, self.store.path(TRIALS, self.key))
+            return checkpoint
+        if found and self.path_of(found.epoch).name not in self.store.names(TRIALS, self.key):
+            self.put(found.epoch, read_bytes(self.path_of(found.epoch), max_bytes))
         if found is None and failure:
             raise failure
         return found
 
     def finish(self) -> None:
-        """Put the newest checkpoint into the store if it is not there yet.
-
-        Raises:
-            StoreError: the store cannot be written. The directory is whole.
-        """
+        """Put the newest checkpoint into the store if it is not there yet."""
         if self._behind and (paths := self.paths()):
             try:
                 self._upload(paths[0], read_bytes(paths[0], MAX_BYTES))

@@ -16,30 +16,20 @@ _MAX_RETRIES = 1000
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is asked of a trial, beside its configuration. Nothing here changes what the trial computes.
+    """What is asked of a trial, beside its configuration. Nothing here changes what the trial computes."""
 
-    Attributes:
-        device: ``cpu``; ``cuda``, any GPU that the process sees; ``cuda:N``; ``cuda:N,M``, one of these
-            GPUs; ``auto``, any GPU if the environment has images and there is a GPU, else the CPU.
-        trials_per_device: how many trials one GPU trains at a time. A trial waits while every GPU has as
-            many. None means unlimited.
-        checkpoint_store: URL of a second place for checkpoints, which other machines reach. None means the
-            environment variable ``PPO_HPO_STORE``, and '' means no store.
-        takeover: whether to end a process that trains this trial, instead of waiting for it.
-        retries: how often the trial resumes from its last checkpoint after a failure that may pass, for each
-            epoch anew.
-        stop_poor: whether the trial stops early if it is poor among its siblings (`trial.median_stop`).
-
-    Raises:
-        UserError: a value is out of its bounds.
-    """
-
+    # cpu; cuda, any GPU that the process sees; cuda:N; cuda:N,M, one of these GPUs; auto, any GPU if the
+    # environment has images and there is a GPU, else the CPU
     device: str = "auto"
+    # how many trials one GPU trains at a time; others wait, and None means unlimited
     trials_per_device: int | None = None
+    # URL of a second place for checkpoints, which other machines reach; None means the environment variable
+    # PPO_HPO_STORE, and '' means no store
     checkpoint_store: str | None = None
-    takeover: bool = False
+    takeover: bool = False  # whether to end a process that trains this trial, instead of waiting for it
+    # how often the trial resumes from its last checkpoint after a failure that may pass, anew for each epoch
     retries: int = 0
-    stop_poor: bool = False
+    stop_poor: bool = False  # whether the trial stops early if it is poor among its siblings (`median_stop`)
 
     def __post_init__(self) -> None:
         device_name(self.device)
@@ -52,32 +42,19 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class OrionContext:
-    """Which trial of which Orion experiment it is. A trial that is run by hand has none of these.
-
-    Attributes:
-        trial_id: Orion's id of the trial.
-        experiment: name and version of the experiment, for the log.
-        siblings: directory that holds the directories of the experiment's other trials.
-        parent: Orion's id of the parent trial, whose checkpoint is looked up in the store.
-        results_path: where Orion expects the result file.
-    """
+    """Which trial of which Orion experiment it is. A trial that is run by hand has none of these."""
 
     trial_id: str | None = None
-    experiment: str | None = None
-    siblings: Path | None = None
-    parent: str | None = None
-    results_path: Path | None = None
+    experiment: str | None = None  # name and version of the experiment, for the log
+    siblings: Path | None = None  # directory that holds the directories of the experiment's other trials
+    parent: str | None = None  # id of the parent trial, whose checkpoint is looked up in the store
+    results_path: Path | None = None  # where Orion expects the result file
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], parent: str | None = None) -> OrionContext:
         """Read what Orion tells a script through environment variables.
 
-        Args:
-            environ: the environment variables. Without ``ORION_TRIAL_ID`` the context is empty.
-            parent: as Orion writes ``{trial.parent}``, which is the text None for a trial without a parent.
-
-        Raises:
-            UserError: one of Orion's variables is missing.
+        Orion writes ``parent`` as the text None for a trial that has none.
         """
         parent = None if parent in (None, "", "None") else parent
         if "ORION_TRIAL_ID" not in environ:

@@ -24,6 +24,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ppo_hpo.spec.errors import Interrupted
@@ -39,7 +40,6 @@ _TIMEOUT = 120.0
 _DIRECTORY_VARIABLES = ("XDG_RUNTIME_DIR", "TMPDIR")
 # Seconds after which a server that died is started again.
 _RESTART_PAUSE = 60.0
-LENGTH = struct.Struct("!I")
 STATUS = struct.Struct("!i")
 
 
@@ -55,9 +55,6 @@ def run(arguments: dict[str, Any]) -> int | None:
 
     Returns:
         The trial's exit code, or None if the trial has to run in this process.
-
-    Raises:
-        Interrupted: a signal came before the trial could handle it.
     """
     try:
         return _run(arguments)
@@ -69,14 +66,13 @@ def run(arguments: dict[str, Any]) -> int | None:
 def _run(arguments: dict[str, Any]) -> int | None:
     _check(arguments)
     with contextlib.ExitStack() as stack:
-        connection = stack.enter_context(_connected())
+        connection = _connect(stack)
         connection.settimeout(_TIMEOUT)
         here = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, here)
         job = {"arguments": arguments, "argv": sys.argv, "path": sys.path, "environ": dict(os.environ)}
-        data = json.dumps(job).encode()
-        socket.send_fds(connection, [LENGTH.pack(len(data))], [0, 1, 2, here])
-        connection.sendall(data)
+        socket.send_fds(connection, [b"+"], [0, 1, 2, here])
+        connection.sendall(json.dumps(job).encode() + b"\n")
         # A signal up to here ends this process. That closes the connection, and so ends the trial.
         answer, trial, _, _ = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not (answer and trial):
@@ -126,15 +122,11 @@ def _status(connection: socket.socket) -> int | None:
 
 
 def _die_by(signum: int) -> None:
-    """End as the trial ended, for the process that waits for this one."""
     # The trial has already written its core file, if it was to write one.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if signum != signal.SIGKILL:
         signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
-
-
-# ------------------------------------------------------------------ finding a server
 
 
 def belongs_to_user(connection: socket.socket) -> bool:
@@ -161,37 +153,34 @@ def servers() -> Iterator[int]:
         os.close(where)
 
 
-@contextlib.contextmanager
-def _connected() -> Iterator[socket.socket]:
-    """A connection to the server that suits this process."""
+def _connect(stack: contextlib.ExitStack) -> socket.socket:
+    """A connection to the server that suits this process. The server is started if there is none."""
     where = open_user_dir(_DIRECTORY_VARIABLES)
-    try:
-        name = _name()
-        lock = _lock(where, name)
-        if lock is not None:
-            try:
-                _start(where, name, lock)
-            finally:
-                os.close(lock)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            _connect(connection, where, name)
-            if not belongs_to_user(connection):
-                raise Unavailable("the preloaded process is another user's")
-            yield connection
-    finally:
-        os.close(where)
-
-
-def _connect(connection: socket.socket, where: int, name: str) -> None:
-    # The open directory is used because its path may be too long for a socket's address, or be replaced.
-    address = f"/proc/self/fd/{where}/{name}.sock"
+    stack.callback(os.close, where)
+    name = _name()
+    lock = _lock(where, name)
+    if lock is not None:
+        try:
+            _start(where, name, lock)
+        finally:
+            os.close(lock)
+    connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     for _ in range(20):
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            connection.connect(address)
-            return
+            connection.connect(_address(where, name))
+            break
         # The process that has the lock is about to make the socket, or its server is ending.
         time.sleep(0.01)
-    raise Unavailable("there is no such process yet")
+    else:
+        raise Unavailable("there is no such process yet")
+    if not belongs_to_user(connection):
+        raise Unavailable("the preloaded process is another user's")
+    return connection
+
+
+def _address(where: int, name: str) -> str:
+    # The open directory is used because its path may be too long for a socket's address, or be replaced.
+    return f"/proc/self/fd/{where}/{name}.sock"
 
 
 def _lock(where: int, name: str) -> int | None:
@@ -218,7 +207,7 @@ def _start(where: int, name: str, lock: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{name}.sock", dir_fd=where)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(f"/proc/self/fd/{where}/{name}.sock")
+        listener.bind(_address(where, name))
         listener.listen(128)
         inherited = [lock, listener.fileno(), where]
         for descriptor in inherited:
@@ -229,24 +218,17 @@ def _start(where: int, name: str, lock: int) -> None:
         )
         given = {"path": _path(), "name": name, "descriptors": inherited}
         log = f"/proc/self/fd/{where}/{name}.log"
-        process = os.posix_spawn(
-            sys.executable,
-            [sys.executable, *_args_from_interpreter_flags(), "-P", "-c", code, json.dumps(given)],
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-            setsid=True,
-        )
+        command = [sys.executable, *_args_from_interpreter_flags(), "-P", "-c", code, json.dumps(given)]
+        streams = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ]
+        process = os.posix_spawn(command[0], command, os.environ, file_actions=streams, setsid=True)
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(process).encode(), 0)
         for descriptor in inherited:
             os.set_inheritable(descriptor, False)
-
-
-# ---------------------------------------------------------------------- its name
 
 
 def _name() -> str:
@@ -262,17 +244,10 @@ def code_state() -> list[tuple[str, int, int]]:
 
     A preloaded process must never serve stale code, so its name depends on this.
     """
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths = sorted(
-        os.path.join(directory, name)
-        for directory, _, names in os.walk(package)
-        for name in names
-        if name.endswith(".py")
-    )
+    paths = sorted(Path(__file__).absolute().parents[1].rglob("*.py"))
     # pip writes a directory for each package that it installs, which changes the time of the one above.
-    paths += [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
-    found = [os.stat(path) for path in paths]
-    return [(path, stat.st_mtime_ns, stat.st_size) for path, stat in zip(paths, found, strict=True)]
+    paths += [Path(path) for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
+    return [(str(path), found.st_mtime_ns, found.st_size) for path in paths for found in [path.stat()]]
 
 
 def _path() -> list[str]:

@@ -43,7 +43,7 @@ _IMPORTS = (
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Declined(Exception):
+class _Declined(Exception):
     """The trial needs something that was fixed when the preloaded process began."""
 
 
@@ -51,22 +51,15 @@ class Declined(Exception):
 class _Trial:
     """A trial's process, as the server sees it."""
 
-    #: To its client. None once the client has ended.
-    connection: socket.socket | None
+    connection: socket.socket | None  # to its client; None once the client has ended
     pid: int
-    #: Readable once the process has ended.
-    pidfd: int
-    #: One byte of shared memory. It is not zero if the process has declined the trial.
-    declined: mmap.mmap
-    #: When the process is killed, after its client has ended.
-    deadline: float = float("inf")
+    pidfd: int  # readable once the process has ended
+    declined: mmap.mmap  # one byte of shared memory, which is not zero if the process has declined the trial
+    deadline: float = float("inf")  # when the process is killed, after its client has ended
 
 
 def serve(name: str, descriptors: list[int]) -> None:
-    """Serve until no client has come for a while, or until SIGTERM.
-
-    ``descriptors`` are the inherited ones of the lock, the listening socket and the directory.
-    """
+    """Serve with the descriptors of the lock, the listening socket and the directory, which are inherited."""
     for descriptor in [int(number) for number in os.listdir("/proc/self/fd")]:
         if descriptor > 2 and descriptor not in descriptors:
             with contextlib.suppress(OSError):  # the descriptor that listed them
@@ -92,13 +85,9 @@ def preload() -> dict[str, str]:
 
 
 class _Server:
-    """Accepts clients, forks a process for each trial, and reports how it ended."""
-
     def __init__(self, name: str, imported: dict[str, str], lock: int, listener: int, directory: int) -> None:
-        self.name = name
-        self.imported = imported
-        self.lock = lock
-        self.directory = directory
+        self.name, self.imported = name, imported
+        self.lock, self.directory = lock, directory
         self.listener = socket.socket(fileno=listener)
         self.idle = float(next(filter(None, map(os.environ.get, _IDLE_VARIABLES)), IDLE))
         self.trials: list[_Trial] = []
@@ -170,18 +159,10 @@ class _Server:
                 connection.close()
 
     def _begin(self, connection: socket.socket) -> None:
-        header, descriptors, _, _ = socket.recv_fds(
-            connection, preload_client.LENGTH.size, 4, socket.MSG_CMSG_CLOEXEC
-        )
+        _, descriptors, _, _ = socket.recv_fds(connection, 1, 4, socket.MSG_CMSG_CLOEXEC)
         try:
-            (length,) = preload_client.LENGTH.unpack(header)
-            data = b""
-            while len(data) < length:
-                chunk = connection.recv(length - len(data))
-                if not chunk:
-                    raise EOFError("the client ended")
-                data += chunk
-            job = json.loads(data)
+            with connection.makefile("rb") as stream:
+                job = json.loads(stream.readline())
             declined = mmap.mmap(-1, 1)
             server = os.getpid()
             # A signal would be lost if it came while the new process still has the handlers of this one.
@@ -212,7 +193,7 @@ class _Server:
             self._abandon(trial)
 
     def _report(self, trial: _Trial) -> None:
-        """Tell the client that the trial's process has ended, and how."""
+        """Tell the client how the trial's process has ended."""
         _, raw = os.waitpid(trial.pid, 0)
         status = preload_client.DECLINED if trial.declined[0] else os.waitstatus_to_exitcode(raw)
         self.trials.remove(trial)
@@ -230,8 +211,6 @@ class _Server:
             trial.connection = None
         trial.deadline = time.monotonic() + _GRACE
         os.kill(trial.pid, signal.SIGTERM)
-
-    # ------------------------------------------------------------- in the trial's process
 
     def _become(
         self, job: dict[str, Any], descriptors: list[int], declined: mmap.mmap, server: int, mask: set[int]
@@ -265,7 +244,6 @@ class _Server:
             os._exit(1)
 
     def _close_inherited(self) -> None:
-        """Close what belongs to the server."""
         self.listener.close()
         os.close(self.lock)
         os.close(self.directory)
@@ -278,16 +256,15 @@ class _Server:
 
 def _decline_other_thread_counts(threads: int) -> None:
     if threads != 1:
-        raise Declined("its libraries were loaded for one thread")
+        raise _Declined("the libraries were loaded for one thread")
 
 
 def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> NoReturn:
     """Run the command, and do what the interpreter does at its end."""
     try:
-        code = run_command.run_and_exit_code(
-            run_command.RunRequest(**arguments), _decline_other_thread_counts
-        )
-    except Declined:
+        request = run_command.RunRequest(**arguments)
+        code = run_command.run_and_exit_code(request, _decline_other_thread_counts)
+    except _Declined:
         declined[0] = 1
         os._exit(0)
     except SystemExit as stop:

@@ -32,19 +32,13 @@ def set_thread_variables(threads: int) -> None:
 
 
 def find_modules_here() -> None:
-    """Let environments be modules in the current directory.
-
-    `python -m` finds such modules; a console script does not, unless it is told to.
-    """
+    """Let environments be modules in the current directory, also where no `python -m` adds it."""
     if "" not in sys.path:
         sys.path.insert(0, "")
 
 
 def raise_on_signals() -> None:
-    """Make SIGTERM and SIGINT raise `Interrupted`.
-
-    The trial stops at once. Every file is written in one piece or not at all.
-    """
+    """Make SIGTERM and SIGINT raise `Interrupted` at once. Files are written in one piece or not at all."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         # Only the first signal raises. A second one must not disturb the clean-up after the first.
@@ -78,14 +72,9 @@ def exit_code(
 ) -> int:
     """Run a command, and turn what it raises into one line on standard error and an exit code.
 
-    Args:
-        command: does the work and returns its exit code.
-        stops_the_hunt: says for a user's error whether `orion hunt` should stop, because other trials would
-            fail in the same way.
-
-    Returns:
-        The command's own code; 2 for a user's error or one of Orion's; 141 after a broken pipe; see
-        `interrupt_code` for a signal.
+    The code is the command's own; 2 for a user's error or one of Orion's; 141 after a broken pipe; see
+    `interrupt_code` for a signal. ``stops_the_hunt`` says for a user's error whether `orion hunt` should
+    stop, because other trials would fail in the same way.
     """
     try:
         code = int(command())
@@ -114,10 +103,9 @@ def exit_code(
 
 def _report_signal(signum: int) -> int:
     code = interrupt_code(signum)
-    name = signal.Signals(signum).name
     print(
-        f"ppo-hpo: stopped by {name}. Everything saved is whole. Rerun the command to resume "
-        f"(exit code {code}).",
+        f"ppo-hpo: stopped by {signal.Signals(signum).name}. Everything saved is whole. Rerun the command to "
+        f"resume (exit code {code}).",
         file=sys.stderr,
     )
     return code

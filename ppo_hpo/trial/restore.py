@@ -54,27 +54,15 @@ class TrialStorage(MirroredStorage):
     """The checkpoints of one trial, from wherever the rule at the top of this module finds them."""
 
     def __init__(
-        self,
-        config: TrialConfig,
-        directory: Path,
-        part: str,
-        orion: OrionContext,
-        *,
-        store: Store | None = None,
-        write: Callable[[Path, bytes], None] | None = None,
-        log: logging.Logger | None = None,
-    ) -> None:
-        """The checkpoints of one seed of a trial, whose folder in the trial's ``directory`` is ``part``.
-
-        Raises:
-            UserError: the id of the trial or of its parent cannot be a name in a store.
-        """
+        self, config: TrialConfig, directory: Path, part: str, orion: OrionContext, *, store: Store | None,
+        write: Callable[[Path, bytes], None], log: logging.Logger,
+    ) -> None:  # fmt: skip
+        """The checkpoints of one seed of a trial, whose folder in the trial's ``directory`` is ``part``."""
         uid, parent = orion.trial_id, orion.parent
         self._identity = config.identity()
         self._short_identity = self._identity[:_IDENTITY_LENGTH]
-        super().__init__(
-            directory / part, store, part_key(uid, part) if uid else self._short_identity, write, log
-        )
+        key = part_key(uid, part) if uid else self._short_identity
+        super().__init__(directory / part, store, key, write, log)
         if parent is not None and not is_key(parent):
             raise UserError(f"`--parent` must be the id of a trial, but got {parent!r}.")
         self._last_epoch = config.task.epochs
@@ -120,11 +108,7 @@ class TrialStorage(MirroredStorage):
         return found
 
     def register(self) -> None:
-        """Let trials of the same identity find this one.
-
-        Raises:
-            UserError: the index cannot be written.
-        """
+        """Let trials of the same identity find this one."""
         identity = self._short_identity
         if self._siblings is not None and self._trial_directory.parent == self._siblings:
             index = self._siblings / INDEX / identity
@@ -135,8 +119,6 @@ class TrialStorage(MirroredStorage):
                 raise UserError(f"{index} cannot be written: {error.strerror}.") from None
         if self.store is not None and self.key not in self.store.names(IDENTITIES, identity):
             self.store.put(IDENTITIES, identity, self.key, content=self.key.encode())
-
-    # ------------------------------------------------------------- the parent's checkpoints
 
     def _newer_than_copy(self, copy: Checkpoint, accept: Acceptance) -> Checkpoint | None:
         """A newer checkpoint, in the store, of the parent whose directory was copied to here."""
@@ -157,16 +139,13 @@ class TrialStorage(MirroredStorage):
         found = self._newest_in_store(self._parent, accept, above=above, up_to=self._last_epoch)
         if found is None:
             if above < 0:
-                self._log.warning(
-                    "the parent %s has no checkpoint in %s: looks for others", self._parent, self.store.name
-                )
+                message = "the parent %s has no checkpoint in %s: looks for others"
+                self._log.warning(message, self._parent, self.store.name)
             return None
         checkpoint, content = found
         self.put(checkpoint.epoch, content)
         self._log.info("found epoch %d of the parent %s in the store", checkpoint.epoch, self._parent)
         return checkpoint
-
-    # ------------------------------------------------------------- trials of the same identity
 
     def _from_siblings(self, accept: Acceptance, above: int = -1) -> Checkpoint | None:
         """The most advanced checkpoint of the same identity, above an epoch. It is copied to here."""
@@ -185,8 +164,8 @@ class TrialStorage(MirroredStorage):
         return None
 
     def _candidates(self) -> list[_Candidate]:
-        found = []
-        for trial in [] if self._siblings is None else _trials_of(self._siblings, self._short_identity):
+        found: list[_Candidate] = []
+        for trial in _trials_of(self._siblings, self._short_identity) if self._siblings else ():
             directory = trial / self._part
             if directory.is_dir() and not directory.is_symlink():
                 names = [path.name for path in Storage(directory).paths()]
@@ -205,15 +184,10 @@ class TrialStorage(MirroredStorage):
         content = self.store.get(TRIALS, place, name, max_bytes=max_bytes)
         return from_bytes(content, self.store.path(TRIALS, place, name), epoch)
 
-    # ------------------------------------------------------------- nothing but torn checkpoints
-
     def _set_torn_aside(self, on_refused: Callable[[CheckpointError], None]) -> bool:
-        """If all that is left of a trial is torn, let it start again: it computes the same numbers.
+        """If all that is left of a trial is torn, let it start again, and return whether it may.
 
-        A fork would not, because it began as its parent. Only trials that are no forks are in the index.
-
-        Returns:
-            Whether the trial may start again.
+        It computes the same numbers. A fork, which began as its parent, would not, but is not in the index.
         """
         identity = self._short_identity
         index = self._siblings and self._siblings / INDEX / identity / self._trial_directory.name
@@ -239,9 +213,7 @@ class TrialStorage(MirroredStorage):
 def listed_trials(siblings: Path, n_max: int) -> dict[str, list[Path]]:
     """Directories of an experiment's trials that are no forks, by the first characters of their identity.
 
-    Args:
-        siblings: directory that holds the trials' directories.
-        n_max: maximum number of identities. They are taken in the order of their names.
+    There are at most ``n_max`` identities, the first in the order of their names.
     """
     found: dict[str, list[Path]] = {}
     try:

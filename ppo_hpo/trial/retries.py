@@ -1,27 +1,25 @@
 """Retries inside a trial's process, of whole attempts and of files that could not be written.
 
-`with_retries` resumes from the last checkpoint, a few times:
-
-- after a fault that may pass: lack of memory, or a short failure of a file system or a connection;
-- after any error that is not one of ours, unless it occurs again at the very same step.
-
-A file that cannot be written for a moment needs less. `retrying_write` writes it again, and nothing is
-computed twice.
+`with_retries` resumes from the last checkpoint after a fault that may pass, and after any error that is not
+one of ours, unless it occurs again at the very same step. `retrying_write` writes a file again that could not
+be written for a moment, so that nothing is computed twice.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ppo_hpo.spec.errors import DeterministicFailure, OutOfMemory, UserError
 from ppo_hpo.trial.failure import is_transient, kind, lacks_memory, one_line
-from ppo_hpo.trial.work import Work
 
 T = TypeVar("T")
 
@@ -29,27 +27,62 @@ T = TypeVar("T")
 _PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 
+@dataclass
+class Work:
+    """What this process has done for one seed of a trial, in all its attempts."""
+
+    part: str = ""  # the seed's folder in the trial's directory; empty for a trial of one seed
+    steps: int = 0  # environment steps; those that a failure lost count again when they are repeated
+    eval_steps: int = 0  # environment steps of evaluations, repeated ones included
+    retries: int = 0  # attempts after the first
+    attempted: bool = False
+    resumed_from: int | None = None  # epoch at which the process found the trial; None if it started it
+    epoch: int = 0  # epochs that the current attempt has finished, those it resumed from included
+    step: int = 0  # environment steps of the current epoch
+    wall_seconds: float = 0.0  # until `read_clock` was last called
+    cpu_seconds: float = 0.0  # likewise, of the process and its children; in a thread, of the thread
+
+    def start_clock(self) -> None:
+        """Measure time from now on, in addition to the time measured before."""
+        self._wall_start = time.perf_counter() - self.wall_seconds
+        self._cpu_start = _cpu_seconds() - self.cpu_seconds
+
+    def read_clock(self) -> None:
+        """Update `wall_seconds` and `cpu_seconds`."""
+        self.wall_seconds = time.perf_counter() - self._wall_start
+        self.cpu_seconds = _cpu_seconds() - self._cpu_start
+
+    def start_epoch(self, epoch: int) -> None:
+        """Say that an epoch begins after ``epoch`` finished ones."""
+        self.epoch, self.step = epoch, 0
+
+    def add_steps(self, steps: int) -> None:
+        """Count environment steps that are about to be taken."""
+        self.steps += steps
+        self.step += steps
+
+
+def _cpu_seconds() -> float:
+    if threading.current_thread() is not threading.main_thread():
+        return time.thread_time()
+    # Children are counted once this process has seen them end.
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def with_retries(
-    attempt: Callable[[], T],
-    work: Work,
-    retries: int,
-    earlier: str | None = None,
-    log: logging.Logger | None = None,
-    sleep: Callable[[float], None] = time.sleep,
-) -> T:
+    attempt: Callable[[], T], work: Work, retries: int, earlier: str | None = None,
+    log: logging.Logger | None = None, sleep: Callable[[float], None] = time.sleep,
+) -> T:  # fmt: skip
     """Attempt something until it succeeds, or until another attempt cannot help.
 
     Args:
         attempt: resumes from the last checkpoint each time, and keeps ``work`` up to date.
         work: what was done in all attempts.
-        retries: number of further attempts. It starts anew after each failure before which an epoch was
-            finished.
+        retries: number of further attempts, counted anew once an epoch was finished.
         earlier: where an earlier process failed (see `place_of`), if one did.
         log: gets a line for each failure that is followed by another attempt.
         sleep: waits for a number of seconds.
-
-    Returns:
-        What ``attempt`` returned.
 
     Raises:
         DeterministicFailure: an unknown error occurred twice at the very same step.
@@ -70,7 +103,9 @@ def with_retries(
                     f"{what}: failed again at the same step ({place}), so retrying cannot help. Fix the "
                     f"cause."
                 ) from error
-            if not left or not _may_pass(error):
+            # A file that was rewritten in vain was waited for already.
+            may_pass = kind(error) in ("transient", "unknown") and not getattr(error, "waited_for", False)
+            if not left or not may_pass:
                 if lacks_memory(error) and not isinstance(error, UserError):
                     raise OutOfMemory(
                         f"There is not enough memory ({what}). Everything saved is whole. Run fewer trials "
@@ -91,17 +126,10 @@ def with_retries(
         sleep(pause)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed. A file that was rewritten in vain was waited for already."""
-    return kind(error) in ("transient", "unknown") and not getattr(error, "waited_for", False)
-
-
 def retrying_write(
-    write: Callable[[Path, bytes], None],
-    retries: int,
-    log: logging.Logger,
+    write: Callable[[Path, bytes], None], retries: int, log: logging.Logger,
     sleep: Callable[[float], None] = time.sleep,
-) -> Callable[[Path, bytes], None]:
+) -> Callable[[Path, bytes], None]:  # fmt: skip
     """Make ``write`` try again, after a pause, if it fails for a reason that may pass, such as a full disk.
 
     `with_retries` makes no further attempt after an error that the returned function raises.

@@ -6,37 +6,38 @@ Where a trial's state comes from is one rule for every algorithm. `ppo_hpo.trial
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ppo_hpo.spec import results, seeds
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.errors import CheckpointError, LostLock
+from ppo_hpo.spec.errors import CheckpointError, LostLock, MachineError, UserError
 from ppo_hpo.state import lock
+from ppo_hpo.state.checkpoint import Storage
 from ppo_hpo.state.claim import Claim
 from ppo_hpo.state.files import remove_temporary_files, write_atomically
 from ppo_hpo.state.remote_store import open_store
-from ppo_hpo.trial import failure, gpu_slots, trial_files
-from ppo_hpo.trial.checks import check, warn_of_short_epochs
+from ppo_hpo.trial import failure, gpu_slots, median_stop, trial_files
 from ppo_hpo.trial.options import OrionContext, RunOptions
-from ppo_hpo.trial.outcome import Outcome, combined
-from ppo_hpo.trial.retries import retrying_write
-from ppo_hpo.trial.training import SeedTraining, Trial
-from ppo_hpo.trial.work import Work
+from ppo_hpo.trial.retries import Work, retrying_write
+from ppo_hpo.trial.training import Outcome, SeedTraining, Trial, combined
 
+if TYPE_CHECKING:
+    from ppo_hpo.envs.make import EnvInfo
+
+# How many whole episodes of each environment an epoch should hold. docs/explanation/exact-resuming.md has the
+# figures.
+_EPISODES_PER_EPOCH = 5
 _DEFAULTS, _BY_HAND = RunOptions(), OrionContext()
 
 
 def run(
-    config: TrialConfig,
-    directory: Path,
-    options: RunOptions = _DEFAULTS,
-    orion: OrionContext = _BY_HAND,
-    *,
-    console: bool = True,
-    tick: Callable[[], None] = lambda: None,
-) -> Outcome:
-    """Run one trial to its last epoch. It resumes from whatever is there.
+    config: TrialConfig, directory: Path, options: RunOptions = _DEFAULTS, orion: OrionContext = _BY_HAND, *,
+    console: bool = True, tick: Callable[[], None] = lambda: None,
+) -> Outcome:  # fmt: skip
+    """Run one trial to its last epoch, from whatever is there. The outcome is also in ``results.json``.
 
     Args:
         config: the trial.
@@ -46,15 +47,11 @@ def run(
         console: whether to log to standard error, beside the trial's own ``log.txt``.
         tick: called before each environment step. What it raises stops the trial there.
 
-    Returns:
-        The objective and the statistics. They are also written to ``results.json``.
-
     Raises:
         UserError: the input is bad, a file cannot be written, or the store cannot be reached.
     """
-    store = open_store(options.checkpoint_store)
-    trial = Trial(config, directory, options, orion, store)
-    info = check(config, directory, options, orion, store)
+    trial = Trial(config, directory, options, orion, open_store(options.checkpoint_store))
+    info = _check(trial)
     # A small network on vectors is trained faster by the CPU (`ppo_hpo.ppo.numpy_engine`).
     device = "cpu" if options.device == "auto" and not info.images else options.device
     works = {part: Work(part) for part in seeds.split_by_seed(config)}
@@ -69,7 +66,7 @@ def run(
                 if lost is not None:
                     log.warning("%s; resumes from what is there", lost)
                 remove_temporary_files(directory)
-                warn_of_short_epochs(config, info, log)
+                _warn_of_short_epochs(config, info, log)
                 return _run_as_writer(trial, device, works, claim, tick, log)
         except LostLock as error:
             # The process must not end: Orion would stop the hunt, or call a trial broken that is alive.
@@ -77,14 +74,76 @@ def run(
             logging.getLogger("ppo_hpo").warning("%s; waits for the trial to be free again", error)
 
 
+def _check(trial: Trial) -> EnvInfo:
+    """Check everything that can be checked before torch is imported. The directory is made if needed."""
+    from ppo_hpo.envs.make import check_hyperparameters_fit, probe
+
+    config, store = trial.config, trial.store
+    if trial.options.stop_poor:
+        median_stop.refuse_what_does_not_fit(seeds=config.task.seeds, store=store)
+        if trial.orion.siblings is None:
+            raise UserError(
+                "`--stop-poor` compares a trial with the others of its experiment, but this one has none: it "
+                "is run without Orion, or in a directory of its own. Leave the option out."
+            )
+    _check_directory(config, trial.directory)
+    info = probe(config.env)
+    check_hyperparameters_fit(config, info)
+    if store is not None:
+        store.names()  # This fails if the store cannot be reached.
+    return info
+
+
+def _check_directory(config: TrialConfig, directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The directory {directory} cannot be made: {error.strerror}.") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise MachineError(f"The directory {directory} cannot be written. Choose another one.")
+    in_place, writer = trial_files.WRITTEN_IN_PLACE, directory / trial_files.WRITER
+    for name in (*in_place, trial_files.WRITER, *filter(None, seeds.split_by_seed(config))):
+        # In somebody else's directory a link could lead to any other file of the user's.
+        if (directory / name).is_symlink():
+            raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
+    for name in (*in_place, *trial_files.REPLACED):
+        # A pipe would wait for a process at its other end.
+        if (directory / name).exists() and not (directory / name).is_file():
+            raise UserError(f"{directory / name} must be a file, but it is something else. Remove it.")
+    if writer.exists() and not writer.is_dir():
+        raise UserError(f"{writer} must be a directory, but it is not one. Remove it.")
+    one = config.task.seeds == 1
+    if Storage(directory / "seed-1" if one else directory).paths():
+        raise CheckpointError(
+            f"{directory} has the checkpoints of a trial of {'several seeds' if one else 'one seed'}, but "
+            f"`task.seeds` is {config.task.seeds}. Use another directory."
+        )
+
+
+def _warn_of_short_epochs(config: TrialConfig, info: EnvInfo, log: logging.Logger) -> None:
+    """Warn if epochs are short. Environments are reset at each epoch, and that hurts if epochs are short."""
+    limit = info.time_limit
+    if limit is None:
+        log.warning(
+            "%s has no time limit: evaluation episodes are cut after %d steps; set env.max_episode_steps to "
+            "choose another limit",
+            info.id, config.task.steps_per_epoch,
+        )  # fmt: skip
+        return
+    n_envs, steps = config.env.n_envs, config.task.steps_per_epoch
+    needed = _EPISODES_PER_EPOCH * n_envs * limit
+    if steps < needed:
+        log.warning(
+            "task.steps_per_epoch is %d, but %d x env.n_envs x time limit = %d x %d x %d = %d is advised: "
+            "environments are reset at each epoch, and episodes that are often cut teach less",
+            steps, _EPISODES_PER_EPOCH, _EPISODES_PER_EPOCH, n_envs, limit, needed,
+        )  # fmt: skip
+
+
 def _run_as_writer(
-    trial: Trial,
-    asked_device: str,
-    works: dict[str, Work],
-    claim: Claim,
-    tick: Callable[[], None],
+    trial: Trial, asked_device: str, works: dict[str, Work], claim: Claim, tick: Callable[[], None],
     log: logging.Logger,
-) -> Outcome:
+) -> Outcome:  # fmt: skip
     """Train all seeds of a trial, and write its result. This process holds the trial's lock."""
     config, directory = trial.config, trial.directory
     earlier = failure.read_record(directory)

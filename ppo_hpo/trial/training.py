@@ -1,4 +1,4 @@
-"""Training one seed of a trial: it resumes from its last checkpoint, and writes every epoch down."""
+"""Training one seed of a trial, which writes every epoch down, and what became of it: its `Outcome`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ppo_hpo.spec import results
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import LostLock, UserError
 from ppo_hpo.spec.results import Row
@@ -20,10 +21,8 @@ from ppo_hpo.state.files import explain_write_errors
 from ppo_hpo.state.remote_store import Store
 from ppo_hpo.trial import median_stop, trial_files
 from ppo_hpo.trial.options import OrionContext, RunOptions
-from ppo_hpo.trial.outcome import Outcome, outcome_of
 from ppo_hpo.trial.restore import TrialStorage
-from ppo_hpo.trial.retries import with_retries
-from ppo_hpo.trial.work import Work
+from ppo_hpo.trial.retries import Work, with_retries
 
 if TYPE_CHECKING:
     from ppo_hpo.ppo.task import PPO
@@ -38,8 +37,26 @@ class Trial:
     options: RunOptions
     orion: OrionContext
     store: Store | None
-    #: Name of this process in the work log. The time makes it another one for each trial.
+    # Name of this process in the work log. The time makes it another one for each trial.
     process: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial."""
+
+    objective: float  # value to be minimised
+    statistics: Mapping[str, float]  # numbers by name, as docs/reference/trial-files.md explains them
+    directory: Path  # directory of the trial's files
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The outcome in the form of Orion's result file."""
+        return results.entries(self.objective, self.statistics)
+
+    def to_bytes(self) -> bytes:
+        """The content of ``results.json``, which is that of Orion's result file too."""
+        return results.to_bytes(self.entries)
 
 
 @dataclass(frozen=True)
@@ -64,22 +81,17 @@ class SeedTraining:
         return self.trial.directory / self.work.part
 
     def run(self, earlier_failure: str | None) -> tuple[Outcome, Sequence[Row]]:
-        """Train to the trial's last epoch.
+        """Train to the trial's last epoch; return the outcome and the learning curve.
 
-        Args:
-            earlier_failure: where an earlier process failed (`retries.place_of`), if one did.
-
-        Returns:
-            The outcome, and the learning curve.
+        ``earlier_failure`` is where an earlier process failed (`retries.place_of`), if one did.
         """
         config, work, log = self.config, self.work, self.log
         if work.part:
             log.info("%s of %d: task.seed %d", work.part, self.trial.config.task.seeds, config.task.seed)
         work.start_clock()
         try:
-            task, resumed_from = with_retries(
-                self._attempt, work, self.trial.options.retries, earlier_failure, log
-            )
+            retries = self.trial.options.retries
+            task, resumed_from = with_retries(self._attempt, work, retries, earlier_failure, log)
         except LostLock:
             # This process may not write here any more. It writes all of it if it gets the lock again.
             work.read_clock()
@@ -96,17 +108,13 @@ class SeedTraining:
                 "trials (%s)",
                 stop.epoch, stop.epochs, stop.best, stop.median, stop.siblings, median_stop.RECORD,
             )  # fmt: skip
-        outcome = outcome_of(task, stop, self.directory, resumed_from, work)
+        outcome = _outcome_of(task, stop, self.directory, resumed_from, work)
         if work.part:
-            self.write(outcome.directory / trial_files.RESULTS, outcome.to_bytes())
+            self.write(self.directory / trial_files.RESULTS, outcome.to_bytes())
         return outcome, task.metrics.curve
 
     def _attempt(self) -> tuple[PPO, int | None]:
-        """Resume from the last checkpoint, and train to the last epoch.
-
-        Returns:
-            The task, and the epoch that it resumed from, or None if it started from nothing.
-        """
+        """Resume from the last checkpoint, if there is one, and train; return the task and that epoch."""
         trial, directory = self.trial, self.directory
         storage = TrialStorage(
             self.config, trial.directory, self.work.part, trial.orion,
@@ -122,11 +130,12 @@ class SeedTraining:
         if not task.lineage:
             storage.register()
         resumed_from = task.epoch if task.resumed() else None
-        self.work.start_attempt(task.epoch, resumed_from)
+        if not self.work.attempted:
+            self.work.attempted, self.work.resumed_from = True, resumed_from
+        self.work.start_epoch(task.epoch)
         last_epoch = self.config.task.epochs
         if (stop := median_stop.read(directory, self.config)) is not None:
-            # An earlier process decided this. The trial stays stopped, whatever is asked of this process.
-            last_epoch = stop.epoch
+            last_epoch = stop.epoch  # as an earlier process decided, whatever is asked of this one
         elif trial.options.stop_poor and not task.lineage:
             task.should_stop = self._stop_rule()
         _log_start(task, last_epoch, resumed_from, trial.orion.experiment, self.log)
@@ -152,10 +161,8 @@ class SeedTraining:
         with explain_write_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         # The trial has a configuration, and so has each of several seeds.
-        for directory, config in {
-            self.trial.directory: self.trial.config,
-            self.directory: self.config,
-        }.items():
+        configs = {self.trial.directory: self.trial.config, self.directory: self.config}
+        for directory, config in configs.items():
             self.write(directory / trial_files.CONFIG, trial_files.config_bytes(config))
         trial_files.write_curve(self.directory, task.metrics.curve, self.write)
         self.log_work("began", task.epoch)
@@ -229,3 +236,44 @@ def _log_start(
     else:
         log.info("has done epoch %d%s already: nothing to train", last_epoch, of)
     log.debug("%s", task.summary())
+
+
+def _outcome_of(
+    task: PPO, stop: median_stop.Stop | None, directory: Path, resumed_from: int | None, work: Work
+) -> Outcome:
+    """The outcome of one seed, whose last attempt resumed from an epoch, or from nothing (None)."""
+    config = task.config.task
+    epochs = config.epochs if stop is None else stop.epoch
+    # The objective of a poor trial is the return at which it stopped. That is at most its best return, which
+    # is below the median. So a trial cannot win a rung because it stopped at a lucky moment.
+    report = task.report(epochs)
+    objective = report.pop("objective")
+    per_epoch = config.steps_per_epoch
+    seconds_here = sum(task.metrics.seconds.values())
+    trained_here = (task.epoch - (resumed_from or 0)) * per_epoch
+    diverged_steps = task.env_steps - task.epoch * per_epoch
+    env_steps = min(task.epoch, epochs) * per_epoch + diverged_steps
+    statistics = {
+        **report,
+        "stopped": float(stop is not None),
+        "env_steps": env_steps,
+        "env_steps_not_trained": config.epochs * per_epoch - env_steps,
+        "env_steps_here": work.steps,
+        "eval_steps": sum(row["eval_steps"] for row in task.metrics.curve if row["epoch"] <= epochs),
+        "eval_steps_here": work.eval_steps,
+        "wall_seconds": work.wall_seconds,
+        "cpu_seconds": work.cpu_seconds,
+        "steps_per_second": trained_here / seconds_here if seconds_here else 0.0,
+        "continued": float(work.resumed_from is not None),
+        "continued_from_epoch": float(work.resumed_from or 0),
+        "retries": float(work.retries),
+        "forked": float(bool(task.lineage)),
+    }
+    return Outcome(objective, statistics, directory)
+
+
+def combined(outcomes: Sequence[Outcome], aggregate: str, directory: Path) -> Outcome:
+    """The outcome of a trial of several seeds, whose objective is ``task.aggregate`` of theirs."""
+    objectives = [outcome.objective for outcome in outcomes]
+    statistics = [outcome.statistics for outcome in outcomes]
+    return Outcome(*results.combine(objectives, statistics, aggregate), directory)

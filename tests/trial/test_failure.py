@@ -23,7 +23,7 @@ from ppo_hpo.spec.errors import (
 from ppo_hpo.state.files import write_atomically
 from ppo_hpo.trial import failure, retries
 from ppo_hpo.trial.failure import kind, read_record, stops_the_hunt
-from ppo_hpo.trial.work import Work
+from ppo_hpo.trial.retries import Work
 
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
