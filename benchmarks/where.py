@@ -50,7 +50,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("  Adam", learner.FlatAdam, "step"),
     ("evaluation", environments.Environments, "_evaluation"),
     ("checkpoint", task.PPO, "_save"),
-    ("curve and log", training._Bookkeeping, "_end_epoch"),
+    ("curve and log", training.SeedTraining, "_end_epoch"),
 ]
 
 

@@ -134,7 +134,7 @@ class Storage:
         if "://" in str(directory):
             raise UserError(
                 f"A storage must be a directory, but got {str(directory)!r}. For a remote store give a "
-                "MirroredStorage (ppo_hpo.trial.mirrored_storage)."
+                "MirroredStorage (ppo_hpo.trial.restore)."
             )
         self.directory = Path(directory)
         self._write = write or write_atomically

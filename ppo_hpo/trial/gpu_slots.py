@@ -30,8 +30,8 @@ from ppo_hpo.trial.gpus import VISIBLE, Gpu, gpu_numbers, visible_now
 _PAUSE, _REMIND = 2.0, 60.0
 
 _runs_only_trials = False
-# In a process that runs only trials: its slot, and what torch is told. What CUDA sees cannot change any more.
-_kept: tuple[_Slot, str] | None = None
+# In a process that runs only trials: what torch is told. What CUDA sees there cannot change any more.
+_kept: str | None = None
 
 
 def own_process() -> None:
@@ -66,7 +66,7 @@ def taken(
         yield device
         return
     if _kept is not None:
-        yield _kept[1]
+        yield _kept
         return
     if device == "auto" and not _runs_only_trials and not count():
         yield "cpu"
@@ -78,17 +78,19 @@ def taken(
         return
     _check_numbers(numbers or (), len(gpus))
     with contextlib.ExitStack() as stack:
-        directory = _open_directory(log)
-        if directory is not None:
+        directory = None
+        try:
+            directory = open_user_dir(["TMPDIR"])
             stack.callback(os.close, directory)
-        number, gpu, slot = _wait_for_slot(directory, numbers, limit, count, log, tick)
+        except OSError as error:
+            log.warning("other trials on the GPUs here are not seen, except by their memory: %s", error)
+        number, gpu = _wait_for_slot(stack, directory, numbers, limit, count, log, tick)
         if _runs_only_trials and named:
             os.environ[VISIBLE] = gpu.token
-            _kept = slot, "auto" if device == "auto" else "cuda"
+            _kept = "auto" if device == "auto" else "cuda"
             stack.pop_all()  # The slot is taken until the process ends.
-            yield _kept[1]
+            yield _kept
             return
-        stack.callback(slot.release)
         yield f"cuda:{number}"
 
 
@@ -126,19 +128,11 @@ def _check_numbers(numbers: Sequence[int], n_gpus: int) -> None:
             )
 
 
-def _open_directory(log: logging.Logger) -> int | None:
-    try:
-        return open_user_dir(["TMPDIR"])
-    except OSError as error:
-        log.warning("other trials on the GPUs here are not seen, except by their memory: %s", error)
-        return None
-
-
 def _wait_for_slot(
-    directory: int | None, numbers: Sequence[int] | None, limit: int | None, count: Callable[[], int],
-    log: logging.Logger, tick: Callable[[], None],
-) -> tuple[int, Gpu, _Slot]:  # fmt: skip
-    """Wait for a GPU that has room; return torch's number of it, the GPU, and the slot on it."""
+    slots: contextlib.ExitStack, directory: int | None, numbers: Sequence[int] | None, limit: int | None,
+    count: Callable[[], int], log: logging.Logger, tick: Callable[[], None],
+) -> tuple[int, Gpu]:  # fmt: skip
+    """Wait for a GPU that has room, and take a slot on it; return torch's number of it, and the GPU."""
     reminded = -_REMIND
     while True:
         gpus = visible_now(count)[0]
@@ -155,7 +149,9 @@ def _wait_for_slot(
                     "takes GPU %d of %d (%s%s); other trials of yours on it: %d",
                     number, len(gpus), gpu.key, free, trials[index],
                 )  # fmt: skip
-                return number, gpu, _Slot(directory, gpu.key)
+                if directory is not None:
+                    _take_slot(slots, directory, gpu.key)
+                return number, gpu
         if time.monotonic() - reminded >= _REMIND:
             reminded = time.monotonic()
             log.info("waits for a GPU: each of %d is at the limit of trials (%d)", len(allowed), limit)
@@ -163,23 +159,18 @@ def _wait_for_slot(
         time.sleep(_PAUSE)
 
 
-class _Slot:
-    """A slot on a GPU: a file with that GPU's name, locked while the slot is taken."""
+def _take_slot(slots: contextlib.ExitStack, directory: int, key: str) -> None:
+    """Make a file with the GPU's name, and lock it while the slot is taken. The caller holds `_alone`."""
+    name = f"{_prefix(key)}{os.getpid()}-{secrets.token_hex(4)}"
+    file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    slots.callback(os.close, file)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    slots.callback(_unlink, name, directory)
 
-    def __init__(self, directory: int | None, key: str) -> None:
-        """Take a slot. The caller holds `_alone`, and keeps ``directory`` open."""
-        self._directory = directory
-        if directory is not None:
-            self._name = f"{_prefix(key)}{os.getpid()}-{secrets.token_hex(4)}"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._file = os.open(self._name, flags, 0o600, dir_fd=directory)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
 
-    def release(self) -> None:
-        if self._directory is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._name, dir_fd=self._directory)
-            os.close(self._file)
+def _unlink(name: str, directory: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
 
 
 def _prefix(key: str) -> str:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,14 +32,154 @@ from typing import NamedTuple
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, TornCheckpoint, UserError
 from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes, read
-from ppo_hpo.state.files import explain_write_errors
-from ppo_hpo.state.remote_store import Store
-from ppo_hpo.trial.mirrored_storage import IDENTITIES, TRIALS, Acceptance, MirroredStorage, is_key, part_key
+from ppo_hpo.state.files import explain_write_errors, read_bytes
+from ppo_hpo.state.remote_store import Store, StoreError
 from ppo_hpo.trial.options import OrionContext
 
+#: Folders of a store: checkpoints by trial, and trials by identity.
+TRIALS, IDENTITIES = "trials", "identities"
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
 INDEX = ".ppo_hpo"
 # An index and the store's identities are named by this many characters of an identity.
 _IDENTITY_LENGTH = 32
+
+
+def part_key(key: str, part: str) -> str:
+    """The name in the store of one seed of the trial ``key``. If ``part`` is empty, it is the trial's."""
+    return f"{key}-{part}" if part else key
+
+
+class _Acceptance(NamedTuple):
+    """Which checkpoints may be used: the arguments of `Storage.load`."""
+
+    check: Callable[[Checkpoint], None]
+    on_refused: Callable[[CheckpointError], None]
+    max_bytes: int
+
+
+class MirroredStorage(Storage):
+    """Checkpoints in a directory, and the same ones in a store.
+
+    A checkpoint that cannot be put into the store is only a warning, because the directory has it. The next
+    epoch tries again, and `finish` tries for the last time.
+    """
+
+    def __init__(
+        self, directory: Path, store: Store | None, key: str,
+        write: Callable[[Path, bytes], None] | None = None, log: logging.Logger | None = None,
+    ) -> None:  # fmt: skip
+        """Checkpoints in ``directory`` and, unless it is None, in ``store`` under ``key``."""
+        super().__init__(directory, write)
+        if not _KEY.fullmatch(key):
+            raise UserError(f"A trial's id must be letters, digits, _ and -, but got {key!r}.")
+        self.store, self.key = store, key
+        self._log = log or logging.getLogger("ppo_hpo")
+        self._behind = False  # whether the newest checkpoint is not in the store yet
+
+    def put(self, epoch: int, content: bytes) -> Path:
+        """Write a serialised checkpoint whole, or not at all, into the directory and then into the store."""
+        path = super().put(epoch, content)
+        try:
+            # While the store cannot be reached, each epoch tries once and does not wait.
+            self._upload(path, content, **({"tries": 1} if self._behind else {}))
+            self._behind = False
+        except StoreError as error:
+            self._behind = True
+            self._log.warning("epoch %d is here, but not in the store yet: %s", epoch, error)
+        return path
+
+    def load(
+        self,
+        check: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        on_refused: Callable[[CheckpointError], None] = lambda error: None,
+        max_bytes: int = MAX_BYTES,
+    ) -> Checkpoint | None:
+        """The newest whole checkpoint of the directory and the store. For the arguments see `Storage.load`.
+
+        A checkpoint from the store is written into the directory. One that only the directory has is put into
+        the store.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used.
+            StoreError: the store cannot be read, so it is unknown whether it has a newer one.
+        """
+        if self.store is None:
+            return super().load(check, on_refused, max_bytes)
+        found, newer, failure = None, None, None
+        try:
+            found = super().load(check, on_refused, max_bytes)
+        except CheckpointError as error:
+            failure = error
+        accept = _Acceptance(check, on_refused, max_bytes)
+        try:
+            newer = self._newest_in_store(self.key, accept, above=found.epoch if found else -1)
+        except CheckpointError as error:
+            if found is not None:
+                on_refused(error)
+            failure = failure or error
+        if newer is not None:
+            checkpoint, content = newer
+            super().put(checkpoint.epoch, content)
+            self._log.info("found epoch %d in %s", checkpoint.epoch, self.store.path(TRIALS, self.key))
+            return checkpoint
+        if found and self.path_of(found.epoch).name not in self.store.names(TRIALS, self.key):
+            self.put(found.epoch, read_bytes(self.path_of(found.epoch), max_bytes))
+        if found is None and failure:
+            raise failure
+        return found
+
+    def finish(self) -> None:
+        """Put the newest checkpoint into the store if it is not there yet."""
+        if self._behind and (paths := self.paths()):
+            try:
+                self._upload(paths[0], read_bytes(paths[0], MAX_BYTES))
+            except StoreError as error:
+                raise StoreError(
+                    f"{error} What was trained is whole in {self.directory}. Rerun the trial there to put it "
+                    f"into the store."
+                ) from None
+            self._behind = False
+
+    def _upload(self, path: Path, content: bytes, **options: int) -> None:
+        if self.store is None:
+            return
+        self.store.put(TRIALS, self.key, path.name, content=content, **options)
+        older = [name for name in self._names(self.key) if name < path.name]
+        for name in older[1:]:
+            self.store.remove(TRIALS, self.key, name)
+
+    def _names(self, key: str) -> list[str]:
+        """Names of a trial's checkpoints in the store, newest first."""
+        assert self.store is not None
+        return [n for n in reversed(self.store.names(TRIALS, key)) if epoch_of(n) is not None]
+
+    def _newest_in_store(
+        self, key: str, accept: _Acceptance, *, above: int = -1, up_to: int | None = None
+    ) -> tuple[Checkpoint, bytes] | None:
+        """The newest whole checkpoint of a trial in the store, and its bytes; ``above < epoch <= up_to``.
+
+        Raises:
+            CheckpointError: there are some, but none can be used.
+        """
+        assert self.store is not None
+        refused: list[CheckpointError] = []
+        for name in self._names(key):
+            epoch = epoch_of(name)
+            if epoch is None or epoch <= above or (up_to is not None and epoch > up_to):
+                continue
+            try:
+                content = self.store.get(TRIALS, key, name, max_bytes=accept.max_bytes)
+                checkpoint = from_bytes(content, self.store.path(TRIALS, key, name), epoch)
+                accept.check(checkpoint)
+            except CheckpointError as error:
+                refused.append(error)
+                continue
+            for reason in refused:
+                accept.on_refused(reason)
+            return checkpoint, content
+        if refused:
+            raise refused[0]
+        return None
 
 
 class _Candidate(NamedTuple):
@@ -51,19 +192,19 @@ class _Candidate(NamedTuple):
 
 
 class TrialStorage(MirroredStorage):
-    """The checkpoints of one trial, from wherever the rule at the top of this module finds them."""
+    """The checkpoints of one seed of a trial, from wherever the rule at the top of this module finds them."""
 
     def __init__(
         self, config: TrialConfig, directory: Path, part: str, orion: OrionContext, *, store: Store | None,
         write: Callable[[Path, bytes], None], log: logging.Logger,
     ) -> None:  # fmt: skip
-        """The checkpoints of one seed of a trial, whose folder in the trial's ``directory`` is ``part``."""
+        """``part`` is the seed's folder in the trial's ``directory``."""
         uid, parent = orion.trial_id, orion.parent
         self._identity = config.identity()
         self._short_identity = self._identity[:_IDENTITY_LENGTH]
         key = part_key(uid, part) if uid else self._short_identity
         super().__init__(directory / part, store, key, write, log)
-        if parent is not None and not is_key(parent):
+        if parent is not None and not _KEY.fullmatch(parent):
             raise UserError(f"`--parent` must be the id of a trial, but got {parent!r}.")
         self._last_epoch = config.task.epochs
         self._trial_directory, self._part, self._siblings = directory, part, orion.siblings
@@ -77,7 +218,7 @@ class TrialStorage(MirroredStorage):
         max_bytes: int = MAX_BYTES,
     ) -> Checkpoint | None:
         """The checkpoint to resume from. For the arguments see `Storage.load`."""
-        accept = Acceptance(check, on_refused, max_bytes)
+        accept = _Acceptance(check, on_refused, max_bytes)
         found_whole = False
 
         def check_own(checkpoint: Checkpoint) -> None:
@@ -120,7 +261,7 @@ class TrialStorage(MirroredStorage):
         if self.store is not None and self.key not in self.store.names(IDENTITIES, identity):
             self.store.put(IDENTITIES, identity, self.key, content=self.key.encode())
 
-    def _newer_than_copy(self, copy: Checkpoint, accept: Acceptance) -> Checkpoint | None:
+    def _newer_than_copy(self, copy: Checkpoint, accept: _Acceptance) -> Checkpoint | None:
         """A newer checkpoint, in the store, of the parent whose directory was copied to here."""
         if self.store is None:
             return None
@@ -133,7 +274,7 @@ class TrialStorage(MirroredStorage):
             return None  # For a fork, trials of the same hyperparameters have another history.
         return self._from_siblings(accept, above=copy.epoch)
 
-    def _from_parent(self, accept: Acceptance, above: int = -1) -> Checkpoint | None:
+    def _from_parent(self, accept: _Acceptance, above: int = -1) -> Checkpoint | None:
         if self.store is None or self._parent is None:
             return None
         found = self._newest_in_store(self._parent, accept, above=above, up_to=self._last_epoch)
@@ -147,7 +288,7 @@ class TrialStorage(MirroredStorage):
         self._log.info("found epoch %d of the parent %s in the store", checkpoint.epoch, self._parent)
         return checkpoint
 
-    def _from_siblings(self, accept: Acceptance, above: int = -1) -> Checkpoint | None:
+    def _from_siblings(self, accept: _Acceptance, above: int = -1) -> Checkpoint | None:
         """The most advanced checkpoint of the same identity, above an epoch. It is copied to here."""
         for candidate in sorted(self._candidates(), key=lambda found: (-found.epoch, *found[1:])):
             if not above < candidate.epoch <= self._last_epoch:

@@ -39,6 +39,7 @@ class Work:
     resumed_from: int | None = None  # epoch at which the process found the trial; None if it started it
     epoch: int = 0  # epochs that the current attempt has finished, those it resumed from included
     step: int = 0  # environment steps of the current epoch
+    curve_rows: int = 0  # rows of the learning curve whose evaluations are counted
     wall_seconds: float = 0.0  # until `read_clock` was last called
     cpu_seconds: float = 0.0  # likewise, of the process and its children; in a thread, of the thread
 

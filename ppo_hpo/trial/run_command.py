@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,26 @@ from ppo_hpo.trial import process
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What the user asks of ``ppo-hpo run``. JSON knows the types of all fields.
+    """What the user asks of ``ppo-hpo run``, in types that JSON knows. `RunOptions` explains the last six."""
 
-    Attributes:
-        config: path of a YAML file, or the name of a shipped preset.
-        settings: texts ``GROUP.KEY=VALUE``, each of which replaces one value of the file.
-        seed: replaces ``task.seed``.
-        epochs: replaces ``task.epochs``.
-        dir: directory of the trial's files. None means Orion's, or `trial_files.default_directory`.
-        parent: Orion's id of the parent trial, whose checkpoint is looked up in the store.
-        retries: as in `RunOptions`. None means 2 under Orion, else 0.
-
-    The other fields are those of `RunOptions`.
-    """
-
-    config: str
-    settings: Sequence[str] = ()
+    config: str  # path of a YAML file, or the name of a shipped preset
+    settings: Sequence[str] = ()  # texts GROUP.KEY=VALUE, each of which replaces one value of the file
+    seed: int | None = None  # replaces task.seed
+    epochs: int | None = None  # replaces task.epochs
+    dir: str | None = None  # of the trial's files; None means Orion's, or `trial_files.default_directory`
+    parent: str | None = None  # Orion's id of the parent trial
     device: str = "auto"
     trials_per_device: int | None = None
-    seed: int | None = None
-    epochs: int | None = None
-    dir: str | None = None
-    takeover: bool = False
     checkpoint_store: str | None = None
-    parent: str | None = None
-    retries: int | None = None
+    takeover: bool = False
+    retries: int | None = None  # None means 2 under Orion, else 0
     stop_poor: bool = False
 
 
 def run_and_exit_code(request: RunRequest, refuse: Callable[[int], None] = lambda threads: None) -> int:
     """Run a trial and return the exit code of ``ppo-hpo run``.
 
-    Args:
-        request: what the user asks for.
-        refuse: called with the trial's number of threads before anything is imported for it.
+    ``refuse`` is called with the trial's number of threads before anything is imported for it.
     """
     return process.exit_code(
         lambda: _run(request, refuse),
@@ -69,22 +55,18 @@ def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
     gpu_slots.own_process()
     orion = OrionContext.from_environ(os.environ, request.parent)
     under_orion = orion.trial_id is not None
-    retries = request.retries
-    if retries is None:
-        retries = RETRIES if under_orion else 0
-    options = RunOptions(
-        request.device, request.trials_per_device, request.checkpoint_store, request.takeover, retries,
-        request.stop_poor,
-    )  # fmt: skip
+    asked = {field.name: getattr(request, field.name) for field in fields(RunOptions)}
+    if request.retries is None:
+        asked["retries"] = RETRIES if under_orion else 0
+    options = RunOptions(**asked)
     process.find_modules_here()
+    if request.dir == "":
+        raise UserError("`--dir` must name a directory, but got ''. Write . for the current one.")
     if request.dir is not None:
-        if not request.dir:
-            raise UserError("`--dir` must name a directory, but got ''. Write . for the current one.")
         directory, orion = Path(request.dir), replace(orion, siblings=None)
     else:
-        directory = (
-            Path(os.environ["ORION_WORKING_DIR"]) if under_orion else trial_files.default_directory(config)
-        )
+        own = trial_files.default_directory(config)
+        directory = Path(os.environ["ORION_WORKING_DIR"]) if under_orion else own
     try:
         outcome = runner.run(config, directory, options, orion, tick=process.raise_if_stopped)
     except UserError:
@@ -137,7 +119,7 @@ def configuration_of(request: RunRequest, *, under_orion: bool) -> dict[str, dic
 
 
 def _apply(setting: str, mapping: dict[str, dict[str, Any]]) -> None:
-    """Apply one ``--set`` to a configuration. ``env.kwargs.NAME`` sets an argument of the environment."""
+    """Apply one ``--set``. ``env.kwargs.NAME`` sets an argument of the environment."""
     group, key, value = parse_setting(setting)
     target = mapping.setdefault(group, {})
     if group == "env" and key.startswith("kwargs."):
@@ -150,11 +132,7 @@ def _apply(setting: str, mapping: dict[str, dict[str, Any]]) -> None:
 
 
 def parse_setting(setting: str) -> tuple[str, str, Any]:
-    """Split one ``--set GROUP.KEY=VALUE`` into group, key and value.
-
-    Raises:
-        UserError: the text has another form, or the value is not YAML.
-    """
+    """Split one ``--set GROUP.KEY=VALUE`` into group, key and value."""
     from ppo_hpo.spec import yamlio
 
     name, equals, text = setting.partition("=")
@@ -168,15 +146,13 @@ def _outcome_text(outcome: Any) -> str:
     from ppo_hpo.spec.results import seeds_text
 
     stats = outcome.statistics
-    seeds = seeds_text(stats)
+    seeds = f"            {text}\n" if (text := seeds_text(stats)) else ""
     how = "  (diverged)" if stats["diverged"] else "  (stopped)" if stats["stopped"] else ""
-    lines = [
+    return (
         f"return      {stats['return_mean']:.2f} +- {stats['return_std']:.2f} "
-        f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps",
-        *([f"            {seeds}"] if seeds else []),
-        f"objective   {outcome.objective:.6g}{how}",
+        f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps\n"
+        f"{seeds}objective   {outcome.objective:.6g}{how}\n"
         f"trained     {stats['env_steps']:,.0f} steps, {stats['env_steps_here']:,.0f} of them now, "
-        f"at {stats['steps_per_second']:,.0f} steps/s",
-        f"directory   {outcome.directory}",
-    ]
-    return "\n".join(lines)
+        f"at {stats['steps_per_second']:,.0f} steps/s\n"
+        f"directory   {outcome.directory}"
+    )

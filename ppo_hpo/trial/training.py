@@ -61,18 +61,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class SeedTraining:
-    """Trains one seed of a trial. This process must be the trial's only writer.
-
-    ``config`` is the configuration of this seed alone. ``work`` is what this process has done for the seed so
-    far, and names the seed's folder. ``tick`` is called before each environment step.
-    """
+    """Trains one seed of a trial. This process must be the trial's only writer."""
 
     trial: Trial
-    config: TrialConfig
-    work: Work
+    config: TrialConfig  # of this seed alone
+    work: Work  # what this process has done for the seed so far; it names the seed's folder
     device: str
     write: trial_files.Write
-    tick: Callable[[], None]
+    tick: Callable[[], None]  # called before each environment step
     log: logging.Logger
 
     @property
@@ -140,7 +136,10 @@ class SeedTraining:
             task.should_stop = self._stop_rule()
         _log_start(task, last_epoch, resumed_from, trial.orion.experiment, self.log)
         self._write_first_files(task)
-        _Bookkeeping(self, task)
+        # Rows of the learning curve that an earlier attempt wrote are not counted again.
+        self.work.curve_rows = len(task.metrics.curve)
+        task.events.subscribe("start_epoch", self._start_epoch)
+        task.events.subscribe("end_epoch", self._end_epoch)
         try:
             task.fit(last_epoch)
         except BaseException:
@@ -156,6 +155,21 @@ class SeedTraining:
     def _tick(self) -> None:
         self.tick()
         self.work.add_steps(self.config.env.n_envs)
+
+    def _start_epoch(self, task: PPO, epoch: int) -> None:
+        self.work.start_epoch(epoch)
+        self._count_evaluations(task)  # that of the untrained policy
+
+    def _end_epoch(self, task: PPO, epoch: int, row: Row) -> None:
+        self._count_evaluations(task)
+        trial_files.write_curve(self.directory, task.metrics.curve, self.write)
+        trial_files.append_timing(self.trial.directory, self.work.part, task)
+        self.log_work("epoch", task.epoch)
+
+    def _count_evaluations(self, task: PPO) -> None:
+        new = task.metrics.curve[self.work.curve_rows :]
+        self.work.eval_steps += sum(row["eval_steps"] for row in new)
+        self.work.curve_rows += len(new)
 
     def _write_first_files(self, task: PPO) -> None:
         with explain_write_errors(self.directory):
@@ -191,33 +205,6 @@ class SeedTraining:
         )  # fmt: skip
         with contextlib.suppress(OSError, UserError):
             worklog.append(self.trial.directory, line)
-
-
-class _Bookkeeping:
-    """Counts what a task does in one attempt, and writes it down after each epoch."""
-
-    def __init__(self, training: SeedTraining, task: PPO) -> None:
-        self._training = training
-        # Rows of the learning curve whose evaluations are counted, or were made by an earlier attempt.
-        self._rows = len(task.metrics.curve)
-        task.events.subscribe("start_epoch", self._start_epoch)
-        task.events.subscribe("end_epoch", self._end_epoch)
-
-    def _start_epoch(self, task: PPO, epoch: int) -> None:
-        self._training.work.start_epoch(epoch)
-        self._count_evaluations(task)  # that of the untrained policy
-
-    def _end_epoch(self, task: PPO, epoch: int, row: Row) -> None:
-        training = self._training
-        self._count_evaluations(task)
-        trial_files.write_curve(training.directory, task.metrics.curve, training.write)
-        trial_files.append_timing(training.trial.directory, training.work.part, task)
-        training.log_work("epoch", task.epoch)
-
-    def _count_evaluations(self, task: PPO) -> None:
-        new = task.metrics.curve[self._rows :]
-        self._training.work.eval_steps += sum(row["eval_steps"] for row in new)
-        self._rows += len(new)
 
 
 def _log_start(

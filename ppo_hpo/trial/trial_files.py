@@ -49,15 +49,11 @@ def config_bytes(config: TrialConfig) -> bytes:
 
 def write_curve(directory: Path, curve: Sequence[results.Row], write: Write) -> None:
     """Write the learning curve, one JSON line for each epoch. It can be restored from the checkpoint."""
-    lines = "".join(json.dumps(row) + "\n" for row in curve)
-    write(directory / CURVE, lines.encode())
+    write(directory / CURVE, "".join(json.dumps(row) + "\n" for row in curve).encode())
 
 
 def append_timing(directory: Path, part: str, task: PPO) -> None:
-    """Append the time that the last epoch of one seed took, and where it was trained.
-
-    All seeds of a trial share one file in the trial's directory, which shows the trial's progress.
-    """
+    """Append the time that the last epoch of one seed took, and where. All seeds share one file."""
     seconds = task.metrics.seconds[task.epoch]
     row = {
         **({"part": part} if part else {}),
@@ -81,11 +77,7 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def logging_to(directory: Path, trial_id: str | None, console: bool) -> Iterator[logging.Logger]:
-    """A logger that writes to the trial's ``log.txt``, and to standard error if ``console`` is true.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """A logger that writes to the trial's ``log.txt``, and to standard error if ``console`` is true."""
     log = logging.Logger(f"ppo_hpo.{trial_id or directory.name}", logging.INFO)
     try:
         file = _LogFile(directory / LOG, encoding="utf-8")

@@ -23,7 +23,7 @@ from ppo_hpo.state import remote_store as stores
 from ppo_hpo.state.checkpoint import Checkpoint, Storage, arrays_digest, read, to_bytes
 from ppo_hpo.state.remote_store import Store, StoreError, open_store
 from ppo_hpo.trial import runner
-from ppo_hpo.trial.mirrored_storage import MirroredStorage
+from ppo_hpo.trial.restore import MirroredStorage
 from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
