@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppo_hpo.spec.errors import CheckpointError, MachineError, OutOfMemory, UserError
+from ppo_hpo.state.files import read_bytes, write_atomically
 
 #: ``transient`` may pass. ``machine`` is what this machine lacks. ``permanent`` is a mistake in the input.
 Kind = Literal["transient", "machine", "permanent", "unknown"]
@@ -107,8 +108,6 @@ class Record:
 def read_record(directory: Path) -> Record | None:
     """Why a trial failed last, or None if it did not fail or the record is not valid."""
     try:
-        from ppo_hpo.state.files import read_bytes
-
         content: Any = json.loads(read_bytes(directory / RECORD, _MAX_RECORD))
         texts = [content["error"], content["at"], content["host"], content["place"] or ""]
         if not all(type(text) is str and text.isprintable() for text in texts):
@@ -121,8 +120,6 @@ def read_record(directory: Path) -> Record | None:
 
 def record_failure(directory: Path, error: Exception, *, stopped: bool = False) -> None:
     """Write down why a trial failed, and whether that stopped the hunt."""
-    from ppo_hpo.state.files import write_atomically
-
     place = getattr(error, "place", None) or getattr(error.__cause__, "place", None)
     content = {
         "error": one_line(error)[:4096],
@@ -143,7 +140,7 @@ def remove_record(directory: Path) -> None:
         (directory / RECORD).unlink(missing_ok=True)
 
 
-def stops_the_hunt(error: Exception, directory: Path, siblings: Path | None) -> bool:
+def stops_the_hunt(error: Exception, directory: Path, siblings: Path) -> bool:
     """Decide whether a failure stops the hunt or the trial is broken, and write it down in its directory.
 
     ``siblings`` is the directory that holds the directories of the experiment's trials.
@@ -156,15 +153,6 @@ def stops_the_hunt(error: Exception, directory: Path, siblings: Path | None) -> 
         # The trial may be the only one with its mistake. So the second time it is broken.
         before = read_record(directory)
         again = before is not None and before.stopped and before.error == one_line(error)
-        stop = not again and not _some_trial_finished_an_epoch(siblings)
+        stop = not again and not any(siblings.glob("*/timing.jsonl"))
     record_failure(directory, error, stopped=stop)
     return stop
-
-
-def _some_trial_finished_an_epoch(siblings: Path | None) -> bool:
-    if siblings is None:
-        return False
-    try:
-        return any(siblings.glob("*/timing.jsonl"))
-    except OSError:
-        return False

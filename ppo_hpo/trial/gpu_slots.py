@@ -45,21 +45,14 @@ def taken(
     device: str, limit: int | None = None, *, count: Callable[[], int], log: logging.Logger,
     tick: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:  # fmt: skip
-    """Take one GPU for one trial. Wait while every GPU has as many trials as it may have.
+    """Take one GPU for one trial. Wait while every GPU has as many trials as it may have, ``limit``.
 
-    Args:
-        device: as in `RunOptions`, by torch's numbers.
-        limit: number of trials that each GPU may have. None means unlimited.
-        count: torch's number of GPUs.
-        log: gets a line that names the GPU.
-        tick: called while it waits. What it raises ends the wait.
+    ``device`` is as in `RunOptions`, and ``count`` is torch's number of GPUs. ``tick`` is called while it
+    waits, and what it raises ends the wait.
 
     Yields:
         What torch is told: ``cpu``, ``cuda:N``, or ``cuda`` in a process that runs only trials. ``auto``
         remains if torch has to say whether it can use a GPU.
-
-    Raises:
-        MachineError: a GPU was named that does not exist.
     """
     global _kept
     if device == "cpu":
@@ -101,13 +94,8 @@ def choose(free: Sequence[int | None], trials: Sequence[int], limit: int | None 
     memory gets twice as many. If the memory of one is unknown, all count as equal. Among equal GPUs the one
     with fewer trials is taken, then the first.
 
-    Args:
-        free: free memory of each GPU, in any unit.
-        trials: number of trials that each has already.
-        limit: number of trials that each may have. None means unlimited.
-
     Returns:
-        Its index, or None if every GPU has as many trials as it may have.
+        Its index, or None if every GPU already has ``limit`` trials.
     """
     known = [memory or 0 for memory in free] if None not in free else [1] * len(free)
     open_ones = [index for index, count in enumerate(trials) if limit is None or count < limit]
@@ -180,15 +168,12 @@ def _prefix(key: str) -> str:
 @contextlib.contextmanager
 def _alone(directory: int | None) -> Iterator[None]:
     """Keep other processes from counting or taking slots meanwhile."""
-    if directory is None:
+    with contextlib.ExitStack() as stack:
+        if directory is not None:
+            file = os.open("gpus.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
+            stack.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        return
-    file = os.open("gpus.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(file)
 
 
 def _count_trials(directory: int | None, keys: Sequence[str]) -> list[int]:

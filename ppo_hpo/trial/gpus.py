@@ -117,7 +117,7 @@ def visible(
         value: CUDA_VISIBLE_DEVICES, or None if it is not set.
         order: CUDA_DEVICE_ORDER. Unless it is PCI_BUS_ID, CUDA's numbers are the driver's only if all GPUs
             are of one kind. Otherwise it is unknown which GPU a number means.
-        found: what the driver says. It is empty if the driver says nothing.
+        found: what the driver says, if anything.
         count: the number of GPUs, if neither the variable nor the driver tells.
     """
     if value is None:

@@ -29,8 +29,7 @@ RECORD = "stopped.json"
 #: Fewer siblings than this do not show what is poor. Optuna's and Ray's rules have the same minimum.
 MIN_SIBLINGS = 5
 _MAX_RECORD, _MAX_CONFIG = 4096, 1 << 20
-# Names in the index are hashes, so the first of them are as good a sample as any other.
-_MAX_SIBLINGS = 1000
+_MAX_SIBLINGS = 1000  # the first in the index, whose names are hashes: as good a sample as any other
 # What two trials must have in common for their returns to be compared.
 _COMPARABLE = {
     "env": ("id", "kwargs", "max_episode_steps", "wrapper"),
@@ -60,10 +59,8 @@ def median_to_reach(
     section 3.2.1 (https://doi.org/10.1145/3097983.3098043). The best of one trial is compared with running
     averages of the others, so a curve that goes up and down is not stopped in one of its valleys.
 
-    Args:
-        epoch: current epoch, from 1 on.
-        others: for each sibling the mean returns after its epochs 1, 2, ..., without the untrained policy's.
-        min_siblings: number of siblings that must have come as far.
+    ``others`` has for each sibling the mean returns after its epochs 1, 2, ..., without the untrained
+    policy's. At least ``min_siblings`` must have come as far.
     """
     means = [statistics.fmean(returns[:epoch]) for returns in others if len(returns) >= epoch]
     return statistics.median(means) if len(means) >= max(min_siblings, 1) else None
@@ -84,14 +81,13 @@ def refuse_what_does_not_fit(*, seeds: int = 1, store: object = None) -> None:
 
 
 class Siblings:
-    """The other trials of an experiment, as far as their directories can be read.
+    """The other trials of the experiment of the trial ``config``, in the directory that holds all of them.
 
     Files that are missing, torn or not of a trial are no error: other processes are writing them or have
     left them behind.
     """
 
     def __init__(self, directory: Path, config: TrialConfig) -> None:
-        """The siblings of the trial ``config``, in the directory that holds the trials' directories."""
         self._directory, self._own = directory, config.identity()[:32]
         self._wanted = _comparable_values(config)
         # Files are read again only if they changed, because a trial asks after each of its epochs.
@@ -173,12 +169,10 @@ def read(directory: Path, config: TrialConfig) -> Stop | None:
     except (CheckpointError, ValueError, TypeError, RecursionError):
         return None
     numbers = (stop.epochs, stop.epoch, stop.siblings)
-    if not all(type(number) is int for number in numbers) or not 1 < stop.epoch < stop.epochs:
-        return None
-    if not all(type(value) is float and math.isfinite(value) for value in (stop.best, stop.median)):
-        return None
+    valid = all(type(number) is int for number in numbers) and 1 < stop.epoch < stop.epochs
+    valid &= all(type(value) is float and math.isfinite(value) for value in (stop.best, stop.median))
     same = stop.identity == config.identity() and stop.epochs == config.task.epochs
-    return stop if same else None
+    return stop if valid and same else None
 
 
 def _comparable_values(config: TrialConfig) -> Mapping[str, Any]:

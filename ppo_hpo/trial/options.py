@@ -60,12 +60,8 @@ class OrionContext:
         if "ORION_TRIAL_ID" not in environ:
             return cls(parent=parent)
         try:
-            return cls(
-                environ["ORION_TRIAL_ID"],
-                f"{environ['ORION_EXPERIMENT_NAME']}-v{environ['ORION_EXPERIMENT_VERSION']}",
-                Path(environ["ORION_WORKING_DIR"]).parent,
-                parent,
-                Path(environ["ORION_RESULTS_PATH"]),
-            )
+            name = f"{environ['ORION_EXPERIMENT_NAME']}-v{environ['ORION_EXPERIMENT_VERSION']}"
+            siblings, results = Path(environ["ORION_WORKING_DIR"]).parent, Path(environ["ORION_RESULTS_PATH"])
+            return cls(environ["ORION_TRIAL_ID"], name, siblings, parent, results)
         except KeyError as error:
             raise UserError(f"Orion's environment is incomplete: {error} is missing.") from None

@@ -30,28 +30,16 @@ from typing import Any
 from ppo_hpo.spec.errors import Interrupted
 from ppo_hpo.spec.user_dir import open_user_dir
 
-# What the server answers if it cannot run a trial. The status of a process is never as large.
-DECLINED = 1 << 16
-# Orion's variables differ from trial to trial, so they are sent with it. All others are in a server's name.
-_SENT_PREFIX = "ORION_"
-# Seconds that a server may take to import everything. It takes far less.
-_TIMEOUT = 120.0
-# The environment variables that say where the directory of the user's servers is.
-_DIRECTORY_VARIABLES = ("XDG_RUNTIME_DIR", "TMPDIR")
-# Seconds after which a server that died is started again.
-_RESTART_PAUSE = 60.0
 STATUS = struct.Struct("!i")
-
-
-class Unavailable(OSError):
-    """No server can run the trial. The text says why."""
+DECLINED = 1 << 16  # sent by a server that cannot run a trial; the status of a process is never as large
+_SENT_PREFIX = "ORION_"  # of variables that are sent with each trial; all others are in a server's name
+_DIRECTORY_VARIABLES = ("XDG_RUNTIME_DIR", "TMPDIR")  # say where the directory of the user's servers is
+_TIMEOUT = 120.0  # seconds that a server may take to import everything; it takes far less
+_RESTART_PAUSE = 60.0  # seconds after which a server that died is started again
 
 
 def run(arguments: dict[str, Any]) -> int | None:
-    """Let a preloaded process run the trial. It is started if there is none.
-
-    Args:
-        arguments: fields of `RunRequest`, in types that JSON knows.
+    """Let a preloaded process run the trial of a `RunRequest`, whose fields are given; start it if needed.
 
     Returns:
         The trial's exit code, or None if the trial has to run in this process.
@@ -76,7 +64,7 @@ def _run(arguments: dict[str, Any]) -> int | None:
         # A signal up to here ends this process. That closes the connection, and so ends the trial.
         answer, trial, _, _ = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not (answer and trial):
-            raise Unavailable("the preloaded process ended")
+            raise ConnectionError("the preloaded process ended")
         stack.callback(os.close, trial[0])
         connection.settimeout(None)
         stop = None
@@ -92,7 +80,7 @@ def _run(arguments: dict[str, Any]) -> int | None:
             # The server died, so the kernel has told the trial to stop. Until then it holds its lock.
             select.select([trial[0]], [], [])
             if stop is None:
-                raise Unavailable("the preloaded process died")
+                raise ConnectionError("the preloaded process died")
             raise stop
     if stop is not None and status in (-stop.signum, DECLINED):
         raise stop
@@ -105,9 +93,9 @@ def _run(arguments: dict[str, Any]) -> int | None:
 
 def _check(arguments: dict[str, Any]) -> None:
     if not (sys.platform == "linux" and hasattr(os, "pidfd_open")):
-        raise Unavailable("it needs Linux")
+        raise NotImplementedError("it needs Linux")
     if str(arguments.get("config")).startswith(("/dev/", "/proc/")):
-        raise Unavailable("only this process has the file of --config open")
+        raise ValueError("only this process has the file of --config open")
     for number in (0, 1, 2):
         os.fstat(number)
 
@@ -137,20 +125,18 @@ def belongs_to_user(connection: socket.socket) -> bool:
 
 def servers() -> Iterator[int]:
     """Process ids of the user's servers."""
-    where = open_user_dir(_DIRECTORY_VARIABLES)
-    try:
-        for name in sorted(os.listdir(where)):
-            if name.endswith(".lock"):
-                lock = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=where)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    with contextlib.suppress(ValueError):
-                        yield int(os.read(lock, 20))
-                finally:
-                    os.close(lock)
-    finally:
-        os.close(where)
+    with contextlib.ExitStack() as stack:
+        where = open_user_dir(_DIRECTORY_VARIABLES)
+        stack.callback(os.close, where)
+        for name in sorted(name for name in os.listdir(where) if name.endswith(".lock")):
+            lock = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=where)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with contextlib.suppress(ValueError):
+                    yield int(os.read(lock, 20))
+            finally:
+                os.close(lock)
 
 
 def _connect(stack: contextlib.ExitStack) -> socket.socket:
@@ -172,9 +158,9 @@ def _connect(stack: contextlib.ExitStack) -> socket.socket:
         # The process that has the lock is about to make the socket, or its server is ending.
         time.sleep(0.01)
     else:
-        raise Unavailable("there is no such process yet")
+        raise ConnectionError("there is no such process yet")
     if not belongs_to_user(connection):
-        raise Unavailable("the preloaded process is another user's")
+        raise PermissionError("the preloaded process is another user's")
     return connection
 
 
@@ -201,7 +187,7 @@ def _lock(where: int, name: str) -> int | None:
 def _start(where: int, name: str, lock: int) -> None:
     """Start a server. It inherits the lock and the socket, so clients can connect at once."""
     if os.read(lock, 1) and time.time() - os.fstat(lock).st_mtime < _RESTART_PAUSE:
-        raise Unavailable("the last preloaded process died")
+        raise ConnectionError("the last preloaded process died")
     from subprocess import _args_from_interpreter_flags  # type: ignore[attr-defined]
 
     with contextlib.suppress(FileNotFoundError):
@@ -231,14 +217,6 @@ def _start(where: int, name: str, lock: int) -> None:
             os.set_inheritable(descriptor, False)
 
 
-def _name() -> str:
-    """A hash of all that a trial inherits or imports, except for what is sent to the server."""
-    from hashlib import sha256
-
-    state = repr((_inherited(), code_state())).encode("utf-8", "surrogateescape")
-    return sha256(state).hexdigest()[:32]
-
-
 def code_state() -> list[tuple[str, int, int]]:
     """Name, time and size of the package's files, and when something was last installed beside it.
 
@@ -255,9 +233,12 @@ def _path() -> list[str]:
     return [os.path.abspath(path) if os.path.exists(path or ".") else path for path in sys.path]
 
 
-def _inherited() -> list[Any]:
-    """Everything that a process inherits from the one that started it, as far as the kernel tells."""
-    inherited: list[Any] = [
+def _name() -> str:
+    """A hash of all that a trial imports or inherits, as far as the kernel tells, except for what is sent."""
+    from hashlib import sha256
+
+    state: list[Any] = [
+        code_state(),
         sorted((key, value) for key, value in os.environ.items() if not key.startswith(_SENT_PREFIX)),
         (sys.executable, sys.version, _path(), sys.flags, sys.warnoptions, sorted(sys._xoptions.items())),
         (os.nice(0), os.sched_getscheduler(0), os.readlink("/proc/self/root")),
@@ -269,5 +250,5 @@ def _inherited() -> list[Any]:
     )  # fmt: skip
     for file in ("status", "limits", "cgroup", "oom_score_adj"):
         with open(f"/proc/self/{file}", encoding="utf-8", errors="surrogateescape") as lines:
-            inherited.append([line for line in lines if file != "status" or line.startswith(kept)])
-    return inherited
+            state.append([line for line in lines if file != "status" or line.startswith(kept)])
+    return sha256(repr(state).encode("utf-8", "surrogateescape")).hexdigest()[:32]

@@ -27,24 +27,17 @@ from ppo_hpo.trial import preload_client, process, run_command
 # Seconds. The first of these environment variables that is set replaces it. The second one is the old name.
 IDLE = 60.0
 _IDLE_VARIABLES = ("PPO_HPO_PRELOAD_IDLE", "PPO_HPO_WARM_IDLE")
-# Milliseconds between two looks at the clock.
-_POLL = 500
-# Seconds that a trial has to stop in after its client has ended.
-_GRACE = 10.0
+_POLL = 500  # milliseconds between two looks at the clock
+_GRACE = 10.0  # seconds that a trial has to stop in after its client has ended
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 # What a trial imports. A test asks a trial's process what it had to import itself.
 _IMPORTS = (
     "ppo_hpo.envs.atari", "ppo_hpo.spec.space", "ppo_hpo.trial.runner", "ppo_hpo.ppo.task",
-    "gymnasium.envs.classic_control", "gymnasium.vector",
-    "gymnasium.wrappers", "multiprocessing.sharedctypes", "numpy.ma", "numpy.random",
-    "safetensors.numpy", "threadpoolctl",
+    "gymnasium.envs.classic_control", "gymnasium.vector", "gymnasium.wrappers", "safetensors.numpy",
+    "multiprocessing.sharedctypes", "numpy.ma", "numpy.random", "threadpoolctl",
 )  # fmt: skip
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Declined(Exception):
-    """The trial needs something that was fixed when the preloaded process began."""
 
 
 @dataclass
@@ -223,7 +216,11 @@ class _Server:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != server:
                 os._exit(1)
-            self._close_inherited()
+            self.listener.close()
+            for descriptor in (self.lock, self.directory, *(trial.pidfd for trial in self.trials)):
+                os.close(descriptor)
+            for client in filter(None, (trial.connection for trial in self.trials)):
+                client.close()
             for number, descriptor in enumerate(descriptors[:3]):
                 os.dup2(descriptor, number)
             os.fchdir(descriptors[3])
@@ -243,30 +240,17 @@ class _Server:
         finally:
             os._exit(1)
 
-    def _close_inherited(self) -> None:
-        self.listener.close()
-        os.close(self.lock)
-        os.close(self.directory)
-        for trial in self.trials:
-            os.close(trial.pidfd)
-            trial.declined.close()
-            if trial.connection:
-                trial.connection.close()
-
-
-def _decline_other_thread_counts(threads: int) -> None:
-    if threads != 1:
-        raise _Declined("the libraries were loaded for one thread")
-
 
 def _execute(arguments: dict[str, Any], declined: mmap.mmap) -> NoReturn:
     """Run the command, and do what the interpreter does at its end."""
+
+    def decline_other_counts(threads: int) -> None:
+        if threads != 1:  # The libraries were loaded for one thread.
+            declined[0] = 1
+            os._exit(0)
+
     try:
-        request = run_command.RunRequest(**arguments)
-        code = run_command.run_and_exit_code(request, _decline_other_thread_counts)
-    except _Declined:
-        declined[0] = 1
-        os._exit(0)
+        code = run_command.run_and_exit_code(run_command.RunRequest(**arguments), decline_other_counts)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):

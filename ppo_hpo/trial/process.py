@@ -21,8 +21,7 @@ from ppo_hpo.spec.errors import DeterministicFailure, Interrupted, UserError
 
 # Numerical libraries read these variables when they are first imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-# The signal that asked this process to stop, once one has.
-_received: list[int] = []
+_received: list[int] = []  # the signal that asked this process to stop, once one has
 
 
 def set_thread_variables(threads: int) -> None:
@@ -48,11 +47,6 @@ def raise_on_signals() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-
-
-def received_signal() -> int | None:
-    """The signal that asked this process to stop, or None."""
-    return _received[0] if _received else None
 
 
 def raise_if_stopped() -> None:
@@ -81,8 +75,7 @@ def exit_code(
         sys.stdout.flush()
         return code
     except UserError as error:
-        signum = received_signal()
-        return _report_error(error, stops_the_hunt(error)) if signum is None else _report_signal(signum)
+        return _report_signal(_received[0]) if _received else _report_error(error, stops_the_hunt(error))
     except BrokenPipeError:
         # The reader of a pipe closed it, as `head` does. Python would complain about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,9 +83,8 @@ def exit_code(
     except BaseException as error:
         # An exception that is raised while a class is created, as during imports, becomes a RuntimeError. So
         # the signal counts, not the type of the exception.
-        signum = error.signum if isinstance(error, Interrupted) else received_signal()
-        if signum is not None:
-            return _report_signal(signum)
+        if isinstance(error, Interrupted) or _received:
+            return _report_signal(error.signum if isinstance(error, Interrupted) else _received[0])
         if not type(error).__module__.startswith("orion."):
             raise
         # For example, a database was locked for longer than Orion waits.

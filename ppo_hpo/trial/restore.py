@@ -23,6 +23,7 @@ its own, in the folder `seed-N` of the trial's directory, and in the store under
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable
@@ -36,12 +37,10 @@ from ppo_hpo.state.files import explain_write_errors, read_bytes
 from ppo_hpo.state.remote_store import Store, StoreError
 from ppo_hpo.trial.options import OrionContext
 
-#: Folders of a store: checkpoints by trial, and trials by identity.
-TRIALS, IDENTITIES = "trials", "identities"
+TRIALS, IDENTITIES = "trials", "identities"  # folders of a store: checkpoints by trial, trials by identity
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
 INDEX = ".ppo_hpo"
-# An index and the store's identities are named by this many characters of an identity.
-_IDENTITY_LENGTH = 32
+_IDENTITY_LENGTH = 32  # characters of an identity that name an index, and one of the store's identities
 
 
 def part_key(key: str, part: str) -> str:
@@ -97,11 +96,7 @@ class MirroredStorage(Storage):
         """The newest whole checkpoint of the directory and the store. For the arguments see `Storage.load`.
 
         A checkpoint from the store is written into the directory. One that only the directory has is put into
-        the store.
-
-        Raises:
-            CheckpointError: there are checkpoints, but none can be used.
-            StoreError: the store cannot be read, so it is unknown whether it has a newer one.
+        the store. A store that cannot be read raises, because it may have a newer one.
         """
         if self.store is None:
             return super().load(check, on_refused, max_bytes)
@@ -153,23 +148,24 @@ class MirroredStorage(Storage):
         assert self.store is not None
         return [n for n in reversed(self.store.names(TRIALS, key)) if epoch_of(n) is not None]
 
+    def _fetch(self, key: str, name: str, max_bytes: int) -> tuple[Checkpoint, bytes]:
+        assert self.store is not None
+        content = self.store.get(TRIALS, key, name, max_bytes=max_bytes)
+        return from_bytes(content, self.store.path(TRIALS, key, name), epoch_of(name)), content
+
     def _newest_in_store(
-        self, key: str, accept: _Acceptance, *, above: int = -1, up_to: int | None = None
+        self, key: str, accept: _Acceptance, *, above: int = -1, up_to: float = math.inf
     ) -> tuple[Checkpoint, bytes] | None:
         """The newest whole checkpoint of a trial in the store, and its bytes; ``above < epoch <= up_to``.
 
-        Raises:
-            CheckpointError: there are some, but none can be used.
+        It is an error if there are some, but none can be used.
         """
-        assert self.store is not None
         refused: list[CheckpointError] = []
         for name in self._names(key):
-            epoch = epoch_of(name)
-            if epoch is None or epoch <= above or (up_to is not None and epoch > up_to):
+            if not above < (epoch_of(name) or 0) <= up_to:
                 continue
             try:
-                content = self.store.get(TRIALS, key, name, max_bytes=accept.max_bytes)
-                checkpoint = from_bytes(content, self.store.path(TRIALS, key, name), epoch)
+                checkpoint, content = self._fetch(key, name, accept.max_bytes)
                 accept.check(checkpoint)
             except CheckpointError as error:
                 refused.append(error)
@@ -207,7 +203,10 @@ class TrialStorage(MirroredStorage):
         if parent is not None and not _KEY.fullmatch(parent):
             raise UserError(f"`--parent` must be the id of a trial, but got {parent!r}.")
         self._last_epoch = config.task.epochs
-        self._trial_directory, self._part, self._siblings = directory, part, orion.siblings
+        self._part, self._siblings = part, orion.siblings
+        # The file by which trials of the same identity find this one, if they are looked for here.
+        index = directory.parent / INDEX / self._short_identity
+        self._entry = index / directory.name if directory.parent == orion.siblings else None
         self._parent = parent and part_key(parent, part)
         self._uid = uid
 
@@ -250,16 +249,17 @@ class TrialStorage(MirroredStorage):
 
     def register(self) -> None:
         """Let trials of the same identity find this one."""
-        identity = self._short_identity
-        if self._siblings is not None and self._trial_directory.parent == self._siblings:
-            index = self._siblings / INDEX / identity
+        if self._entry is not None:
             try:
-                index.mkdir(parents=True, exist_ok=True)
-                (index / self._trial_directory.name).touch()
+                self._entry.parent.mkdir(parents=True, exist_ok=True)
+                self._entry.touch()
             except OSError as error:
-                raise UserError(f"{index} cannot be written: {error.strerror}.") from None
-        if self.store is not None and self.key not in self.store.names(IDENTITIES, identity):
-            self.store.put(IDENTITIES, identity, self.key, content=self.key.encode())
+                raise UserError(f"{self._entry.parent} cannot be written: {error.strerror}.") from None
+        if self.store is not None and not self._is_listed_in(self.store):
+            self.store.put(IDENTITIES, self._short_identity, self.key, content=self.key.encode())
+
+    def _is_listed_in(self, store: Store) -> bool:
+        return self.key in store.names(IDENTITIES, self._short_identity)
 
     def _newer_than_copy(self, copy: Checkpoint, accept: _Acceptance) -> Checkpoint | None:
         """A newer checkpoint, in the store, of the parent whose directory was copied to here."""
@@ -290,17 +290,20 @@ class TrialStorage(MirroredStorage):
 
     def _from_siblings(self, accept: _Acceptance, above: int = -1) -> Checkpoint | None:
         """The most advanced checkpoint of the same identity, above an epoch. It is copied to here."""
-        for candidate in sorted(self._candidates(), key=lambda found: (-found.epoch, *found[1:])):
-            if not above < candidate.epoch <= self._last_epoch:
+        for found in sorted(self._candidates(), key=lambda found: (-found.epoch, *found[1:])):
+            if not above < found.epoch <= self._last_epoch:
                 continue
             try:
-                checkpoint = self._read(candidate, accept.max_bytes)
+                if found.in_store:
+                    checkpoint, _ = self._fetch(found.place, found.name, accept.max_bytes)
+                else:
+                    checkpoint = read(Path(found.place) / found.name, accept.max_bytes)
             except CheckpointError as error:
                 accept.on_refused(error)
                 continue
             if checkpoint.meta.get("identity") == self._identity and not checkpoint.meta.get("lineage"):
                 self.save(checkpoint)
-                self._log.info("found epoch %d of the same trial in %s", candidate.epoch, candidate.place)
+                self._log.info("found epoch %d of the same trial in %s", found.epoch, found.place)
                 return checkpoint
         return None
 
@@ -317,23 +320,13 @@ class TrialStorage(MirroredStorage):
                     found += [_Candidate(epoch_of(n) or 0, True, key, n) for n in self._names(key)]
         return found
 
-    def _read(self, candidate: _Candidate, max_bytes: int) -> Checkpoint:
-        epoch, in_store, place, name = candidate
-        if not in_store:
-            return read(Path(place) / name, max_bytes)
-        assert self.store is not None
-        content = self.store.get(TRIALS, place, name, max_bytes=max_bytes)
-        return from_bytes(content, self.store.path(TRIALS, place, name), epoch)
-
     def _set_torn_aside(self, on_refused: Callable[[CheckpointError], None]) -> bool:
         """If all that is left of a trial is torn, let it start again, and return whether it may.
 
         It computes the same numbers. A fork, which began as its parent, would not, but is not in the index.
         """
-        identity = self._short_identity
-        index = self._siblings and self._siblings / INDEX / identity / self._trial_directory.name
-        listed = index is not None and index.exists()
-        if not listed and (self.store is None or self.key not in self.store.names(IDENTITIES, identity)):
+        listed = self._entry is not None and self._entry.exists()
+        if not listed and (self.store is None or not self._is_listed_in(self.store)):
             return False
         torn: list[tuple[Path, TornCheckpoint]] = []
         for path in self.paths():

@@ -77,13 +77,8 @@ def with_retries(
 ) -> T:  # fmt: skip
     """Attempt something until it succeeds, or until another attempt cannot help.
 
-    Args:
-        attempt: resumes from the last checkpoint each time, and keeps ``work`` up to date.
-        work: what was done in all attempts.
-        retries: number of further attempts, counted anew once an epoch was finished.
-        earlier: where an earlier process failed (see `place_of`), if one did.
-        log: gets a line for each failure that is followed by another attempt.
-        sleep: waits for a number of seconds.
+    Each attempt resumes from the last checkpoint, and keeps ``work`` up to date. ``retries`` further ones are
+    made, counted anew once an epoch was finished. ``earlier`` is the place where another process failed.
 
     Raises:
         DeterministicFailure: an unknown error occurred twice at the very same step.

@@ -69,10 +69,8 @@ def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
         directory = Path(os.environ["ORION_WORKING_DIR"]) if under_orion else own
     try:
         outcome = runner.run(config, directory, options, orion, tick=process.raise_if_stopped)
-    except UserError:
-        raise
     except Exception as error:
-        if under_orion:
+        if under_orion and not isinstance(error, UserError):
             _stops_the_hunt(error, request)  # This only records the failure: another exception stops no hunt.
         raise
     if not under_orion:

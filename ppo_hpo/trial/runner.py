@@ -27,8 +27,7 @@ from ppo_hpo.trial.training import Outcome, SeedTraining, Trial, combined
 if TYPE_CHECKING:
     from ppo_hpo.envs.make import EnvInfo
 
-# How many whole episodes of each environment an epoch should hold. docs/explanation/exact-resuming.md has the
-# figures.
+# Whole episodes of each environment in an epoch. docs/explanation/exact-resuming.md has the figures.
 _EPISODES_PER_EPOCH = 5
 _DEFAULTS, _BY_HAND = RunOptions(), OrionContext()
 
@@ -39,16 +38,8 @@ def run(
 ) -> Outcome:  # fmt: skip
     """Run one trial to its last epoch, from whatever is there. The outcome is also in ``results.json``.
 
-    Args:
-        config: the trial.
-        directory: directory of the trial's files. It is made if it is missing.
-        options: what is asked of the trial.
-        orion: which trial of which experiment it is.
-        console: whether to log to standard error, beside the trial's own ``log.txt``.
-        tick: called before each environment step. What it raises stops the trial there.
-
-    Raises:
-        UserError: the input is bad, a file cannot be written, or the store cannot be reached.
+    The directory is made if it is missing. With ``console`` the trial logs to standard error, beside its own
+    ``log.txt``. ``tick`` is called before each environment step, and what it raises stops the trial there.
     """
     trial = Trial(config, directory, options, orion, open_store(options.checkpoint_store))
     info = _check(trial)

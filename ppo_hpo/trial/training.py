@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +120,8 @@ class SeedTraining:
         # This imports torch. Everything that could be wrong was checked before.
         from ppo_hpo.ppo.task import PPO
 
-        task = PPO.from_config(
-            self.config, self.device, storage=storage, logger=self.log, uid=trial.orion.trial_id
-        )
+        uid = trial.orion.trial_id
+        task = PPO.from_config(self.config, self.device, storage=storage, logger=self.log, uid=uid)
         task.before_step = self._tick
         if not task.lineage:
             storage.register()
@@ -133,7 +133,9 @@ class SeedTraining:
         if (stop := median_stop.read(directory, self.config)) is not None:
             last_epoch = stop.epoch  # as an earlier process decided, whatever is asked of this one
         elif trial.options.stop_poor and not task.lineage:
-            task.should_stop = self._stop_rule()
+            assert trial.orion.siblings is not None
+            siblings = median_stop.Siblings(trial.orion.siblings, self.config)
+            task.should_stop = partial(self._is_poor, siblings)
         _log_start(task, last_epoch, resumed_from, trial.orion.experiment, self.log)
         self._write_first_files(task)
         # Rows of the learning curve that an earlier attempt wrote are not counted again.
@@ -181,18 +183,12 @@ class SeedTraining:
         trial_files.write_curve(self.directory, task.metrics.curve, self.write)
         self.log_work("began", task.epoch)
 
-    def _stop_rule(self) -> Callable[[Sequence[Row]], bool]:
-        """The function that says after each epoch whether the trial is poor, and records it if it is."""
-        assert self.trial.orion.siblings is not None
-        siblings = median_stop.Siblings(self.trial.orion.siblings, self.config)
-
-        def is_poor(curve: Sequence[Row]) -> bool:
-            stop = median_stop.decide(self.config, curve, siblings)
-            if stop is not None:
-                self.write(self.directory / median_stop.RECORD, median_stop.to_bytes(stop))
-            return stop is not None
-
-        return is_poor
+    def _is_poor(self, siblings: median_stop.Siblings, curve: Sequence[Row]) -> bool:
+        """Decide after an epoch whether the trial is poor, and record it if it is."""
+        stop = median_stop.decide(self.config, curve, siblings)
+        if stop is not None:
+            self.write(self.directory / median_stop.RECORD, median_stop.to_bytes(stop))
+        return stop is not None
 
     def log_work(self, state: worklog.State, epoch: int) -> None:
         """Append a line to the work log. A line that cannot be written is left out: it is only a count."""
@@ -212,16 +208,14 @@ def _log_start(
 ) -> None:
     threads = task.config.task.threads
     of = f" of {experiment}" if experiment else ""
-    how = f"on {task.device}, {threads} thread{'s' if threads > 1 else ''}, "
-    how += f"gradients by {task.agent.learner.engine}"
-    if resumed_from is None or resumed_from < last_epoch:
-        how += f", environments by {task.vectorization}"
-    if resumed_from is None:
-        log.info("starts%s: epoch 0 -> %d, %s", of, last_epoch, how)
-    elif resumed_from < last_epoch:
-        log.info("resumes%s: epoch %d -> %d, %s", of, resumed_from, last_epoch, how)
-    else:
+    if resumed_from is not None and resumed_from >= last_epoch:
         log.info("has done epoch %d%s already: nothing to train", last_epoch, of)
+    else:
+        log.info(
+            "%s%s: epoch %d -> %d, on %s, %d thread%s, gradients by %s, environments by %s",
+            "starts" if resumed_from is None else "resumes", of, resumed_from or 0, last_epoch, task.device,
+            threads, "s" if threads > 1 else "", task.agent.learner.engine, task.vectorization,
+        )  # fmt: skip
     log.debug("%s", task.summary())
 
 

@@ -23,13 +23,11 @@ from ppo_hpo.trial import failure, median_stop
 if TYPE_CHECKING:
     from ppo_hpo.ppo.task import PPO
 
-#: Writes a file whole, or not at all.
+# Writes a file whole, or not at all.
 Write = Callable[[Path, bytes], None]
 LOG, TIMING, CURVE, RESULTS, CONFIG = "log.txt", "timing.jsonl", "curve.jsonl", "results.json", "config.yaml"
-#: Files that are appended to, locked or emptied.
-WRITTEN_IN_PLACE = (LOG, TIMING, worklog.FILE, "lock")
-#: Directory in which the lock names the trial's writer.
-WRITER = "writer"
+WRITTEN_IN_PLACE = (LOG, TIMING, worklog.FILE, "lock")  # appended to, locked or emptied
+WRITER = "writer"  # directory in which the lock names the trial's writer
 REPLACED = (failure.RECORD, CURVE, RESULTS, CONFIG, median_stop.RECORD)
 
 

@@ -398,7 +398,7 @@ def test_an_error_where_another_seed_had_one_is_another(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="a hiccup") as caught:
         run(tmp_path, tick=tick)
-    failure.stops_the_hunt(caught.value, tmp_path, None)
+    failure.stops_the_hunt(caught.value, tmp_path, tmp_path)
     record = failure.read_record(tmp_path)
     assert record is not None
     assert (record.place or "").startswith("seed-1, epoch 2, step 0, ValueError, ")
