@@ -74,10 +74,11 @@ def also(parser: argparse._ActionsContainer, action: argparse.Action, *names: st
 def add_experiment(parser: Parser) -> None:
     """Add the experiment's name, and the file that says where its database is."""
     parser.add_argument("name", metavar="NAME", type=experiment_name,
-                        help="name of the experiment, or directory of a sweep")  # fmt: skip
+                        help="name of the sweep or experiment (Orion's word), or its directory")  # fmt: skip
     add_orion_config(
         parser, "Without it, ppo-hpo tries NAME/orion.yaml (which `ppo-hpo sweep` writes), then "
-        "ORION_DB_TYPE and ORION_DB_ADDRESS, then Orion's default."
+        "the environment variables ORION_DB_TYPE and ORION_DB_ADDRESS, then the database in Orion's own "
+        "configuration."
     )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def add_devices(parser: argparse._ActionsContainer) -> None:
     """Add where trials train, and how many of them share a GPU."""
     parser.add_argument(
         "--device", default="auto", metavar="NAME", type=_device,
-        help="where to train: cpu; cuda (all GPUs, shared out among the trials); cuda:N or cuda:N,M (only "
+        help="where to train: cpu; cuda (all GPUs, divided among the trials); cuda:N or cuda:N,M (only "
         "these); auto (the default: the GPUs if observations are images, else the CPU). "
         "See docs/how-to/gpus.md.",
     )  # fmt: skip
@@ -104,8 +105,8 @@ def add_trials_per_device(parser: argparse._ActionsContainer) -> None:
     """Add how many trials share a GPU."""
     parser.add_argument(
         "--trials-per-device", type=positive, metavar="N",
-        help="how many trials one GPU trains at a time, counting all of your sweeps and hunts on this "
-        "machine (default: unlimited)",
+        help="how many trials one GPU trains at a time, counting all of your sweeps and `orion hunt` "
+        "commands on this machine (default: unlimited)",
     )  # fmt: skip
 
 
@@ -113,14 +114,15 @@ def add_stop_poor(parser: argparse._ActionsContainer) -> None:
     """Add the stopping of poor trials."""
     parser.add_argument(
         "--stop-poor", action="store_true",
-        help="stop a trial between two rungs if its best return is below the median of the experiment's "
-        "other trials. See docs/explanation/early-stopping.md.",
+        help="under Orion, stop a trial early if its best return is below the median of the other trials' "
+        "mean returns up to the same epoch. See docs/explanation/early-stopping.md.",
     )  # fmt: skip
 
 
 def add_checkpoint_store(parser: argparse._ActionsContainer, help: str) -> None:
     """Add a second place for checkpoints."""
     action = parser.add_argument(
-        "--checkpoint-store", metavar="URL", help=f"{help} (default: $PPO_HPO_STORE)"
-    )
+        "--checkpoint-store", metavar="URL",
+        help=f"{help}: s3://..., sftp://... or a directory (default: $PPO_HPO_STORE)",
+    )  # fmt: skip
     also(parser, action, "--store")

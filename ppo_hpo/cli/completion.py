@@ -19,7 +19,8 @@ def add_commands(commands: Commands, parser: Parser) -> None:
         "completion",
         help="print a shell completion script",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Print a script that lets a shell complete commands, options and file names.",
+        description="Print a script that lets a shell complete commands, options and file names.\n"
+        "Needs: pip install 'ppo-hpo[completion]'.",
         epilog="For bash:\n"
         "  ppo-hpo completion bash > ~/.local/share/bash-completion/completions/ppo-hpo\n"
         "For zsh, from a directory in $fpath:\n"

@@ -42,24 +42,26 @@ def _report(arguments: argparse.Namespace) -> int:
 def _add_best(commands: Commands) -> None:
     best = commands.add_parser(
         "best",
-        help="retrain the best trials on fresh seeds, or export them",
+        help="print, retrain or export the best trials",
         description="Print the best trials of an experiment. With --test-seeds, retrain each one from "
-        "scratch on fresh seeds, next to a preset or the default hyperparameters, and compare the scores. "
-        "Rerun the command to resume.",
+        "scratch on fresh seeds (seeds that no trial has trained), and compare the scores with those of a "
+        "preset or PPO's defaults. Rerun a command to resume interrupted trials.",
     )
     common.add_experiment(best)
     best.add_argument("--top", type=common.positive, default=3, metavar="K",
-                      help="how many configurations (default: 3)")  # fmt: skip
-    best.add_argument("--export", metavar="FILE", help="write the best configuration as a preset")
+                      help="how many of the best configurations to print and retrain (default: 3)"
+                      )  # fmt: skip
+    best.add_argument("--export", metavar="FILE", help="write the best configuration as a trial file")
     best.add_argument("--policy", metavar="FILE",
-                      help="write the best trial's policy, as ONNX if FILE ends in .onnx")  # fmt: skip
+                      help="write the best trial's policy (safetensors; ONNX if FILE ends in .onnx, which "
+                      "needs ppo-hpo[onnx])")  # fmt: skip
     test = best.add_argument_group("retraining on fresh seeds")
     test.add_argument("--test-seeds", type=common.non_negative, default=0, metavar="N",
-                      help="retrain each configuration on N fresh seeds; 10 is a good choice (default: 0)"
-                      )  # fmt: skip
+                      help="retrain each configuration on N fresh seeds; 10 is a good choice (default: 0, "
+                      "which retrains nothing)")  # fmt: skip
     test.add_argument("--against", metavar="PRESET",
-                      help="what to compare with: a preset, a file, `default` or `none` (default: the "
-                      "environment's preset if there is one, else `default`)")  # fmt: skip
+                      help="what to compare with: a preset (shipped), a trial file, `default` (PPO's "
+                      "defaults) or `none` (default: the environment's preset, else `default`)")  # fmt: skip
     workers = test.add_argument("--workers", type=common.positive, metavar="N",
                                 help="how many trials run at a time (default: the number of usable CPU "
                                 "cores); also --n-jobs")  # fmt: skip
@@ -112,9 +114,10 @@ def _add_retry(commands: Commands) -> None:
     retry = commands.add_parser(
         "retry",
         help="requeue failed or stuck trials",
-        description="Requeue broken trials, and reserved trials that no worker trains any more. The next "
-        "worker resumes them from their latest checkpoint. This also repairs what a killed worker left "
-        "behind: the algorithm's lock, and results that the algorithm was not told.",
+        description="Requeue broken (failed) trials, and reserved (stuck) trials, which no worker trains any "
+        "more. A trial with a heartbeat in the last two minutes is skipped. The next worker resumes trials "
+        "from their latest checkpoint. This also repairs what a killed worker left behind: the algorithm's "
+        "lock, and results that were stored, but that the algorithm never received.",
     )
     common.add_experiment(retry)
     retry.add_argument("--trial", metavar="ID", help="only this trial; the beginning of its id is enough")
@@ -132,15 +135,15 @@ def _retry(arguments: argparse.Namespace) -> int:
 def _add_clean(commands: Commands) -> None:
     clean = commands.add_parser(
         "clean",
-        help="remove checkpoints that no trial can resume from",
-        description="Remove checkpoints of completed trials that Orion cannot promote any more: those at the "
-        "highest fidelity, and those promoted already. Curves, logs and results stay.",
+        help="remove checkpoints that no trial needs any more",
+        description="Remove checkpoints of completed trials that were already promoted, or that reached the "
+        "highest fidelity. Curves, logs and results stay.",
     )
     common.add_experiment(clean)
     clean.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     clean.add_argument("--finished", action="store_true",
-                       help="the experiment is finished, and nobody will raise its max_trials: also clean "
-                       "the trials that could still be promoted")  # fmt: skip
+                       help="promise that nobody will raise max_trials; this also cleans trials that could "
+                       "still be promoted")  # fmt: skip
     clean.add_argument("--keep", type=common.non_negative, default=1, metavar="N",
                        help="keep the latest checkpoint of the N best trials (default: 1)")  # fmt: skip
     common.add_checkpoint_store(clean, "also clean this checkpoint store")
@@ -166,8 +169,9 @@ def _add_doctor(commands: Commands) -> None:
         "The exit code is 1 if there is a problem.",
     )
     common.add_orion_config(
-        doctor, "Without it, ppo-hpo tries ORION_DB_TYPE and ORION_DB_ADDRESS, then Orion's default."
-    )
+        doctor, "Without it, ppo-hpo tries the environment variables ORION_DB_TYPE and ORION_DB_ADDRESS, "
+        "then the database in Orion's own configuration."
+    )  # fmt: skip
     doctor.add_argument("--json", action="store_true", help="print JSON, for other programs")
     doctor.set_defaults(command=_doctor)
 

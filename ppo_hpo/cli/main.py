@@ -39,12 +39,15 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="ppo-hpo",
         description="Tune Proximal Policy Optimization (PPO) with Orion. Interrupted trials resume.",
-        epilog="To begin: ppo-hpo sweep CartPole-v1. Help on one command: ppo-hpo COMMAND --help.",
+        epilog="Words: a space says what is searched; a preset is a space in which nothing is searched. "
+        "Trials are compared at rungs, which are numbers of epochs. A promotion resumes a good trial up to "
+        "the next rung. A fork resumes it with changed hyperparameters (PBT). To begin, run 40 trials: "
+        "ppo-hpo sweep CartPole-v1. Help on one command: ppo-hpo COMMAND --help.",
     )
     parser.add_argument("--version", action="version", version=f"ppo-hpo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     # The help lists them in this order.
-    for module in (sweep, experiment, space, run):
+    for module in (sweep, run, experiment, space):
         module.add_commands(commands)
     completion.add_commands(commands, parser)
     return parser

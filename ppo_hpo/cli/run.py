@@ -20,10 +20,10 @@ def add_commands(commands: Commands) -> None:
     _add_run(commands)
     preload = commands.add_parser("preload", help="list or stop the processes that `run --preload` uses")
     preload.description = (
-        "List your preloaded processes on this machine. `ppo-hpo run --preload` starts one on demand. It has "
-        "torch imported already, so that trials start faster. See docs/how-to/preload.md."
+        "List your preloaded processes on this machine. `ppo-hpo run --preload` starts one on demand. A "
+        "preloaded process has already imported torch, so trials start faster. See docs/how-to/preload.md."
     )
-    preload.add_argument("--stop", action="store_true", help="stop each one after its trials have ended")
+    preload.add_argument("--stop", action="store_true", help="stop each process after its running trials")
     preload.set_defaults(command=_preload)
     # The former name. `--help` does not list it.
     commands.add_parser("warm", parents=[preload], add_help=False)
@@ -34,19 +34,20 @@ def _add_run(commands: Commands) -> None:
         "run",
         help="train one trial; `orion hunt` calls this too",
         description="Train one trial, or resume it: rerun the same command to resume. Under `orion hunt`, "
-        "Orion chooses the trial's directory and reads its result.",
+        "Orion chooses the trial's directory and receives its result.",
     )
     run.add_argument("--config", required=True, metavar="FILE",
-                     help="the trial's YAML file, or the name of a shipped preset")  # fmt: skip
+                     help="a trial file (YAML), or a preset (shipped)")  # fmt: skip
     run.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
-                     help="replace one value of the file, as in --set optimizer.lr=3e-4; repeatable"
-                     )  # fmt: skip
+                     help="give one hyperparameter a fixed value, as in --set optimizer.lr=3e-4; "
+                     "repeatable")  # fmt: skip
     run.add_argument("--epochs", type=int, metavar="N",
-                     help="train up to this epoch, at most the file's task.max_epochs")  # fmt: skip
+                     help="stop after epoch N (at most task.max_epochs); an epoch is task.steps_per_epoch "
+                     "environment steps")  # fmt: skip
     run.add_argument("--seed", type=int, metavar="N", help="the same as --set task.seed=N")
     run.add_argument("--dir", metavar="DIR", type=common.directory,
-                     help="directory for the trial's output (default: Orion's, or "
-                     "ppo-hpo-runs/ENV-HASH)")  # fmt: skip
+                     help="directory for the trial's output (default: under Orion the trial's directory, "
+                     "else ppo-hpo-runs/ENV-HASH)")  # fmt: skip
     common.add_devices(run)
     common.add_trials_per_device(run)
     preload = run.add_argument(
@@ -62,12 +63,11 @@ def _add_run(commands: Commands) -> None:
                      "times for each epoch (default: 2 under Orion, else 0)")  # fmt: skip
     common.add_stop_poor(run)
     common.add_checkpoint_store(
-        run, "also keep checkpoints at this URL, for workers that share no file system: s3://..., sftp://... "
-        "or a directory"
-    )  # fmt: skip
+        run, "also keep checkpoints at this URL, for workers that share no file system"
+    )
     run.add_argument("--parent", metavar="ID",
-                     help="id of the trial that this one resumes from, to find it in the checkpoint store; "
-                     "under orion hunt, write --parent '{trial.parent}'")  # fmt: skip
+                     help="id of the trial that this one resumes from, only needed with "
+                     "--checkpoint-store; under orion hunt, write --parent '{trial.parent}'")  # fmt: skip
     run.set_defaults(command=_run)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.spec.errors import UserError
 
@@ -16,17 +16,21 @@ def add_commands(commands: Commands) -> None:
     text = "list, print, check or copy search spaces and presets"
     space = commands.add_parser("space", help=text, description=f"{text.capitalize()}.")
     actions = space.add_subparsers(title="actions", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="list the shipped ones")
+
+    def add(name: str, text: str) -> Any:
+        return actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    listing = add("list", "list the shipped spaces and presets")
     listing.set_defaults(command=_list)
-    show = actions.add_parser("show", help="print one")
-    show.add_argument("name", metavar="NAME", help="a shipped name, or a YAML file")
+    show = add("show", "print a space or preset")
+    show.add_argument("name", metavar="NAME", help="name of a shipped space or preset, or a YAML file")
     show.set_defaults(command=_show)
-    check = actions.add_parser("check", help="check one without training, before `orion hunt` reads it")
-    check.add_argument("name", metavar="NAME", help="a shipped name, or a YAML file")
+    check = add("check", "check that a space is valid and runs no code, without training")
+    check.add_argument("name", metavar="NAME", help="name of a shipped space or preset, or a YAML file")
     check.set_defaults(command=_check)
-    copy = actions.add_parser("copy", help="copy one, to edit it")
-    copy.add_argument("name", metavar="NAME", help="a shipped name, or a YAML file")
-    copy.add_argument("destination", metavar="DEST", help="a file or a directory")
+    copy = add("copy", "copy a space or preset to a file, to edit it")
+    copy.add_argument("name", metavar="NAME", help="name of a shipped space or preset, or a YAML file")
+    copy.add_argument("destination", metavar="DEST", help="a new file, or an existing directory")
     copy.set_defaults(command=_copy)
 
 
@@ -35,10 +39,17 @@ def _list(arguments: argparse.Namespace) -> int:
 
     for name in list_spaces():
         space = read_space(name)
-        searched = sum(len(values) for values in space.priors.values())
-        kind = f"{searched} searched" if searched else "preset"
-        print(f"{name:24} {kind:14} {space.fixed.get('env', {}).get('id', '')}")
+        kind = _searched(space) or "preset"
+        print(f"{name:24} {kind:32} {space.fixed.get('env', {}).get('id', '')}")
     return 0
+
+
+def _searched(space: Any) -> str:
+    """What a space searches, in words; empty for a preset."""
+    epochs = "epochs" in space.priors.get("task", {})
+    number = sum(map(len, space.priors.values())) - epochs
+    hyperparameters = f"{number} hyperparameter{'s' * (number != 1)}" if number else ""
+    return ", and ".join(filter(None, [hyperparameters, "epochs" if epochs else ""]))
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -57,11 +68,12 @@ def _check(arguments: argparse.Namespace) -> int:
     from ppo_hpo.spec.space import read_space
 
     space = read_space(arguments.name)
-    searched = sum(len(values) for values in space.priors.values())
+    searched = _searched(space)
+    what = f"searches {searched}. All priors are valid and run no code" if searched else "nothing is searched"
     env = str(space.fixed.get("env", {}).get("id", "the default environment"))
     module, colon, _ = env.rpartition(":")
-    print(f"{space.path}: {searched} searched, all priors are plain values; trains {env}"
-          f"{f', which imports the module {module}' if colon else ''}")  # fmt: skip
+    imports = f", which imports the module {module}" if colon else ""
+    print(f"{space.path}: {what}. Trials train on {env}{imports}.")
     return 0
 
 

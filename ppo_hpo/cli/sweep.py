@@ -20,11 +20,11 @@ def add_commands(commands: Commands) -> None:
         "sweep",
         help="tune PPO on an environment, in one command",
         description="Tune PPO on an environment. The sweep's files go to a directory named after it. Rerun "
-        "the command to resume, or repeat it with a larger --max-trials.",
+        "the command to resume. Raise --max-trials to add trials.",
     )
     sweep.add_argument("what", nargs="?", metavar="ENV|FILE",
-                       help="an environment's id, or a search space's YAML file; not needed to resume a "
-                       "sweep by its --name")  # fmt: skip
+                       help="an environment's id (then --space chooses the space), or a space's YAML file, "
+                       "which names the environment; not needed to resume a sweep by its --name")  # fmt: skip
     # A second spelling of the positional argument, as in other tools.
     sweep.add_argument("--env", metavar="ENV", help=argparse.SUPPRESS)
     _add_search(sweep.add_argument_group("what is searched"))
@@ -36,33 +36,38 @@ def add_commands(commands: Commands) -> None:
 
 def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--space", metavar="NAME",
-                       help="a shipped search space (see `ppo-hpo space list`) or a YAML file (default: "
-                       "default)")  # fmt: skip
+                       help="a shipped space (see `ppo-hpo space list`) or a YAML file (default: the space "
+                       "named `default`)")  # fmt: skip
     group.add_argument("--algorithm", metavar="NAME",
                        help="Orion's algorithm, or its name with options: '{asha: {seed: 2, num_rungs: 3}}' "
-                       "(default: asha; random if the space has no fidelity)")  # fmt: skip
+                       "(default: asha, or random if every trial has equally many epochs). "
+                       "See docs/reference/orion-algorithms.md.")  # fmt: skip
     trials = group.add_argument("--max-trials", type=common.positive, metavar="N",
-                                help="how many trials to complete in all (default: 40); also --n-trials"
-                                )  # fmt: skip
+                                help="how many trials to complete in all; a promotion counts as a trial "
+                                "(default: 40); also --n-trials")  # fmt: skip
     common.also(group, trials, "--n-trials")
     group.add_argument("--seeds", type=common.positive, metavar="N",
-                       help="train each trial with this many seeds and score it by all of them (default: the "
-                       "space's task.seeds, or 1)")  # fmt: skip
+                       help="train each trial with this many seeds, and score it by the mean over them, or "
+                       "by task.aggregate (default: the space's task.seeds, or 1)")  # fmt: skip
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", metavar="N", type=_epochs, help="train every trial for N epochs")
-    length.add_argument("--fidelity", metavar="PRIOR", dest="epochs",
+    length.add_argument("--epochs", metavar="N", type=_epochs,
+                        help="train every trial for N epochs of task.steps_per_epoch environment steps"
+                        )  # fmt: skip
+    length.add_argument("--fidelity", metavar="RANGE", dest="epochs",
                         help="let the algorithm choose the epochs: 'fidelity(1, 16, base=4)' promotes good "
-                        "trials from 1 to 4 to 16 epochs (default: the space's)")  # fmt: skip
+                        "trials from 1 to 4 to 16 epochs (default: the range in the space)")  # fmt: skip
     group.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
-                       help="fix one value of the space, as in --set env.n_envs=4; repeatable")  # fmt: skip
+                       help="give one hyperparameter a fixed value, as in --set env.n_envs=4; repeatable"
+                       )  # fmt: skip
     group.add_argument("--warm-start", action="append", metavar="PRESET",
-                       help="try this preset or configuration file first; repeatable")  # fmt: skip
+                       help="a preset (shipped) or a trial's YAML file, whose values a new sweep tries "
+                       "first; repeatable")  # fmt: skip
 
 
 def _add_execution(group: argparse._ArgumentGroup) -> None:
     workers = group.add_argument("--workers", type=common.positive, metavar="N",
                                  help="how many trials run at a time (default: the number of usable CPU "
-                                 "cores, or what a cluster has room for); also --n-jobs")  # fmt: skip
+                                 "cores, or the cluster's capacity); also --n-jobs")  # fmt: skip
     common.also(group, workers, "--n-jobs")
     group.add_argument("--executor", metavar="NAME|ADDRESS",
                        help="what runs the trials: workers (processes of this machine, the default), single, "

@@ -227,7 +227,7 @@ def _check_packages(report: Report) -> None:
 def _check_devices(report: Report) -> None:
     machine = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
-    fact = f"{cores} of {machine} cores for this process; a trial uses one (task.threads)"
+    fact = f"{cores} of {machine} cores for this process; a trial uses one core (see task.threads)"
     report.facts.append(("cpu", fact))
     if _version("torch") is None:
         return

@@ -201,7 +201,7 @@ def copy_space(name: str, destination: str) -> Path:
     source, target = space_path(name), Path(destination)
     if not source.is_file():
         raise UserError(f"{source} cannot be copied: there is no such file.")
-    if target.is_dir():
+    if target.is_dir() or destination.endswith("/"):
         target = target / source.name
     if target.exists():
         raise UserError(f"{target} is there already. Choose another name, or remove it.")

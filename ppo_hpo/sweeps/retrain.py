@@ -64,7 +64,7 @@ def baseline(winner: TrialConfig, name: str | None = None) -> Candidate | None:
     Args:
         winner: the configuration to compare with.
         name: a preset's name, a file, ``default``, or ``none`` for no baseline. None means the shipped preset
-            of the environment, or the default hyperparameters if there is none.
+            of the environment, or PPO's defaults if there is none.
 
     Raises:
         UserError: there is no such preset, or it is a space.

@@ -78,12 +78,13 @@ def sweep(
         max_trials: how many trials to complete, over all calls. Default: 40.
         n_workers: how many trials run at a time. Default: the usable CPU cores, or all workers of a cluster.
         seeds: how many seeds each trial trains. Default: the space's ``task.seeds``, or 1.
-        epochs: epochs of every trial, or a prior like ``fidelity(1, 16, base=4)``. Default: the space's.
+        epochs: epochs of every trial (``--epochs``), or a range like ``fidelity(1, 16, base=4)``
+            (``--fidelity``). Default: the space's.
         overrides: values to fix, by group and key, like ``{"ppo": {"n_epochs": 10}}``.
         warm_start: presets (names, files or nested mappings) to try first in a new sweep. Values that they
             leave out are PPO's defaults. Values that the space does not search are ignored.
         executor: what runs the trials; see `ppo_hpo.sweeps.executors`. Default: worker processes.
-        device: ``cpu``; ``cuda``, which shares all visible GPUs among the trials; ``cuda:N,M`` or a list of
+        device: ``cpu``; ``cuda``, which divides all visible GPUs among the trials; ``cuda:N,M`` or a list of
             GPUs; or ``auto``, which means ``cuda`` for images if there is a GPU, else ``cpu``.
         trials_per_device: how many trials one GPU trains at a time, counting all sweeps and hunts of the user
             on that machine. None means unlimited.

@@ -275,8 +275,8 @@ def test_space_check_tells_which_module_a_good_space_imports(
     path.write_text("env: {id: 'my.games:Chess-v0'}\noptimizer: {lr: 'orion~loguniform(1e-4, 1e-2)'}")
     assert main(["space", "check", str(path)]) == 0
     assert capsys.readouterr().out == (
-        f"{path}: 1 searched, all priors are plain values; trains my.games:Chess-v0, "
-        f"which imports the module my.games\n"
+        f"{path}: searches 1 hyperparameter. All priors are valid and run no code. Trials train on "
+        f"my.games:Chess-v0, which imports the module my.games.\n"
     )
     assert main(["space", "check", "classic-control"]) == 0
     assert "imports" not in capsys.readouterr().out

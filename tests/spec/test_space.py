@@ -438,7 +438,9 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines] == SHIPPED
     row = next(line for line in lines if line.startswith("classic-control "))
     searched = sum(len(values) for values in get_space("classic-control").values())
-    assert row.split() == ["classic-control", str(searched), "searched", "CartPole-v1"]
+    assert row.split() == [
+        "classic-control", str(searched - 1), "hyperparameters,", "and", "epochs", "CartPole-v1"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -453,6 +455,8 @@ def test_copy_to_a_file_and_into_a_directory(tmp_path: Path, capsys: pytest.Capt
     assert main(["space", "copy", "classic-control", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [str(mine), str(tmp_path / "classic-control.yaml")]
     assert mine.read_bytes() == space_path("default").read_bytes()
+    assert main(["space", "copy", "default", f"{tmp_path}/none/"]) == 2
+    assert "none/default.yaml cannot be written" in capsys.readouterr().err
     assert read_space(str(mine)).priors == read_space("default").priors
     assert (tmp_path / "classic-control.yaml").read_bytes() == space_path("classic-control").read_bytes()
 
