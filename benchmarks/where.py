@@ -28,7 +28,7 @@ from typing import Any  # noqa: E402
 import machine  # noqa: E402
 
 from ppo_hpo.envs import vector  # noqa: E402
-from ppo_hpo.ppo import collect, environments, learner, numpy_engine, task, train  # noqa: E402
+from ppo_hpo.ppo import collect, learner, numpy_engine, task, task_envs, train  # noqa: E402
 from ppo_hpo.spec import yamlio  # noqa: E402
 from ppo_hpo.spec.config import TrialConfig  # noqa: E402
 from ppo_hpo.spec.space import space_path  # noqa: E402
@@ -48,7 +48,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("update", learner.Learner, "update"),
     ("  gradients", numpy_engine.NumpyEngine, "backward"),
     ("  Adam", learner.FlatAdam, "step"),
-    ("evaluation", environments.Environments, "_evaluation"),
+    ("evaluation", task_envs.Environments, "_evaluation"),
     ("checkpoint", task.PPO, "_save"),
     ("curve and log", training.SeedTraining, "_end_epoch"),
 ]

@@ -44,7 +44,7 @@ def _device(text: str) -> str:
     """The name of a device, which is checked before anything is done with it."""
     if text == "auto":  # This is the default, which argparse sends through here too. It needs no import.
         return text
-    from ppo_hpo.trial.gpus import device_name
+    from ppo_hpo.trial.gpu_detection import device_name
 
     try:
         return device_name(text)

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from ppo_hpo.inspect.retry import PATIENCE, seconds_since
 from ppo_hpo.orion.experiment import find_database, in_short
-from ppo_hpo.orion.patch import TESTED_ORION
+from ppo_hpo.orion.tested_version import TESTED_ORION
 from ppo_hpo.spec.errors import UserError
 
 _PACKAGES = ("ppo_hpo", "orion", "torch", "gymnasium", "numpy", "safetensors", "setuptools", "pip")

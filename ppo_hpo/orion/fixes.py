@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ppo_hpo.orion import patch
+from ppo_hpo.orion import tested_version
 
 VARIABLE = "PPO_HPO_FIXES"
 _OUR_COMMANDS = ("ppo-hpo", "ppo_hpo")
@@ -25,7 +25,7 @@ _OUR_COMMANDS = ("ppo-hpo", "ppo_hpo")
 
 def install() -> bool:
     """Fix Orion in this process; whether it is fixed."""
-    return patch.install_once(VARIABLE, "The fixes of Orion", _apply)
+    return tested_version.install_once(VARIABLE, "The fixes of Orion", _apply)
 
 
 def _apply() -> None:

@@ -20,7 +20,7 @@ from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import Interrupted
 from ppo_hpo.spec.space import Space, fill, read_space, with_fidelities
 from ppo_hpo.trial import failure
-from ppo_hpo.trial.gpus import device_name
+from ppo_hpo.trial.gpu_detection import device_name
 from ppo_hpo.trial.options import RETRIES, OrionContext, RunOptions
 
 if TYPE_CHECKING:

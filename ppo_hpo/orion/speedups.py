@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from ppo_hpo.orion import patch
+from ppo_hpo.orion import tested_version
 
 VARIABLE = "PPO_HPO_LEAN"
 # Class names of Orion's algorithms. For each of them, the code that handles its state was read and is tested.
@@ -59,7 +59,7 @@ _FLATTENING_MODULES = ("orion.algo.tpe.tpe", "orion.algo.asha.asha", "orion.algo
 
 def install() -> bool:
     """Remove the copies from Orion in this process; whether they are removed."""
-    return patch.install_once(VARIABLE, "The speed-ups of Orion", _apply)
+    return tested_version.install_once(VARIABLE, "The speed-ups of Orion", _apply)
 
 
 def _apply() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ppo_hpo.ppo import losses
-from ppo_hpo.ppo.engine import MinibatchStats
+from ppo_hpo.ppo.gradient_engine import MinibatchStats
 from ppo_hpo.ppo.rollout import Float32, Samples
 from ppo_hpo.spec.config import PPOConfig
 

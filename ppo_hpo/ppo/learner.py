@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ppo_hpo.ppo.adam import FlatAdam
 from ppo_hpo.ppo.autograd import AutogradEngine, Criterion
-from ppo_hpo.ppo.engine import Engine, MinibatchStats
+from ppo_hpo.ppo.gradient_engine import Engine, MinibatchStats
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.numpy_engine import NumpyEngine, parameter_order
 from ppo_hpo.ppo.rollout import Float32, Samples

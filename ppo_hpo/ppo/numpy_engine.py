@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ppo_hpo.ppo.engine import MinibatchStats
+from ppo_hpo.ppo.gradient_engine import MinibatchStats
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.rollout import Float32, Samples
 from ppo_hpo.spec.config import PPOConfig

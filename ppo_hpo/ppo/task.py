@@ -16,13 +16,13 @@ from torch import nn
 from ppo_hpo.envs.make import probe
 from ppo_hpo.ppo.agent import Agent, build_agent, describe
 from ppo_hpo.ppo.autograd import Criterion
-from ppo_hpo.ppo.checkpointing import Progress, load_newest, load_state, to_checkpoint
 from ppo_hpo.ppo.components import ActorCritic, Hyperparameters, LRSchedule, Optimizer, RolloutLoader
 from ppo_hpo.ppo.device import limited_threads, resolve_device
-from ppo_hpo.ppo.environments import Environments
 from ppo_hpo.ppo.events import Events, Metrics
 from ppo_hpo.ppo.guard import BadResumeGuard
 from ppo_hpo.ppo.rollout import Rollout, Samples
+from ppo_hpo.ppo.task_envs import Environments
+from ppo_hpo.ppo.task_state import Progress, load_newest, load_state, to_checkpoint
 from ppo_hpo.ppo.train import Diverged, advantages, scheduled_rates
 from ppo_hpo.spec import randomness, results
 from ppo_hpo.spec.config import TrialConfig, check_value

@@ -120,7 +120,7 @@ def preset_of(config: TrialConfig) -> str | None:
 
 def jobs_of(candidate: Candidate, seeds: int, place: Path) -> list[Job]:
     """The runs of one configuration, one for each fresh seed, in directories named after their identity."""
-    from ppo_hpo.spec.seeds import fresh_seeds  # imports numpy
+    from ppo_hpo.spec.trial_seeds import fresh_seeds  # imports numpy
 
     found = []
     for number, seed in enumerate(fresh_seeds(candidate.config, seeds), 1):

@@ -30,7 +30,7 @@ from ppo_hpo.spec.space import read_space
 from ppo_hpo.sweeps.initial_trials import configurations_of, insert
 from ppo_hpo.sweeps.plan import Plan, SweepRequest
 from ppo_hpo.sweeps.result import SweepResult, orion_yaml, result_of
-from ppo_hpo.trial.gpus import device_name
+from ppo_hpo.trial.gpu_detection import device_name
 from ppo_hpo.trial.options import RETRIES, RunOptions
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ppo_hpo.spec.errors import MachineError
 from ppo_hpo.spec.user_dir import open_user_dir
-from ppo_hpo.trial.gpus import VISIBLE, Gpu, gpu_numbers, visible_now
+from ppo_hpo.trial.gpu_detection import VISIBLE, Gpu, gpu_numbers, visible_now
 
 # Seconds between two looks for a free slot, and between two lines of the log that say so.
 _PAUSE, _REMIND = 2.0, 60.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppo_hpo.spec.errors import UserError
-from ppo_hpo.trial.gpus import device_name
+from ppo_hpo.trial.gpu_detection import device_name
 
 #: Retries where nobody watches, as under Orion, where a broken trial counts against the whole hunt.
 RETRIES = 2

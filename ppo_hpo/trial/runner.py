@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ppo_hpo.spec import results, seeds
+from ppo_hpo.spec import results, trial_seeds
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, LostLock, MachineError, UserError
 from ppo_hpo.state import lock
@@ -45,7 +45,7 @@ def run(
     info = _check(trial)
     # A small network on vectors is trained faster by the CPU (`ppo_hpo.ppo.numpy_engine`).
     device = "cpu" if options.device == "auto" and not info.images else options.device
-    works = {part: Work(part) for part in seeds.split_by_seed(config)}
+    works = {part: Work(part) for part in trial_seeds.split_by_seed(config)}
     lost: LostLock | None = None
     while True:
         try:
@@ -93,7 +93,7 @@ def _check_directory(config: TrialConfig, directory: Path) -> None:
     if not os.access(directory, os.W_OK | os.X_OK):
         raise MachineError(f"The directory {directory} cannot be written. Choose another one.")
     in_place, writer = trial_files.WRITTEN_IN_PLACE, directory / trial_files.WRITER
-    for name in (*in_place, trial_files.WRITER, *filter(None, seeds.split_by_seed(config))):
+    for name in (*in_place, trial_files.WRITER, *filter(None, trial_seeds.split_by_seed(config))):
         # In somebody else's directory a link could lead to any other file of the user's.
         if (directory / name).is_symlink():
             raise UserError(f"{directory / name} is a link, which would be written through. Remove it.")
@@ -152,7 +152,7 @@ def _run_as_writer(
                 SeedTraining(trial, own, works[part], device, write, tick_of_writer, log).run(
                     None if earlier is None else earlier.place
                 )
-                for part, own in seeds.split_by_seed(config).items()
+                for part, own in trial_seeds.split_by_seed(config).items()
             ]
     except Exception as error:
         # Under Orion it is recorded with what Orion is told. What belongs to another trial is left as it is.

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from ppo_hpo import PPO
 from ppo_hpo.cli.main import main
-from ppo_hpo.ppo.checkpointing import load_checkpoint
+from ppo_hpo.ppo.task_state import load_checkpoint
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import GROUPS, TrialConfig, field_names
 from ppo_hpo.spec.errors import CheckpointError, UserError

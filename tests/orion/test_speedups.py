@@ -167,8 +167,8 @@ QUIET = """
 import logging, pickle, sys, warnings
 warnings.simplefilter("ignore")
 logging.basicConfig(format="%(name)s: %(message)s")
-from ppo_hpo.orion import patch, speedups
-patch.TESTED_ORION = sys.argv[1]
+from ppo_hpo.orion import tested_version, speedups
+tested_version.TESTED_ORION = sys.argv[1]
 print(speedups.install(), speedups.install())
 import copy, orion.storage.legacy, orion.algo.base.registry
 print(orion.storage.legacy.pickle is pickle, orion.algo.base.registry.copy is copy)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ppo_hpo import PPO, TrialConfig
-from ppo_hpo.ppo.engine import MinibatchStats
+from ppo_hpo.ppo.gradient_engine import MinibatchStats
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.rollout import Samples

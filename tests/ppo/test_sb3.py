@@ -28,8 +28,8 @@ from ppo_hpo.envs.vector import SyncEnvs
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.autograd import AutogradEngine, Batch
 from ppo_hpo.ppo.collect import Collector
-from ppo_hpo.ppo.engine import MinibatchStats
 from ppo_hpo.ppo.gae import explained_variance
+from ppo_hpo.ppo.gradient_engine import MinibatchStats
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler

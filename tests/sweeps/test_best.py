@@ -21,9 +21,9 @@ from ppo_hpo.orion.experiment import open_experiment, params_of
 from ppo_hpo.orion.objective import objective
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.results import entries
-from ppo_hpo.spec.seeds import fresh_seeds, tuning_seeds
 from ppo_hpo.spec.space import fill, get_space, read_space
 from ppo_hpo.spec.stats import advantage_interval, iqm_interval
+from ppo_hpo.spec.trial_seeds import fresh_seeds, tuning_seeds
 from ppo_hpo.sweeps.batch import Result
 from ppo_hpo.sweeps.best import best
 from ppo_hpo.sweeps.candidates import Candidate, as_preset, candidates

@@ -25,9 +25,9 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import MachineError, UserError
 from ppo_hpo.sweeps.executors import make
-from ppo_hpo.trial import gpu_slots, gpus
+from ppo_hpo.trial import gpu_detection, gpu_slots
+from ppo_hpo.trial.gpu_detection import Card, cards, device_name, visible
 from ppo_hpo.trial.gpu_slots import choose
-from ppo_hpo.trial.gpus import Card, cards, device_name, visible
 from ppo_hpo.trial.options import RunOptions
 from tests.runs import run_quietly
 
@@ -263,15 +263,15 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
 def test_the_driver_is_asked(machine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = machine(EQUAL)
-    assert gpus.read_driver() == EQUAL
+    assert gpu_detection.read_driver() == EQUAL
     machine((), "exit 9")
-    assert gpus.read_driver() == ()
+    assert gpu_detection.read_driver() == ()
     machine(EQUAL, "exec sleep 600")
-    monkeypatch.setattr(gpus, "_DRIVER_TIMEOUT", 0.2)
-    assert gpus.read_driver() == ()
+    monkeypatch.setattr(gpu_detection, "_DRIVER_TIMEOUT", 0.2)
+    assert gpu_detection.read_driver() == ()
     (folder / "nvidia-smi").unlink()
     monkeypatch.setenv("PATH", str(folder))
-    assert gpus.read_driver() == ()
+    assert gpu_detection.read_driver() == ()
 
 
 class Log(logging.Logger):

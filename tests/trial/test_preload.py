@@ -280,7 +280,7 @@ print("MODULES", *sorted(sys.modules))
     assert ours - {"ppo_hpo.spec", "ppo_hpo.trial"} == {
         "ppo_hpo.spec.errors",
         "ppo_hpo.spec.user_dir",
-        "ppo_hpo.trial.gpus",
+        "ppo_hpo.trial.gpu_detection",
         "ppo_hpo.trial.preload_client",
         "ppo_hpo.trial.process",
         "ppo_hpo.trial.run_command",

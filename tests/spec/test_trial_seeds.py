@@ -17,7 +17,7 @@ import pytest
 from ppo_hpo import PPO, objective
 from ppo_hpo.inspect.clean import clean
 from ppo_hpo.ppo.components import ActorCritic, LRSchedule, Optimizer, RolloutLoader
-from ppo_hpo.spec import randomness, results, seeds, yamlio
+from ppo_hpo.spec import randomness, results, trial_seeds, yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, UserError
 from ppo_hpo.spec.space import get_space
@@ -88,22 +88,22 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_numbers_stay_what_they_are() -> None:
     # Checkpoints are found by them, and published results rest on them.
     config = TrialConfig().replace(task={"seeds": 3})
-    assert seeds.tuning_seeds(config) == TUNING
-    assert seeds.fresh_seeds(config, 2) == TEST
+    assert trial_seeds.tuning_seeds(config) == TUNING
+    assert trial_seeds.fresh_seeds(config, 2) == TEST
 
 
 @pytest.mark.parametrize("seed", [0, 7, TUNING[1], TEST[0], 2**31, 2**32, 2**63 - 1])
 def test_tuning_and_test_seeds_are_disjoint(seed: int) -> None:
     config = TrialConfig().replace(task={"seed": seed, "seeds": 1000})
-    tuning, test = seeds.tuning_seeds(config), seeds.fresh_seeds(config, 1000)
+    tuning, test = trial_seeds.tuning_seeds(config), trial_seeds.fresh_seeds(config, 1000)
     assert tuning[0] == seed
     assert len({*tuning, *test}) == 2000
     # By construction, and not by luck: also where `task.seed` is of the other kind.
     assert all(2**31 <= number < 2**32 for number in tuning[1:])
     assert all(2**32 <= number < 2**32 + 2**31 for number in test)
     # Each list begins as a longer one, and what is tested does not depend on what was tuned.
-    assert seeds.tuning_seeds(config.replace(task={"seeds": 3})) == tuning[:3]
-    assert seeds.fresh_seeds(config.replace(task={"seeds": 1}, ppo={"gamma": 0.5}), 5) == test[:5]
+    assert trial_seeds.tuning_seeds(config.replace(task={"seeds": 3})) == tuning[:3]
+    assert trial_seeds.fresh_seeds(config.replace(task={"seeds": 1}, ppo={"gamma": 0.5}), 5) == test[:5]
 
 
 def test_a_number_that_comes_twice_or_is_the_seed_itself_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +111,9 @@ def test_a_number_that_comes_twice_or_is_the_seed_itself_is_left_out(monkeypatch
     monkeypatch.setattr(randomness, "integer_seed", lambda seed, purpose, index: draws[index])
     for seed, expected in ((0, [5, 9, 6]), (2**32 + 9, [5, 6])):
         config = TrialConfig().replace(task={"seed": seed})
-        assert [number - 2**32 for number in seeds.fresh_seeds(config, len(expected))] == expected
+        assert [number - 2**32 for number in trial_seeds.fresh_seeds(config, len(expected))] == expected
     config = TrialConfig().replace(task={"seed": 2**31 + 5, "seeds": 3})
-    assert [number - 2**31 for number in seeds.tuning_seeds(config)] == [5, 9, 6]
+    assert [number - 2**31 for number in trial_seeds.tuning_seeds(config)] == [5, 9, 6]
 
 
 def test_seeds_that_are_searched_are_refused() -> None:
@@ -198,7 +198,7 @@ def test_a_curve_of_seeds_goes_as_far_as_all_have_one() -> None:
 
 
 def test_each_seed_is_the_trial_of_that_one_seed(through: Path, tmp_path: Path) -> None:
-    numbers = seeds.tuning_seeds(CONFIG)
+    numbers = trial_seeds.tuning_seeds(CONFIG)
     assert len(set(numbers)) == 3
     scores, curves = [], []
     for part, number in zip(PARTS, numbers, strict=True):
