@@ -102,7 +102,7 @@ def _dask(n_workers: int | None, settings: dict[str, Any]) -> Any:
 
 
 def _ray(n_workers: int | None, settings: dict[str, Any], options: RunOptions) -> Any:
-    from ppo_hpo.orion.ray_executor import Ray
+    from ppo_hpo.orion.ray import Ray
 
     settings = {"retries": options.retries, **settings}
     if options.device.startswith("cuda"):

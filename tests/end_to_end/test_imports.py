@@ -37,7 +37,7 @@ MAY: dict[str, set[str]] = {
     "cli": set(),
 }
 # Orion imports these by their entry points, for every user of it, whatever they do.
-LOADED_BY_ORION = ["plugin", "orion.ray_executor", "orion.sqlitedb", "orion.workers"]
+LOADED_BY_ORION = ["plugin", "orion.ray", "orion.sqlitedb", "orion.workers"]
 WATCHED = {
     "numpy", "yaml", "torch", "gymnasium", "safetensors", "threadpoolctl", "pandas", "plotly",
     "matplotlib", "tensorboard", "sklearn", "scipy", "sympy", "pygame", "stable_baselines3",
