@@ -25,7 +25,7 @@ from ppo_hpo.spec.config import TrialConfig
 
 BIN = Path(sys.executable).parent
 #: What `ppo-hpo run` and `ppo-hpo best` print when a trial ends.
-TRIAL_ENDED = re.compile(r"(?:done: |seed \d+ +)return +(\S+)")
+TRIAL_ENDED = re.compile(r"(?:done: |seed \d+ of \d+ +)return +(\S+)")
 RETURNS_PER_LINE = 8
 WIDTH = 100
 

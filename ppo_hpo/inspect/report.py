@@ -33,11 +33,6 @@ class Summary:
     reached: int  # The most epochs of a completed trial.
     cost: Cost  # Of all trials, however they ended.
 
-    @property
-    def steps_restarted(self) -> int:
-        """Steps if promoted trials started from scratch instead of resuming."""
-        return self.steps + self.cost.saved_steps
-
 
 def report(name: str, config: str | None = None, html: str | None = None) -> str:
     """Summarize an experiment as text, and as a web page.
@@ -76,7 +71,7 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
     typical = typical or experiment.statistics_of(completed[0])
     steps_per_epoch = typical["env_steps"] / max(typical["epochs"], 1.0)
     return Summary(
-        title=f"{client.name}-v{client.version}",
+        title=f"{client.name} (version {client.version})",
         algorithm=", ".join(client.algorithm.configuration),
         by_status=by_status,
         best=min(completed, key=experiment.ranking_key),
@@ -107,7 +102,7 @@ def to_text(summary: Summary) -> str:
     best, stats = summary.best, experiment.statistics_of(summary.best)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.by_status.items()))
     lines = [
-        f"experiment  {summary.title} ({summary.algorithm}): {counts}; "
+        f"experiment  {summary.title}, tuned by {summary.algorithm}: {counts}; "
         f"{summary.configurations} configurations",
         f"best trial  {best.id}",
         f"            return {stats['return_mean']:.1f} +- {stats['return_std']:.1f} after "
@@ -117,10 +112,15 @@ def to_text(summary: Summary) -> str:
         lines.append(f"            {seeds}")
     curve = read_curve(Path(best.working_dir))
     if len(curve) > 1:
-        lines.append(f"            return by epoch {curve_text([row['return_mean'] for row in curve])}")
+        returns = curve_text([row["return_mean"] for row in curve])
+        lines.append(
+            f"            return after epochs {curve[0]['epoch']} to {curve[-1]['epoch']}  {returns}"
+        )
     params = experiment.params_of(best)
     width = max(len(name) for name in params)
-    lines += [f"            {name:{width}}  {value}" for name, value in sorted(params.items())]
+    for name, value in sorted(params.items()):
+        derived = f" ({name.replace('one_minus_', '')} {1 - value:.6g})" if ".one_minus_" in name else ""
+        lines.append(f"            {name:{width}}  {value}{derived}")
     lines += [f"directory   {best.working_dir}", *_steps_text(summary), str(summary.cost)]
     return "\n".join(lines)
 
@@ -130,15 +130,17 @@ def _steps_text(summary: Summary) -> list[str]:
     missing = summary.steps_in_full - summary.steps
     if missing > 0:
         # Before a trial has reached the highest fidelity, the hunt has only begun and saved nothing yet.
-        how = "saved by early stopping" if summary.reached == summary.max_epochs else "not trained so far"
+        how = (
+            "not every configuration reached" if summary.reached == summary.max_epochs else "none has reached"
+        )
         lines.append(
-            f"            {missing:,} ({missing / summary.steps_in_full:.0%}) {how}: training all in full "
-            f"would take {summary.steps_in_full:,}"
+            f"            {missing:,} not trained, because {how} {summary.max_epochs} epochs "
+            f"({missing / summary.steps_in_full:.0%} of the {summary.steps_in_full:,} in full)"
         )
     if (saved := summary.cost.saved_steps) > 0:
         lines.append(
-            f"            {saved:,} ({saved / summary.steps_restarted:.0%}) more saved because "
-            f"promoted trials resumed instead of starting from scratch"
+            f"            {saved:,} not trained again, because promoted trials resumed instead of starting "
+            f"from scratch"
         )
     return lines
 

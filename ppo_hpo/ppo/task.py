@@ -285,9 +285,9 @@ class PPO:
         stop = self.should_stop(self.metrics.curve)
         self._save()
         self._log.info(
-            "epoch %d/%d  %s steps  return %.1f +- %.1f  %.0f steps/s",
+            "epoch %d/%d  %s steps  return %.1f +- %.1f  %s steps/s",
             self.epoch, self.config.max_epochs, f"{row['env_steps']:,}",
-            row["return_mean"], row["return_std"], self.config.task.steps_per_epoch / seconds,
+            row["return_mean"], row["return_std"], f"{self.config.task.steps_per_epoch / seconds:,.0f}",
         )  # fmt: skip
         self.events.emit("end_epoch", self, epoch=self.epoch, row=self.metrics.latest)
         return stop

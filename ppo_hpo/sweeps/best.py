@@ -53,7 +53,7 @@ def best(
         config: Orion's configuration file; see `ppo_hpo.orion.experiment.open_experiment`.
         top: how many configurations.
         retraining: how to retrain them. None does not.
-        export: file for the best trial's configuration, as a preset.
+        export: file for the best trial's configuration.
         policy: file for the best trial's policy, as ONNX if it ends in ``.onnx``.
 
     Returns:
@@ -64,7 +64,7 @@ def best(
             cannot be written, or a run failed.
     """
     client = open_experiment(name, config)
-    title = f"{client.name}-v{client.version}"
+    title = f"{client.name} (version {client.version})"
     found = candidates(client.fetch_trials(), top, client.name)
     # Retraining may take hours. A file that cannot be written is an error before that.
     written = _exports(found[0], title, export, policy)
@@ -90,7 +90,11 @@ def _retrained(client: Any, found: Sequence[Candidate], title: str, retraining: 
     )
     lines = [f"experiment  {title}: the best trials on {retraining.seeds} fresh seeds", ""]
     lines += [*table(tested), "", *conclusions(tested), *_warnings(found), f"directory   {place}"]
-    about = {"experiment": title, "test_seeds": retraining.seeds, "tested": [asdict(item) for item in tested]}
+    about = {
+        "experiment": f"{client.name}-v{client.version}",
+        "test_seeds": retraining.seeds,
+        "tested": [asdict(item) for item in tested],
+    }
     _write(place / "best.json", json.dumps(about, indent=1) + "\n")
     if retraining.html is not None:
         _write(Path(retraining.html), page(title, tested, "\n".join(lines)))
@@ -146,13 +150,14 @@ def _exports(winner: Candidate, title: str, export: str | None, policy: str | No
         _write(Path(export), as_preset(winner, title))
         # Without a slash or a suffix, it would be taken for the name of a shipped preset.
         name = export if "/" in export or export.endswith((".yaml", ".yml")) else f"./{export}"
-        lines.append(f"preset      {export}: ppo-hpo run --config {shlex.quote(name)}")
+        lines.append(f"trial file  {export}: ppo-hpo run --config {shlex.quote(name)}")
     if policy is not None:
         from ppo_hpo.ppo.policy import export_policy
 
         assert winner.directory is not None
         export_policy(winner.directory, policy, winner.config.task.epochs)
-        lines.append(f"policy      {policy}: docs/how-to/best-trials.md says how to load it")
+        how = "" if policy.endswith(".onnx") else f": in Python, ppo_hpo.load_policy({json.dumps(policy)})"
+        lines.append(f"policy      {policy}{how}")
     return lines
 
 

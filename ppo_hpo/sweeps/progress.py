@@ -128,18 +128,18 @@ class SweepProgress:
         for name, trial in self._running.items():
             epoch, of, now = self._position(trial)
             steps += now
-            running.append(f"{name[:4]} {epoch}/{of}")
+            running.append(f"{name[:8]} (epoch {epoch} of {of})")
         elapsed = time.monotonic() - self._began
         parts = [f"{self.done}/{self.total} trials"]
         if self.failed:
             parts.append(f"{self.failed} broken")
-        parts.append(f"{len(running)} running" + (f" (epoch {', '.join(running)})" if running else ""))
         if self.best is not None:
             parts.append(f"best {self.best:.1f}")
         parts.append(f"{steps / max(elapsed, 1e-9):,.0f} steps/s")
         here = self.done - self._done_before
         if here and self.total > self.done:
             parts.append(f"{duration(elapsed / here * (self.total - self.done))} left")
+        parts.append(f"{len(running)} running" + (f": {', '.join(running)}" if running else ""))
         return "  ".join(parts)
 
     def _position(self, trial: Any) -> tuple[int, int, float]:
@@ -188,7 +188,7 @@ class BatchProgress:
         self._print_found()
         how = "  diverged" if result.statistics["diverged"] else ""
         self._display.line(
-            f"{_seconds_since(self._began)}  {len(self._ended):4} of {len(self._epochs)}  {job.label:28}  "
+            f"{_seconds_since(self._began)}  {len(self._ended):4} of {len(self._epochs)}  {job.label:34}  "
             f"return {result.score:8.1f}{how}"
         )
 

@@ -55,21 +55,16 @@ class SweepResult:
         return None if self.best is None else Path(self.best.working_dir) / "config.yaml"
 
     def __str__(self) -> str:
-        from ppo_hpo.inspect import report
+        from ppo_hpo.inspect.report import summarise, to_text
 
         try:
-            lines = [report.to_text(report.summarise(self.client, self.client.fetch_trials()))]
+            lines = [to_text(summarise(self.client, self.client.fetch_trials()))]
         except UserError as error:
             lines = [str(error), str(self.cost)]
-        call, commands = "the same call", list(self.commands)
+        label, (sweep, hunt, report) = "resume", self.commands
         if self.client.is_done:  # Without more trials the commands would do nothing.
-            call += " with more max_trials"
-            more = {"orion hunt": " --exp-max-trials N", "ppo-hpo sweep": " --max-trials N"}
-            commands = [
-                command + "".join(option for name, option in more.items() if f"{name} -" in command)
-                for command in commands
-            ]
-        return "\n".join([*lines, f"resume      {call}, or", *(f"            {c}" for c in commands)])
+            label, sweep, hunt = "more trials", f"{sweep} --max-trials N", f"{hunt} --exp-max-trials N"
+        return "\n".join([*lines, f"{label:12}{sweep}", f"            or {hunt}", f"report      {report}"])
 
 
 def result_of(client: ExperimentClient, place: Path) -> SweepResult:
@@ -114,7 +109,7 @@ def _commands(name: str, place: Path) -> tuple[str, ...]:
     elsewhere = "" if file.parent == Path(name) else f" --dir {shlex.quote(str(file.parent))}"
     name, path = shlex.quote(name), shlex.quote(str(file))
     return (
-        f"{prefix}orion hunt -n {name} -c {path}",
         f"{prefix}ppo-hpo sweep --name {name}{elsewhere}",
+        f"{prefix}orion hunt -n {name} -c {path}",
         f"{prefix}ppo-hpo report {name} -c {path} --html report.html",
     )

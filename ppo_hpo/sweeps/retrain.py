@@ -125,7 +125,9 @@ def jobs_of(candidate: Candidate, seeds: int, place: Path) -> list[Job]:
     found = []
     for number, seed in enumerate(fresh_seeds(candidate.config, seeds), 1):
         config = candidate.config.replace(task={"seed": seed, "seeds": 1})
-        found.append(Job(f"{candidate.label}, seed {number}", config, place / config.identity()[:32]))
+        found.append(
+            Job(f"{candidate.label}, fresh seed {number} of {seeds}", config, place / config.identity()[:32])
+        )
     return found
 
 

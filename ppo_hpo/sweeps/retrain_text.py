@@ -35,16 +35,16 @@ def conclusions(tested: Sequence[Tested]) -> list[str]:
     winner = tested[0]
     assert winner.claimed is not None
     lines = [
-        f"winner      {winner.claimed:.1f} in tuning, {winner.iqm:.1f} on {len(winner.scores)} fresh seeds "
-        f"({_span(winner.interval)})"
+        f"winner      claimed {winner.claimed:.1f}, measured {winner.iqm:.1f} on {len(winner.scores)} fresh "
+        f"seeds (95 % interval {_span(winner.interval)})"
     ]
     rival = next((item for item in tested if item.trial is None), None)
     if rival is not None and winner.kept is not None and winner.kept_interval is not None:
         low, high = winner.kept_interval
         sure = "" if low > 0 or high < 0 else "; the interval contains 0, so this shows no difference"
         lines.append(
-            f"advantage   over {rival.label}: {winner.claimed - rival.iqm:+.1f} in tuning, "
-            f"{winner.kept:+.1f} on fresh seeds ({_span(winner.kept_interval)}){sure}"
+            f"advantage   over {rival.label}: claimed {winner.claimed - rival.iqm:+.1f}, measured "
+            f"{winner.kept:+.1f} (95 % interval {_span(winner.kept_interval)}){sure}"
         )
         if rival.steps != winner.steps:
             lines.append(f"            {rival.label} has {rival.steps:,} steps, in whole rollouts of its own")

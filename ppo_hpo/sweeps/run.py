@@ -251,11 +251,11 @@ def _interrupted(client: ExperimentClient, signum: int) -> SweepInterrupted:
 
     _release_reserved(client)
     waiting = len(client.fetch_trials_by_status("interrupted"))
-    trials, them = (f"{waiting} trials", "them") if waiting != 1 else ("1 trial", "it")
+    what, them = (f"{waiting} trials of the sweep {client.name!r} were", "them")
+    if waiting < 2:
+        what, them = f"{'1 trial of the' if waiting else 'the'} sweep {client.name!r} was", "it"
     return SweepInterrupted(
-        f"stopped by {signal.Signals(signum).name}; the sweep {client.name!r} has {trials} interrupted. "
-        f"Rerun the command to resume{f' {them}' if waiting else ''}",
-        signum,
+        f"{what} interrupted by {signal.Signals(signum).name}. Rerun the command to resume {them}", signum
     )
 
 

@@ -145,12 +145,18 @@ def _outcome_text(outcome: Any) -> str:
 
     stats = outcome.statistics
     seeds = f"            {text}\n" if (text := seeds_text(stats)) else ""
-    how = "  (diverged)" if stats["diverged"] else "  (stopped)" if stats["stopped"] else ""
+    how = (
+        "; the trial diverged"
+        if stats["diverged"]
+        else "; the trial stopped early"
+        if stats["stopped"]
+        else ""
+    )
     return (
         f"return      {stats['return_mean']:.2f} +- {stats['return_std']:.2f} "
         f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps\n"
-        f"{seeds}objective   {outcome.objective:.6g}{how}\n"
-        f"trained     {stats['env_steps']:,.0f} steps, {stats['env_steps_here']:,.0f} of them now, "
+        f"{seeds}objective   {outcome.objective:.6g} (the negated return, which Orion minimizes{how})\n"
+        f"trained     {stats['env_steps']:,.0f} steps ({stats['env_steps_here']:,.0f} in this run) "
         f"at {stats['steps_per_second']:,.0f} steps/s\n"
         f"directory   {outcome.directory}"
     )

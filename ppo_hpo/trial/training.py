@@ -207,14 +207,15 @@ def _log_start(
     task: PPO, last_epoch: int, resumed_from: int | None, experiment: str | None, log: logging.Logger
 ) -> None:
     threads = task.config.task.threads
-    of = f" of {experiment}" if experiment else ""
     if resumed_from is not None and resumed_from >= last_epoch:
+        of = f" of {experiment}" if experiment else ""
         log.info("has done epoch %d%s already: nothing to train", last_epoch, of)
     else:
         log.info(
-            "%s%s: epoch %d -> %d, on %s, %d thread%s, gradients by %s, environments by %s",
-            "starts" if resumed_from is None else "resumes", of, resumed_from or 0, last_epoch, task.device,
-            threads, "s" if threads > 1 else "", task.agent.learner.engine, task.vectorization,
+            "%strains%s from epoch %d to %d on %s (%d thread%s, %s gradients, %s environments)",
+            "" if resumed_from is None else "resumes, and ", f" for {experiment}" if experiment else "",
+            resumed_from or 0, last_epoch, task.device, threads, "s" if threads > 1 else "",
+            task.agent.learner.engine, task.vectorization,
         )  # fmt: skip
     log.debug("%s", task.summary())
 

@@ -308,7 +308,7 @@ def test_the_same_command_goes_on(begun: tuple[Path, subprocess.CompletedProcess
     done = run("run", "--config", "tiny.yaml", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     directory = the_trial(folder)
-    assert "resumes: epoch 1 -> 2" in (directory / "log.txt").read_text()
+    assert "resumes, and trains from epoch 1 to 2" in (directory / "log.txt").read_text()
     results = {item["name"]: item["value"] for item in json.loads((directory / "results.json").read_text())}
     assert (results["continued"], results["continued_from_epoch"]) == (1.0, 1.0)
     assert (results["env_steps"], results["env_steps_here"]) == (512.0, 256.0)
@@ -377,7 +377,7 @@ def test_orion_is_told_in_its_own_form(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert all(line.startswith("[a1b2c3d4] ") for line in done.stderr.splitlines())
-    assert "starts of some-v3: epoch 0 -> 2" in done.stderr
+    assert "trains for some-v3 from epoch 0 to 2" in done.stderr
     entries = json.loads(results_path.read_text())
     assert [entry["name"] for entry in entries if entry["type"] == "objective"] == ["objective"]
     assert all(set(entry) == {"name", "type", "value"} for entry in entries)

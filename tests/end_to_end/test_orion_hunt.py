@@ -272,7 +272,7 @@ def test_a_promoted_trial_is_the_one_that_ran_through(
         timeout=PATIENCE,
     )
     through = tmp_path / "through"
-    assert "epoch 0 -> " in (through / "log.txt").read_text(encoding="utf-8")
+    assert " from epoch 0 to " in (through / "log.txt").read_text(encoding="utf-8")
     assert (through / "curve.jsonl").read_bytes() == (record.directory / "curve.jsonl").read_bytes()
     (objective,) = (
         entry["value"]

@@ -210,7 +210,7 @@ def test_the_log_names_the_kind_of_vectorization(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "ppo_hpo", "run", "--config", config, "--dir", tmp_path / "trial"]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
-    assert "environments by native" in (tmp_path / "trial" / "log.txt").read_text()
+    assert "native environments" in (tmp_path / "trial" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(

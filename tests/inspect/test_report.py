@@ -79,10 +79,10 @@ def hunted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_of_a_hunt(hunted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", NAME, "-c", str(hunted / "orion.yaml")]) == 0
     text = capsys.readouterr().out
-    assert f"experiment  {NAME}-v1 (random): 3 completed; 3 configurations" in text
+    assert f"experiment  {NAME} (version 1), tuned by random: 3 completed; 3 configurations" in text
     # Two epochs of 256 steps in each of three trials; each trial is in full, and nothing was promoted.
     assert "steps       1,536 trained for 3 configurations" in text
-    assert "saved" not in text
+    assert "not trained" not in text
     assert "after 2 of 2 epochs, 512 steps" in text
     best = next(line.split()[-1] for line in text.splitlines() if line.startswith("best trial"))
     (directory,) = (
@@ -124,7 +124,7 @@ def test_page_of_a_hunt(hunted: Path, tmp_path: Path) -> None:
     html = page.read_text(encoding="utf-8")
     assert html.startswith("<!doctype html>")
     assert html.rstrip().endswith("</html>")
-    assert "<h1>tiny&lt;i&gt;-v1</h1>" in html
+    assert "<h1>tiny&lt;i&gt; (version 1)</h1>" in html
     assert "<h1>tiny<i>" not in html
     assert "steps       1,536 trained" in html
     # All in one file: nothing is fetched when it is opened.
@@ -282,19 +282,21 @@ def test_promoted_trials_are_counted_once(tmp_path: Path) -> None:
     client.insert({"optimizer": {"lr": 0.4}, "task": {"epochs": 1}})  # Orion calls it interrupted
     summary = summarise(client, client.fetch_trials())
     assert summary.by_status == {"completed": 6, "interrupted": 1}
-    assert (summary.title, summary.algorithm) == (f"{NAME}-v1", "asha")
+    assert (summary.title, summary.algorithm) == (f"{NAME} (version 1)", "asha")
     assert summary.configurations == 3
     assert summary.max_epochs == 4
     # Epochs reached: 4, 2 and 1, of 100 steps each; starting again would be (1+2+4) + (1+2) + 1.
     assert summary.steps == 700
-    assert summary.steps_restarted == 1100
+    assert summary.cost.saved_steps == 400
     assert summary.steps_in_full == 3 * 4 * 100
     assert summary.best.objective.value == -40.0
     text = to_text(summary)
     assert "6 completed, 1 interrupted; 3 configurations" in text
     assert "return 40.0 +- 1.5 after 4 of 4 epochs, 400 steps" in text
-    assert "500 (42%) saved by early stopping: training all in full would take 1,200" in text
-    assert "400 (36%) more saved because promoted trials resumed" in text
+    assert (
+        "500 not trained, because not every configuration reached 4 epochs (42% of the 1,200 in full)" in text
+    )
+    assert "400 not trained again, because promoted trials resumed" in text
 
 
 def test_among_equals_the_longest_trained_is_the_best(tmp_path: Path) -> None:
@@ -338,8 +340,10 @@ def test_what_ending_trials_saved_is_counted_once(tmp_path: Path) -> None:
     assert "470 steps not trained because trials diverged or were poor" in text
     # Four configurations in full are 1,600 steps: these 470 are what early stopping saved, no further ones.
     assert (summary.steps_in_full, summary.steps) == (1600, 30 + 300 + 400 + 400)
-    assert "470 (29%) saved by early stopping: training all in full would take 1,600" in text
-    assert text.count("more saved") == 1  # by continuing
+    assert (
+        "470 not trained, because not every configuration reached 4 epochs (29% of the 1,600 in full)" in text
+    )
+    assert text.count("not trained again") == 1  # by continuing
 
 
 def test_without_fidelity_the_epochs_are_those_of_the_trials(tmp_path: Path) -> None:
@@ -348,8 +352,8 @@ def test_without_fidelity_the_epochs_are_those_of_the_trials(tmp_path: Path) -> 
     insert(client, 0.2, None, -11.0, epochs=3.0)
     summary = summarise(client, client.fetch_trials())
     assert (summary.max_epochs, summary.configurations) == (3, 2)
-    assert summary.steps == summary.steps_in_full == summary.steps_restarted == 600
-    assert "saved" not in to_text(summary)
+    assert (summary.steps, summary.steps_in_full, summary.cost.saved_steps) == (600, 600, 0)
+    assert "not trained" not in to_text(summary)
 
 
 def test_nothing_completed_yet(tmp_path: Path) -> None:

@@ -140,10 +140,10 @@ def test_on_fresh_seeds(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     row = next(line for line in said.out.splitlines() if line.startswith(one["label"]))
     assert row.split()[2:5] == ["1,024", f"{one['claimed']:.1f}", f"{one['iqm']:.1f}"]
     assert row.split()[-1] == f"{one['claimed'] - one['iqm']:.1f}"
-    assert f"over preset cartpole: {one['claimed'] - rival['iqm']:+.1f} in tuning" in said.out
+    assert f"over preset cartpole: claimed {one['claimed'] - rival['iqm']:+.1f}, measured" in said.out
     assert len(said.err.splitlines()) == 12
     html = page.read_text(encoding="utf-8")
-    assert "<h1>tiny&lt;i&gt;-v1</h1>" in html
+    assert "<h1>tiny&lt;i&gt; (version 1)</h1>" in html
     assert "<script src" not in html
     assert html.count('class="plotly-graph-div"') == 1
     assert "preset cartpole" in html
@@ -203,7 +203,7 @@ def test_stopped_it_goes_on(hunted: Path, tmp_path: Path) -> None:
 def test_a_preset_is_the_trial(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.yaml"
     assert ask(hunted, "--export", path) == 0
-    assert f"preset      {path}: ppo-hpo run --config {path}" in capsys.readouterr().out
+    assert f"trial file  {path}: ppo-hpo run --config {path}" in capsys.readouterr().out
     space = read_space(str(path))
     assert not any(space.priors.values())
     config = TrialConfig.from_mapping(fill(space, {}))
@@ -333,7 +333,9 @@ def test_one_seed_each_that_tuning_has_not(tmp_path: Path) -> None:
     assert not set(tuning_seeds(config)) & {one.config.task.seed for one in found}
     assert len({one.directory for one in found}) == 4
     # More of them: the first stay where they are.
-    assert jobs_of(Candidate("1. aaaa", config, 1.0, "aaaa"), 5, tmp_path)[:4] == found
+    more = jobs_of(Candidate("1. aaaa", config, 1.0, "aaaa"), 5, tmp_path)
+    assert [one.config for one in more[:4]] == [one.config for one in found]
+    assert [one.directory for one in more[:4]] == [one.directory for one in found]
 
 
 def winner(**groups: dict[str, Any]) -> TrialConfig:
@@ -419,9 +421,9 @@ def test_a_table_by_hand() -> None:
         ["default", "61,440", "24.0", "24.0 to 24.0", "24.0 to 24.0"],
     ]
     assert conclusions(tested) == [
-        f"winner      50.0 in tuning, 25.0 on 4 fresh seeds ({span})",
-        f"advantage   over default: +26.0 in tuning, +1.0 on fresh seeds ({low - 24:.1f} to {high - 24:.1f}"
-        f"); the interval contains 0, so this shows no difference",
+        f"winner      claimed 50.0, measured 25.0 on 4 fresh seeds (95 % interval {span})",
+        f"advantage   over default: claimed +26.0, measured +1.0 (95 % interval {low - 24:.1f} to "
+        f"{high - 24:.1f}); the interval contains 0, so this shows no difference",
     ]
 
 
@@ -435,7 +437,7 @@ def test_conclusions_that_are_not_always_there() -> None:
         summarise(Candidate("default", winner().replace(task={"epochs": 2})), rival, rival),
     ]
     assert conclusions(tested)[1:] == [
-        "advantage   over default: +49.0 in tuning, +20.0 on fresh seeds (19.0 to 21.0)",
+        "advantage   over default: claimed +49.0, measured +20.0 (95 % interval 19.0 to 21.0)",
         "            default has 40,960 steps, in whole rollouts of its own",
         "best now    2. bbbb with 31.0, which is again the best of several",
         "diverged    2. bbbb: 3 of 3 runs",

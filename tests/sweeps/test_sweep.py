@@ -155,10 +155,11 @@ def test_python_then_hunt_then_python(tmp_path: Path, space: str) -> None:
     assert re.search(r"orion hunt -n mine -c mine/orion\.yaml", str(first))
     # It is done, so that the same call would do nothing.
     lines = str(first).splitlines()
-    assert lines[-4] == "resume      the same call with more max_trials, or"
-    assert lines[-3].endswith("orion hunt -n mine -c mine/orion.yaml --exp-max-trials N")
-    assert lines[-2].endswith("ppo-hpo sweep --name mine --max-trials N")
-    assert first.commands[1].endswith("ppo-hpo sweep --name mine")
+    assert lines[-3].startswith("more trials ")
+    assert lines[-3].endswith("ppo-hpo sweep --name mine --max-trials N")
+    assert lines[-2].endswith("orion hunt -n mine -c mine/orion.yaml --exp-max-trials N")
+    assert lines[-1].startswith("report      ")
+    assert first.commands[0].endswith("ppo-hpo sweep --name mine")
     hunt = next(command for command in first.commands if "orion hunt" in command)
     run("sh", "-c", f"{hunt} --exp-max-trials 5")
     # Nothing but the name is needed to go on.
@@ -350,8 +351,8 @@ def test_ctrl_c(tmp_path: Path, space: str, executor: str) -> None:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == (
-        "ppo-hpo: stopped by SIGINT; the sweep 'stopped' has 1 trial interrupted. Rerun the command to "
-        "resume it (exit code 130)"
+        "ppo-hpo: 1 trial of the sweep 'stopped' was interrupted by SIGINT. Rerun the command to resume it "
+        "(exit code 130)"
     )
     if executor == "workers":
         assert "best trial" in run(*command).stdout
@@ -524,8 +525,8 @@ def test_progress_on_a_terminal_and_elsewhere() -> None:
         progress._shown = -math.inf
         progress.tick()
         progress.close()
-    assert terminal.getvalue().startswith("\r\033[K1/4 trials  0 running  best 12.5  0 steps/s")
-    assert pipe.getvalue().endswith(" s  1/4 trials  0 running  best 12.5  0 steps/s\n")
+    assert terminal.getvalue().startswith("\r\033[K1/4 trials  best 12.5  0 steps/s  0 running")
+    assert pipe.getvalue().endswith(" s  1/4 trials  best 12.5  0 steps/s  0 running\n")
     assert "\033" not in pipe.getvalue()
 
 
@@ -547,11 +548,11 @@ def test_progress_of_running_trials(tmp_path: Path) -> None:
     progress.started(Trial)
     progress._began -= 100
     have(3)
-    assert progress.text() == "0/2 trials  1 running (epoch abcd 3/4)  2 steps/s"
+    assert progress.text() == "0/2 trials  2 steps/s  1 running: abcdef01 (epoch 3 of 4)"
     progress.ended(
         Trial, [{"name": "objective", "value": -5.0}, {"name": "env_steps_here", "value": 300.0}], None
     )
-    assert progress.text() == "1/2 trials  0 running  best 5.0  3 steps/s  100 s left".replace(
+    assert progress.text() == "1/2 trials  best 5.0  3 steps/s  100 s left  0 running".replace(
         "100 s", "2 min"
     )
     assert [duration(seconds) for seconds in (3, 99, 600, 7200)] == ["3 s", "99 s", "10 min", "2.0 h"]

@@ -391,7 +391,7 @@ def test_a_trial_that_was_stopped_resumes_and_ends_as_one_that_was_not(place: Pl
     assert process.returncode == 143
     done = place.run("--preload", *options, directory="stopped")
     assert done.returncode == 0, done.stderr
-    assert "resumes: epoch" in done.stderr
+    assert "resumes, and trains" in done.stderr
     assert place.run(*options, directory="through").returncode == 0
     curves = [(place.folder / name / "curve.jsonl").read_bytes() for name in ("stopped", "through")]
     assert curves[0] == curves[1]
@@ -419,7 +419,7 @@ def test_when_the_server_is_killed_the_client_runs_the_trial_itself(alone: Place
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "runs without a preloaded process: the preloaded process died" in err
-    assert "resumes: epoch" in err
+    assert "resumes, and trains" in err
     assert is_gone(pid)
     rows = [json.loads(line) for line in (alone.folder / "trial" / "timing.jsonl").read_text().splitlines()]
     assert {row["pid"] for row in rows} == {pid, process.pid}

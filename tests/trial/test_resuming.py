@@ -132,7 +132,7 @@ def test_two_epochs_and_two_more_equal_four(undisturbed: tuple[Path, Path], tmp_
     assert not (tmp_path / "checkpoint-000003.safetensors").exists()
     _run(config, tmp_path)
     _assert_equal(through, tmp_path)
-    assert "resumes: epoch 2 -> 4" in (tmp_path / "log.txt").read_text()
+    assert "resumes, and trains from epoch 2 to 4" in (tmp_path / "log.txt").read_text()
 
 
 def test_one_epoch_a_kill_and_three_more(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
