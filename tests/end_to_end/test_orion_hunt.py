@@ -21,7 +21,7 @@ from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.space import space_path
 from ppo_hpo.state.checkpoint import Checkpoint, Storage, arrays_digest, read
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 STEPS = 1024  # of one epoch
 BIN = Path(sys.executable).parent
 # Far above what a hunt takes, so that one that hangs fails instead of holding up the suite.

@@ -118,6 +118,8 @@ def hunted(folder: Path, kind: str) -> tuple[str, Any]:
     client.release(client.suggest(), status="broken")
     lost, lives = client.suggest(), client.suggest()
     prepare_trial_working_dir(client, lost)
+    for pacemaker in client._pacemakers.values():  # They would write to the database during a slow test.
+        pacemaker.stop()
     return lost.id, (client, lives)
 
 
