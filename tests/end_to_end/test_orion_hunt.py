@@ -40,7 +40,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 SPACES = {"gridsearch": DATA / "grid.yaml", "pbt": space_path("classic-control-pbt")}
 PROMOTING = ["asha", "hyperband", "EvolutionES"]
 
-_ANNOUNCEMENT = re.compile(r" (?:starts|resumes)(?: of \S+)?: epoch (\d+) -> (\d+), ")
+_ANNOUNCEMENT = re.compile(r" trains(?: for \S+)? from epoch (\d+) to (\d+) on ")
 
 
 def shrink(path: Path) -> str:
