@@ -93,7 +93,7 @@ What these sweeps and those before them showed:
   and Orion's lock goes from hand to hand among workers that wait; we did not find out why.
 """
 _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) INFO (.*)$", re.M)
-_START = re.compile(r"trains(?: for \S+)? from epoch (\d+) to (\d+) on ")
+_START = re.compile(r"(?:resumes, and )?trains(?: for \S+)? from epoch (\d+) to (\d+) on ")
 
 
 @dataclass
