@@ -75,13 +75,15 @@ def compare(folder: Path, output: Path, seeds: int) -> None:
         f"PPO on {trial.env.id}. Each trial trains for {steps:,} environment steps. A return is the mean over"
     )
     say(f"{trial.task.eval_episodes} evaluation episodes; higher is better.\n")
-    say("1. Train with PPO's defaults (those of Stable-Baselines3). Return:")
+    envs, n_steps = trial.env.n_envs, trial.ppo.n_steps
+    rollout = f"{envs * n_steps:,} steps: {envs} environments of {n_steps}"
+    say(f"1. Train with the defaults of Stable-Baselines3 (rollouts of {rollout}). Return:")
     run(log, "ppo-hpo", "run", "--config", folder / "untuned.yaml", "--dir", output / "untuned",
         "--device", "cpu")  # fmt: skip
     say("2. Tune with `orion hunt`, two trials at a time. Returns of its trials:")
     run(log, "orion", "hunt", "-n", name, "-c", folder / "orion.yaml", "--working-dir", trials,
         "ppo-hpo", "run", "--config", folder / "space.yaml", "--device", "cpu")  # fmt: skip
-    say(f"3. Retrain the best trial, and the defaults, on {seeds} fresh seeds, which no trial has trained:")
+    say(f"3. Retrain the best trial, and those defaults, on {seeds} fresh seeds, which no trial has trained:")
     winner = output / "winner.yaml"
     winner.unlink(missing_ok=True)
     run(log, "ppo-hpo", "best", name, "-c", output / "orion.yaml", "--top", "1", "--export", winner,

@@ -114,8 +114,9 @@ def add_stop_poor(parser: argparse._ActionsContainer) -> None:
     """Add the stopping of poor trials."""
     parser.add_argument(
         "--stop-poor", action="store_true",
-        help="under Orion, stop a trial early if its best return is below the median of the other trials' "
-        "mean returns up to the same epoch. See docs/explanation/early-stopping.md.",
+        help="stop a trial early if its best return is below the median of the other trials' "
+        "mean returns up to the same epoch; `run` needs Orion for it. See "
+        "docs/explanation/early-stopping.md.",
     )  # fmt: skip
 
 

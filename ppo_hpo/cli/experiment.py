@@ -24,8 +24,8 @@ def _add_report(commands: Commands) -> None:
     report = commands.add_parser(
         "report",
         help="summarize an experiment: best trial, cost, steps saved",
-        description="Summarize an experiment: its best trial, what its trials cost, and what early stopping "
-        "saved.",
+        description="Summarize an experiment: its best trial, what its trials cost, and the steps that "
+        "stopping and resuming trials saved.",
     )
     common.add_experiment(report)
     report.add_argument("--html", metavar="FILE", help="also write a web page with plots")
@@ -45,23 +45,28 @@ def _add_best(commands: Commands) -> None:
         help="print, retrain or export the best trials",
         description="Print the best trials of an experiment. With --test-seeds, retrain each one from "
         "scratch on fresh seeds (seeds that no trial has trained), and compare the scores with those of a "
-        "preset or PPO's defaults. Rerun a command to resume interrupted trials.",
+        "preset or the defaults of ppo_hpo. Rerun a command to resume interrupted trials.",
     )
     common.add_experiment(best)
     best.add_argument("--top", type=common.positive, default=3, metavar="K",
                       help="how many of the best configurations to print and retrain (default: 3)"
                       )  # fmt: skip
-    best.add_argument("--export", metavar="FILE", help="write the best configuration as a trial file")
+    best.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write the configuration with the best score in the experiment as a trial file",
+    )
     best.add_argument("--policy", metavar="FILE",
-                      help="write the best trial's policy (safetensors; ONNX if FILE ends in .onnx, which "
-                      "needs ppo-hpo[onnx])")  # fmt: skip
+                      help="write the policy of the experiment's best trial, as it was trained there "
+                      "(safetensors; ONNX if FILE ends in .onnx, which needs ppo-hpo[onnx])")  # fmt: skip
     test = best.add_argument_group("retraining on fresh seeds")
     test.add_argument("--test-seeds", type=common.non_negative, default=0, metavar="N",
                       help="retrain each configuration on N fresh seeds; 10 is a good choice (default: 0, "
                       "which retrains nothing)")  # fmt: skip
     test.add_argument("--against", metavar="PRESET",
-                      help="what to compare with: a preset (shipped), a trial file, `default` (PPO's "
-                      "defaults) or `none` (default: the environment's preset, else `default`)")  # fmt: skip
+                      help="what to compare with: a preset (shipped), a trial file, `default` (the "
+                      "defaults of ppo_hpo) or `none` (default: the environment's preset, else "
+                      "`default`)")  # fmt: skip
     workers = test.add_argument("--workers", type=common.positive, metavar="N",
                                 help="how many trials run at a time (default: the number of usable CPU "
                                 "cores); also --n-jobs")  # fmt: skip
@@ -114,8 +119,8 @@ def _add_retry(commands: Commands) -> None:
     retry = commands.add_parser(
         "retry",
         help="requeue failed or stuck trials",
-        description="Requeue broken (failed) trials, and reserved (stuck) trials, which no worker trains any "
-        "more. A trial with a heartbeat in the last two minutes is skipped. The next worker resumes trials "
+        description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
+        "any more. A trial with a heartbeat in the last two minutes is skipped. The next worker resumes trials "
         "from their latest checkpoint. This also repairs what a killed worker left behind: the algorithm's "
         "lock, and results that were stored, but that the algorithm never received.",
     )

@@ -37,7 +37,8 @@ def _add_run(commands: Commands) -> None:
         "Orion chooses the trial's directory and receives its result.",
     )
     run.add_argument("--config", required=True, metavar="FILE",
-                     help="a trial file (YAML), or a preset (shipped)")  # fmt: skip
+                     help="a trial file (YAML) or a preset (shipped); under `orion hunt`, a space's "
+                     "YAML file")  # fmt: skip
     run.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
                      help="give one hyperparameter a fixed value, as in --set optimizer.lr=3e-4; "
                      "repeatable")  # fmt: skip

@@ -25,7 +25,7 @@ def add_commands(commands: Commands) -> None:
     show = add("show", "print a space or preset")
     show.add_argument("name", metavar="NAME", help="name of a shipped space or preset, or a YAML file")
     show.set_defaults(command=_show)
-    check = add("check", "check that a space is valid and runs no code, without training")
+    check = add("check", "check that a space is valid, without running anything in it")
     check.add_argument("name", metavar="NAME", help="name of a shipped space or preset, or a YAML file")
     check.set_defaults(command=_check)
     copy = add("copy", "copy a space or preset to a file, to edit it")

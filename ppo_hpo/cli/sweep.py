@@ -47,8 +47,9 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
                                 "(default: 40); also --n-trials")  # fmt: skip
     common.also(group, trials, "--n-trials")
     group.add_argument("--seeds", type=common.positive, metavar="N",
-                       help="train each trial with this many seeds, and score it by the mean over them, or "
-                       "by task.aggregate (default: the space's task.seeds, or 1)")  # fmt: skip
+                       help="train each trial with this many seeds, and score it by the mean over them, "
+                       "unless task.aggregate names another statistic (default: the space's "
+                       "task.seeds, or 1)")  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", metavar="N", type=_epochs,
                         help="train every trial for N epochs of task.steps_per_epoch environment steps"

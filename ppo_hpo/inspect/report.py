@@ -135,7 +135,7 @@ def _steps_text(summary: Summary) -> list[str]:
         )
         lines.append(
             f"            {missing:,} not trained, because {how} {summary.max_epochs} epochs "
-            f"({missing / summary.steps_in_full:.0%} of the {summary.steps_in_full:,} in full)"
+            f"({missing / summary.steps_in_full:.0%} of {summary.steps_in_full:,}, all of them in full)"
         )
     if (saved := summary.cost.saved_steps) > 0:
         lines.append(

@@ -154,7 +154,7 @@ def _outcome_text(outcome: Any) -> str:
     )
     return (
         f"return      {stats['return_mean']:.2f} +- {stats['return_std']:.2f} "
-        f"(median {stats['return_median']:.2f}), episodes of {stats['episode_length']:.0f} steps\n"
+        f"(median {stats['return_median']:.2f}), mean episode length {stats['episode_length']:.0f}\n"
         f"{seeds}objective   {outcome.objective:.6g} (the negated return, which Orion minimizes{how})\n"
         f"trained     {stats['env_steps']:,.0f} steps ({stats['env_steps_here']:,.0f} in this run) "
         f"at {stats['steps_per_second']:,.0f} steps/s\n"
