@@ -120,8 +120,8 @@ def _add_retry(commands: Commands) -> None:
         "retry",
         help="requeue failed or stuck trials",
         description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
-        "any more. A trial with a heartbeat in the last two minutes is skipped. The next worker resumes trials "
-        "from their latest checkpoint. This also repairs what a killed worker left behind: the algorithm's "
+        "any more. A trial with a heartbeat in the last two minutes is skipped. The next worker resumes "
+        "trials from their latest checkpoint. This also repairs what a killed worker left behind: the algorithm's "
         "lock, and results that were stored, but that the algorithm never received.",
     )
     common.add_experiment(retry)

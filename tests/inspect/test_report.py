@@ -294,8 +294,8 @@ def test_promoted_trials_are_counted_once(tmp_path: Path) -> None:
     assert "6 completed, 1 interrupted; 3 configurations" in text
     assert "return 40.0 +- 1.5 after 4 of 4 epochs, 400 steps" in text
     assert (
-        "500 not trained, because not every configuration reached 4 epochs (42% of 1,200, all of them in full)"
-        in text
+        "500 not trained, because not every configuration reached 4 epochs "
+        "(42% of 1,200, all of them in full)" in text
     )
     assert "400 not trained again, because promoted trials resumed" in text
 
@@ -342,8 +342,8 @@ def test_what_ending_trials_saved_is_counted_once(tmp_path: Path) -> None:
     # Four configurations in full are 1,600 steps: these 470 are what early stopping saved, no further ones.
     assert (summary.steps_in_full, summary.steps) == (1600, 30 + 300 + 400 + 400)
     assert (
-        "470 not trained, because not every configuration reached 4 epochs (29% of 1,600, all of them in full)"
-        in text
+        "470 not trained, because not every configuration reached 4 epochs "
+        "(29% of 1,600, all of them in full)" in text
     )
     assert text.count("not trained again") == 1  # by continuing
 
