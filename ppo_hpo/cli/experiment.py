@@ -121,8 +121,8 @@ def _add_retry(commands: Commands) -> None:
         help="requeue failed or stuck trials",
         description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
         "any more. A trial with a heartbeat in the last two minutes is skipped. The next worker resumes "
-        "trials from their latest checkpoint. This also repairs what a killed worker left behind: the algorithm's "
-        "lock, and results that were stored, but that the algorithm never received.",
+        "trials from their latest checkpoint. This also repairs what a killed worker left behind: the "
+        "algorithm's lock, and results that were stored, but that the algorithm never received.",
     )
     common.add_experiment(retry)
     retry.add_argument("--trial", metavar="ID", help="only this trial; the beginning of its id is enough")
