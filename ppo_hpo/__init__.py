@@ -23,53 +23,26 @@ __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import ppo_hpo` costs nothing and Orion's workers, which
 # only want a space or an objective, never import torch.
-_HOMES = {
-    "ActorCritic": "ppo.components",
-    "BadResume": "spec.errors",
-    "BadResumeGuard": "ppo.guard",
-    "CheckpointError": "spec.errors",
-    "Cost": "inspect.cost",
-    "LRSchedule": "ppo.components",
-    "Optimizer": "ppo.components",
-    "PPO": "ppo.task",
-    "Policy": "ppo.policy",
-    "RolloutLoader": "ppo.components",
-    "SweepInterrupted": "sweeps.run",
-    "SweepResult": "sweeps.result",
-    "TrialConfig": "spec.config",
-    "UserError": "spec.errors",
-    "export_policy": "ppo.policy",
-    "get_space": "spec.space",
-    "list_spaces": "spec.space",
-    "load_policy": "ppo.policy",
-    "objective": "orion.objective",
-    "run_trial": "orion.objective",
-    "sweep": "sweeps.run",
+_MODULES = {
+    "inspect.cost": ("Cost",),
+    "orion.objective": ("objective", "run_trial"),
+    "ppo.components": ("ActorCritic", "LRSchedule", "Optimizer", "RolloutLoader"),
+    "ppo.guard": ("BadResumeGuard",),
+    "ppo.policy": ("Policy", "export_policy", "load_policy"),
+    "ppo.task": ("PPO",),
+    "spec.config": ("TrialConfig",),
+    "spec.errors": ("BadResume", "CheckpointError", "UserError"),
+    "spec.space": ("get_space", "list_spaces"),
+    "sweeps.result": ("SweepResult",),
+    "sweeps.run": ("SweepInterrupted", "sweep"),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "PPO",
-    "ActorCritic",
-    "BadResume",
-    "BadResumeGuard",
-    "CheckpointError",
-    "Cost",
-    "LRSchedule",
-    "Optimizer",
-    "Policy",
-    "RolloutLoader",
-    "SweepInterrupted",
-    "SweepResult",
-    "TrialConfig",
-    "UserError",
-    "export_policy",
-    "get_space",
-    "list_spaces",
-    "load_policy",
-    "objective",
-    "run_trial",
-    "sweep",
-]
+    "PPO", "ActorCritic", "BadResume", "BadResumeGuard", "CheckpointError", "Cost", "LRSchedule", "Optimizer",
+    "Policy", "RolloutLoader", "SweepInterrupted", "SweepResult", "TrialConfig", "UserError", "export_policy",
+    "get_space", "list_spaces", "load_policy", "objective", "run_trial", "sweep",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

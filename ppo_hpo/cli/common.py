@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import argparse
 import copy
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeAlias
 
 from ppo_hpo.spec.errors import UserError
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction["Parser"]
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line and names the command's ``--help``."""
+    """An argument parser that reports an error in one line and names the command's ``--help``.
+
+    ``command`` is the function that runs the subcommand.
+    """
+
+    def __init__(self, command: Callable[[argparse.Namespace], int] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        if command is not None:
+            self.set_defaults(command=command)
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` instead of ending the process."""
         raise UserError(f"{message.rstrip('.')}. See {self.prog} --help.")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _whole_number(text, 1)
-
-
 def non_negative(text: str) -> int:
     """A whole number of at least 0."""
-    return _whole_number(text, 0)
+    return positive(text, 0)
 
 
-def _whole_number(text: str, low: int) -> int:
+def positive(text: str, low: int = 1) -> int:
+    """A whole number of at least 1."""
     try:
         number = int(text)
     except ValueError:
@@ -74,56 +78,40 @@ def also(parser: argparse._ActionsContainer, action: argparse.Action, *names: st
 def add_experiment(parser: Parser) -> None:
     """Add the experiment's name, and the file that says where its database is."""
     parser.add_argument("name", metavar="NAME", type=experiment_name,
-                        help="name of the sweep or experiment (Orion's word), or its directory")  # fmt: skip
-    add_orion_config(
-        parser, "Without it, ppo-hpo tries NAME/orion.yaml (which `ppo-hpo sweep` writes), then "
-        "the environment variables ORION_DB_TYPE and ORION_DB_ADDRESS, then the database in Orion's own "
-        "configuration."
-    )  # fmt: skip
+        help="name of the sweep or experiment (Orion's word), or its directory")  # fmt: skip
+    add_orion_config(parser, "NAME/orion.yaml (which `ppo-hpo sweep` writes), then ")
 
 
-def add_orion_config(parser: Parser, otherwise: str) -> None:
-    """Add Orion's configuration file; ``otherwise`` says what happens without it."""
-    action = parser.add_argument(
-        "-c", "--orion-config", metavar="FILE",
-        help=f"Orion's configuration file, which says where the database is. {otherwise}",
-    )  # fmt: skip
+def add_orion_config(parser: Parser, tried_first: str = "") -> None:
+    """Add Orion's configuration file; ``tried_first`` is what counts first without it."""
+    action = parser.add_argument("-c", "--orion-config", metavar="FILE",
+        help="Orion's configuration file, which says where the database is. Without it, ppo-hpo tries "
+        f"{tried_first}the environment variables ORION_DB_TYPE and ORION_DB_ADDRESS, then the database in "
+        "Orion's own configuration.")  # fmt: skip
     also(parser, action, "--config")
 
 
-def add_devices(parser: argparse._ActionsContainer) -> None:
-    """Add where trials train, and how many of them share a GPU."""
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", type=_device,
+def add_devices(parser: argparse._ActionsContainer, *, trials_per_device: bool = False) -> None:
+    """Add ``--device``, and ``--trials-per-device`` if the command has it."""
+    parser.add_argument("--device", default="auto", metavar="NAME", type=_device,
         help="where to train: cpu; cuda (all GPUs, divided among the trials); cuda:N or cuda:N,M (only "
-        "these); auto (the default: the GPUs if observations are images, else the CPU). "
-        "See docs/how-to/gpus.md.",
-    )  # fmt: skip
-
-
-def add_trials_per_device(parser: argparse._ActionsContainer) -> None:
-    """Add how many trials share a GPU."""
-    parser.add_argument(
-        "--trials-per-device", type=positive, metavar="N",
-        help="how many trials one GPU trains at a time, counting all of your sweeps and `orion hunt` "
-        "commands on this machine (default: unlimited)",
-    )  # fmt: skip
+        "these); auto (the default: the GPUs if observations are images, else the CPU). See "
+        "docs/how-to/gpus.md.")  # fmt: skip
+    if trials_per_device:
+        parser.add_argument("--trials-per-device", type=positive, metavar="N",
+            help="how many trials one GPU trains at a time, counting all of your sweeps and `orion hunt` "
+            "commands on this machine (default: unlimited)")  # fmt: skip
 
 
 def add_stop_poor(parser: argparse._ActionsContainer) -> None:
     """Add the stopping of poor trials."""
-    parser.add_argument(
-        "--stop-poor", action="store_true",
-        help="stop a trial early if its best return is below the median of the other trials' "
-        "mean returns up to the same epoch; `run` needs Orion for it. See "
-        "docs/explanation/early-stopping.md.",
-    )  # fmt: skip
+    parser.add_argument("--stop-poor", action="store_true",
+        help="stop a trial early if its best return is below the median of the other trials' mean returns up "
+        "to the same epoch; `run` needs Orion for it. See docs/explanation/early-stopping.md.")  # fmt: skip
 
 
-def add_checkpoint_store(parser: argparse._ActionsContainer, help: str) -> None:
+def add_checkpoint_store(parser: argparse._ActionsContainer, what: str = "") -> None:
     """Add a second place for checkpoints."""
-    action = parser.add_argument(
-        "--checkpoint-store", metavar="URL",
-        help=f"{help}: s3://..., sftp://... or a directory (default: $PPO_HPO_STORE)",
-    )  # fmt: skip
-    also(parser, action, "--store")
+    what = what or "also keep checkpoints at this URL, for workers that share no file system"
+    text = f"{what}: s3://..., sftp://... or a directory (default: $PPO_HPO_STORE)"
+    also(parser, parser.add_argument("--checkpoint-store", metavar="URL", help=text), "--store")

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from ppo_hpo.cli import common
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.trial import process
 
-if TYPE_CHECKING:
-    from ppo_hpo.cli.common import Commands
 
-
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: common.Commands) -> None:
     """Add all of them, in the order of the help."""
     for add in (_add_report, _add_best, _add_lineage, _add_retry, _add_clean, _add_doctor):
         add(commands)
 
 
-def _add_report(commands: Commands) -> None:
-    report = commands.add_parser(
-        "report",
+def _add_report(commands: common.Commands) -> None:
+    report = commands.add_parser("report", command=_report,
         help="summarize an experiment: best trial, cost, steps saved",
         description="Summarize an experiment: its best trial, what its trials cost, and the steps that "
-        "stopping and resuming trials saved.",
-    )
+        "stopping and resuming trials saved.")  # fmt: skip
     common.add_experiment(report)
     report.add_argument("--html", metavar="FILE", help="also write a web page with plots")
-    report.set_defaults(command=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -39,50 +32,42 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_best(commands: Commands) -> None:
-    best = commands.add_parser(
-        "best",
-        help="print, retrain or export the best trials",
+def _add_best(commands: common.Commands) -> None:
+    best = commands.add_parser("best", command=_best, help="print, retrain or export the best trials",
         description="Print the best trials of an experiment. With --test-seeds, retrain each one from "
         "scratch on fresh seeds (seeds that no trial has trained), and compare the scores with those of a "
-        "preset or the defaults of ppo_hpo. Rerun a command to resume interrupted trials.",
-    )
+        "preset or the defaults of ppo_hpo. Rerun a command to resume interrupted trials.")  # fmt: skip
     common.add_experiment(best)
     best.add_argument("--top", type=common.positive, default=3, metavar="K",
-                      help="how many of the best configurations to print and retrain (default: 3)"
-                      )  # fmt: skip
-    best.add_argument(
-        "--export",
-        metavar="FILE",
-        help="write the configuration with the best score in the experiment as a trial file",
-    )
+        help="how many of the best configurations to print and retrain (default: 3)")  # fmt: skip
+    best.add_argument("--export", metavar="FILE",
+        help="write the configuration with the best score in the experiment as a trial file")  # fmt: skip
     best.add_argument("--policy", metavar="FILE",
-                      help="write the policy of the experiment's best trial, as it was trained there "
-                      "(safetensors; ONNX if FILE ends in .onnx, which needs ppo-hpo[onnx])")  # fmt: skip
+        help="write the policy of the experiment's best trial, as it was trained there (safetensors; ONNX if "
+        "FILE ends in .onnx, which needs ppo-hpo[onnx])")  # fmt: skip
     test = best.add_argument_group("retraining on fresh seeds")
     test.add_argument("--test-seeds", type=common.non_negative, default=0, metavar="N",
-                      help="retrain each configuration on N fresh seeds; 10 is a good choice (default: 0, "
-                      "which retrains nothing)")  # fmt: skip
+        help="retrain each configuration on N fresh seeds; 10 is a good choice (default: 0, which retrains "
+        "nothing)")  # fmt: skip
     test.add_argument("--against", metavar="PRESET",
-                      help="what to compare with: a preset (shipped), a trial file, `default` (the "
-                      "defaults of ppo_hpo) or `none` (default: the environment's preset, else "
-                      "`default`)")  # fmt: skip
+        help="what to compare with: a preset (shipped), a trial file, `default` (the defaults of ppo_hpo) or "
+        "`none` (default: the environment's preset, else `default`)")  # fmt: skip
     workers = test.add_argument("--workers", type=common.positive, metavar="N",
-                                help="how many trials run at a time (default: the number of usable CPU "
-                                "cores); also --n-jobs")  # fmt: skip
+        help="how many trials run at a time (default: the number of usable CPU cores); also "
+        "--n-jobs")  # fmt: skip
     common.also(test, workers, "--n-jobs")
     common.add_devices(test)
     place = test.add_argument("--test-dir", metavar="DIR", type=common.directory,
-                              help="directory for the retrained trials (default: best, in the experiment's "
-                              "working directory)")  # fmt: skip
+        help="directory for the retrained trials (default: best, in the experiment's working "
+        "directory)")  # fmt: skip
     common.also(test, place, "--dir")
     test.add_argument("--html", metavar="FILE", help="also write a web page with a plot of the test scores")
-    best.set_defaults(command=_best)
 
 
 def _best(arguments: argparse.Namespace) -> int:
     process.find_modules_here()
-    from ppo_hpo.sweeps.best import Retraining, best
+    from ppo_hpo.sweeps.best import best
+    from ppo_hpo.sweeps.retrain import Retraining
 
     retraining = None
     if arguments.test_seeds:
@@ -98,14 +83,12 @@ def _best(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_lineage(commands: Commands) -> None:
-    lineage = commands.add_parser(
-        "lineage",
+def _add_lineage(commands: common.Commands) -> None:
+    lineage = commands.add_parser("lineage", command=_lineage,
         help="show promotions and forks of trials as a tree",
-        description="Print the trials of an experiment as a tree: each one below the trial it resumed from.",
-    )
+        description="Print the trials of an experiment as a tree: each one below the trial it resumed "
+        "from.")  # fmt: skip
     common.add_experiment(lineage)
-    lineage.set_defaults(command=_lineage)
 
 
 def _lineage(arguments: argparse.Namespace) -> int:
@@ -115,19 +98,15 @@ def _lineage(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_retry(commands: Commands) -> None:
-    retry = commands.add_parser(
-        "retry",
-        help="requeue failed or stuck trials",
+def _add_retry(commands: common.Commands) -> None:
+    retry = commands.add_parser("retry", command=_retry, help="requeue failed or stuck trials",
         description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
         "any more. A trial with a heartbeat in the last two minutes is skipped. The next worker resumes "
         "trials from their latest checkpoint. This also repairs what a killed worker left behind: the "
-        "algorithm's lock, and results that were stored, but that the algorithm never received.",
-    )
+        "algorithm's lock, and results that were stored, but that the algorithm never received.")  # fmt: skip
     common.add_experiment(retry)
     retry.add_argument("--trial", metavar="ID", help="only this trial; the beginning of its id is enough")
     retry.add_argument("--status", choices=["broken", "reserved"], help="only trials of this status")
-    retry.set_defaults(command=_retry)
 
 
 def _retry(arguments: argparse.Namespace) -> int:
@@ -137,22 +116,19 @@ def _retry(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_clean(commands: Commands) -> None:
-    clean = commands.add_parser(
-        "clean",
+def _add_clean(commands: common.Commands) -> None:
+    clean = commands.add_parser("clean", command=_clean,
         help="remove checkpoints that no trial needs any more",
         description="Remove checkpoints of completed trials that were already promoted, or that reached the "
-        "highest fidelity. Curves, logs and results stay.",
-    )
+        "highest fidelity. Curves, logs and results stay.")  # fmt: skip
     common.add_experiment(clean)
     clean.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     clean.add_argument("--finished", action="store_true",
-                       help="promise that nobody will raise max_trials; this also cleans trials that could "
-                       "still be promoted")  # fmt: skip
+        help="promise that nobody will raise max_trials; this also cleans trials that could still be "
+        "promoted")  # fmt: skip
     clean.add_argument("--keep", type=common.non_negative, default=1, metavar="N",
-                       help="keep the latest checkpoint of the N best trials (default: 1)")  # fmt: skip
+        help="keep the latest checkpoint of the N best trials (default: 1)")  # fmt: skip
     common.add_checkpoint_store(clean, "also clean this checkpoint store")
-    clean.set_defaults(command=_clean)
 
 
 def _clean(arguments: argparse.Namespace) -> int:
@@ -165,20 +141,14 @@ def _clean(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_doctor(commands: Commands) -> None:
-    doctor = commands.add_parser(
-        "doctor",
+def _add_doctor(commands: common.Commands) -> None:
+    doctor = commands.add_parser("doctor", command=_doctor,
         help="check the installation and a database, and say what to fix",
         description="Print versions, devices and extras, and check a database for broken trials, stuck "
         "trials and locks that a killed worker left. Each problem is one sentence that says how to fix it. "
-        "The exit code is 1 if there is a problem.",
-    )
-    common.add_orion_config(
-        doctor, "Without it, ppo-hpo tries the environment variables ORION_DB_TYPE and ORION_DB_ADDRESS, "
-        "then the database in Orion's own configuration."
-    )  # fmt: skip
+        "The exit code is 1 if there is a problem.")  # fmt: skip
+    common.add_orion_config(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON, for other programs")
-    doctor.set_defaults(command=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -5,71 +5,56 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from typing import TYPE_CHECKING
 
 from ppo_hpo.cli import common
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.trial import process
 
-if TYPE_CHECKING:
-    from ppo_hpo.cli.common import Commands
 
-
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: common.Commands) -> None:
     """Add ``run`` and ``preload``."""
     _add_run(commands)
-    preload = commands.add_parser("preload", help="list or stop the processes that `run --preload` uses")
-    preload.description = (
-        "List your preloaded processes on this machine. `ppo-hpo run --preload` starts one on demand. A "
-        "preloaded process has already imported torch, so trials start faster. See docs/how-to/preload.md."
-    )
+    preload = commands.add_parser("preload", command=_preload,
+        help="list or stop the processes that `run --preload` uses",
+        description="List your preloaded processes on this machine. `ppo-hpo run --preload` starts one on "
+        "demand. A preloaded process has already imported torch, so trials start faster. See "
+        "docs/how-to/preload.md.")  # fmt: skip
     preload.add_argument("--stop", action="store_true", help="stop each process after its running trials")
-    preload.set_defaults(command=_preload)
     # The former name. `--help` does not list it.
     commands.add_parser("warm", parents=[preload], add_help=False)
 
 
-def _add_run(commands: Commands) -> None:
-    run = commands.add_parser(
-        "run",
-        help="train one trial; `orion hunt` calls this too",
+def _add_run(commands: common.Commands) -> None:
+    run = commands.add_parser("run", command=_run, help="train one trial; `orion hunt` calls this too",
         description="Train one trial, or resume it: rerun the same command to resume. Under `orion hunt`, "
-        "Orion chooses the trial's directory and receives its result.",
-    )
+        "Orion chooses the trial's directory and receives its result.")  # fmt: skip
     run.add_argument("--config", required=True, metavar="FILE",
-                     help="a trial file (YAML) or a preset (shipped); under `orion hunt`, a space's "
-                     "YAML file")  # fmt: skip
+        help="a trial file (YAML) or a preset (shipped); under `orion hunt`, a space's YAML "
+        "file")  # fmt: skip
     run.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
-                     help="give one hyperparameter a fixed value, as in --set optimizer.lr=3e-4; "
-                     "repeatable")  # fmt: skip
+        help="give one hyperparameter a fixed value, as in --set optimizer.lr=3e-4; repeatable")  # fmt: skip
     run.add_argument("--epochs", type=int, metavar="N",
-                     help="stop after epoch N (at most task.max_epochs); an epoch is task.steps_per_epoch "
-                     "environment steps")  # fmt: skip
+        help="stop after epoch N (at most task.max_epochs); an epoch is task.steps_per_epoch environment "
+        "steps")  # fmt: skip
     run.add_argument("--seed", type=int, metavar="N", help="the same as --set task.seed=N")
     run.add_argument("--dir", metavar="DIR", type=common.directory,
-                     help="directory for the trial's output (default: under Orion the trial's directory, "
-                     "else ppo-hpo-runs/ENV-HASH)")  # fmt: skip
-    common.add_devices(run)
-    common.add_trials_per_device(run)
-    preload = run.add_argument(
-        "--preload", action="store_true",
-        help="run in a preloaded background process, started on demand. See docs/how-to/preload.md.",
-    )  # fmt: skip
+        help="directory for the trial's output (default: under Orion the trial's directory, else "
+        "ppo-hpo-runs/ENV-HASH)")  # fmt: skip
+    common.add_devices(run, trials_per_device=True)
+    preload = run.add_argument("--preload", action="store_true",
+        help="run in a preloaded background process, started on demand. See "
+        "docs/how-to/preload.md.")  # fmt: skip
     common.also(run, preload, "--warm")
     run.add_argument("--takeover", action="store_true",
-                     help="stop another process that trains this trial, instead of waiting for it"
-                     )  # fmt: skip
+        help="stop another process that trains this trial, instead of waiting for it")  # fmt: skip
     run.add_argument("--retries", type=int, metavar="N",
-                     help="after a failure that may be temporary, resume from the latest checkpoint, up to N "
-                     "times for each epoch (default: 2 under Orion, else 0)")  # fmt: skip
+        help="after a failure that may be temporary, resume from the latest checkpoint, up to N times for "
+        "each epoch (default: 2 under Orion, else 0)")  # fmt: skip
     common.add_stop_poor(run)
-    common.add_checkpoint_store(
-        run, "also keep checkpoints at this URL, for workers that share no file system"
-    )
+    common.add_checkpoint_store(run)
     run.add_argument("--parent", metavar="ID",
-                     help="id of the trial that this one resumes from, only needed with "
-                     "--checkpoint-store; under orion hunt, write --parent '{trial.parent}'")  # fmt: skip
-    run.set_defaults(command=_run)
+        help="id of the trial that this one resumes from, only needed with --checkpoint-store; under orion "
+        "hunt, write --parent '{trial.parent}'")  # fmt: skip
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ppo_hpo.cli import common
 from ppo_hpo.spec.errors import UserError
 
-if TYPE_CHECKING:
-    from ppo_hpo.cli.common import Commands
 
-
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: common.Commands) -> None:
     """Add ``space`` with its actions."""
     text = "list, print, check or copy search spaces and presets"
     space = commands.add_parser("space", help=text, description=f"{text.capitalize()}.")
     actions = space.add_subparsers(title="actions", metavar="ACTION", required=True)
-
-    def add(name: str, text: str) -> Any:
-        return actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-
-    listing = add("list", "list the shipped spaces and presets")
-    listing.set_defaults(command=_list)
-    show = add("show", "print a space or preset")
-    show.add_argument("name", metavar="NAME", help="name of a shipped space or preset, or a YAML file")
-    show.set_defaults(command=_show)
-    check = add("check", "check that a space is valid, without running anything in it")
-    check.add_argument("name", metavar="NAME", help="name of a shipped space or preset, or a YAML file")
-    check.set_defaults(command=_check)
-    copy = add("copy", "copy a space or preset to a file, to edit it")
-    copy.add_argument("name", metavar="NAME", help="name of a shipped space or preset, or a YAML file")
-    copy.add_argument("destination", metavar="DEST", help="a new file, or an existing directory")
-    copy.set_defaults(command=_copy)
+    for name, command, text in (
+        ("list", _list, "list the shipped spaces and presets"),
+        ("show", _show, "print a space or preset"),
+        ("check", _check, "check that a space is valid, without running anything in it"),
+        ("copy", _copy, "copy a space or preset to a file, to edit it"),
+    ):
+        action = actions.add_parser(name, command=command, help=text, description=f"{text.capitalize()}.")
+        if name != "list":
+            described = "name of a shipped space or preset, or a YAML file"
+            action.add_argument("name", metavar="NAME", help=described)
+        if name == "copy":
+            action.add_argument("destination", metavar="DEST", help="a new file, or an existing directory")
 
 
 def _list(arguments: argparse.Namespace) -> int:

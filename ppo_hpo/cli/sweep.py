@@ -4,92 +4,78 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ppo_hpo.cli import common
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.trial import process
 
-if TYPE_CHECKING:
-    from ppo_hpo.cli.common import Commands
 
-
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: common.Commands) -> None:
     """Add ``sweep``."""
-    sweep = commands.add_parser(
-        "sweep",
-        help="tune PPO on an environment, in one command",
+    sweep = commands.add_parser("sweep", command=_sweep, help="tune PPO on an environment, in one command",
         description="Tune PPO on an environment. The sweep's files go to a directory named after it. Rerun "
-        "the command to resume. Raise --max-trials to add trials.",
-    )
+        "the command to resume. Raise --max-trials to add trials.")  # fmt: skip
     sweep.add_argument("what", nargs="?", metavar="ENV|FILE",
-                       help="an environment's id (then --space chooses the space), or a space's YAML file, "
-                       "which names the environment; not needed to resume a sweep by its --name")  # fmt: skip
+        help="an environment's id (then --space chooses the space), or a space's YAML file, which names the "
+        "environment; not needed to resume a sweep by its --name")  # fmt: skip
     # A second spelling of the positional argument, as in other tools.
     sweep.add_argument("--env", metavar="ENV", help=argparse.SUPPRESS)
     _add_search(sweep.add_argument_group("what is searched"))
     _add_execution(sweep.add_argument_group("how trials run"))
     _add_files(sweep.add_argument_group("where files go"))
     sweep.add_argument("--quiet", action="store_true", help="hide progress and print only the final summary")
-    sweep.set_defaults(command=_sweep)
 
 
 def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--space", metavar="NAME",
-                       help="a shipped space (see `ppo-hpo space list`) or a YAML file (default: the space "
-                       "named `default`)")  # fmt: skip
+        help="a shipped space (see `ppo-hpo space list`) or a YAML file (default: the space named "
+        "`default`)")  # fmt: skip
     group.add_argument("--algorithm", metavar="NAME",
-                       help="Orion's algorithm, or its name with options: '{asha: {seed: 2, num_rungs: 3}}' "
-                       "(default: asha, or random if every trial has equally many epochs). "
-                       "See docs/reference/orion-algorithms.md.")  # fmt: skip
+        help="Orion's algorithm, or its name with options: '{asha: {seed: 2, num_rungs: 3}}' (default: asha, "
+        "or random if every trial has equally many epochs). See "
+        "docs/reference/orion-algorithms.md.")  # fmt: skip
     trials = group.add_argument("--max-trials", type=common.positive, metavar="N",
-                                help="how many trials to complete in all; a promotion counts as a trial "
-                                "(default: 40); also --n-trials")  # fmt: skip
+        help="how many trials to complete in all; a promotion counts as a trial (default: 40); also "
+        "--n-trials")  # fmt: skip
     common.also(group, trials, "--n-trials")
     group.add_argument("--seeds", type=common.positive, metavar="N",
-                       help="train each trial with this many seeds, and score it by the mean over them, "
-                       "unless task.aggregate names another statistic (default: the space's "
-                       "task.seeds, or 1)")  # fmt: skip
+        help="train each trial with this many seeds, and score it by the mean over them, unless "
+        "task.aggregate names another statistic (default: the space's task.seeds, or 1)")  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", metavar="N", type=_epochs,
-                        help="train every trial for N epochs of task.steps_per_epoch environment steps"
-                        )  # fmt: skip
+        help="train every trial for N epochs of task.steps_per_epoch environment steps")  # fmt: skip
     length.add_argument("--fidelity", metavar="RANGE", dest="epochs",
-                        help="let the algorithm choose the epochs: 'fidelity(1, 16, base=4)' promotes good "
-                        "trials from 1 to 4 to 16 epochs (default: the range in the space)")  # fmt: skip
+        help="let the algorithm choose the epochs: 'fidelity(1, 16, base=4)' promotes good trials from 1 to "
+        "4 to 16 epochs (default: the range in the space)")  # fmt: skip
     group.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", dest="settings",
-                       help="give one hyperparameter a fixed value, as in --set env.n_envs=4; repeatable"
-                       )  # fmt: skip
+        help="give one hyperparameter a fixed value, as in --set env.n_envs=4; repeatable")  # fmt: skip
     group.add_argument("--warm-start", action="append", metavar="PRESET",
-                       help="a preset (shipped) or a trial's YAML file, whose values a new sweep tries "
-                       "first; repeatable")  # fmt: skip
+        help="a preset (shipped) or a trial's YAML file, whose values a new sweep tries first; "
+        "repeatable")  # fmt: skip
 
 
 def _add_execution(group: argparse._ArgumentGroup) -> None:
     workers = group.add_argument("--workers", type=common.positive, metavar="N",
-                                 help="how many trials run at a time (default: the number of usable CPU "
-                                 "cores, or the cluster's capacity); also --n-jobs")  # fmt: skip
+        help="how many trials run at a time (default: the number of usable CPU cores, or the cluster's "
+        "capacity); also --n-jobs")  # fmt: skip
     common.also(group, workers, "--n-jobs")
     group.add_argument("--executor", metavar="NAME|ADDRESS",
-                       help="what runs the trials: workers (processes of this machine, the default), single, "
-                       "joblib, poolexecutor, dask, ray, or a cluster's address such as "
-                       "tcp://HOST:8786; options as in '{ray: {num_gpus: 0.5}}'. "
-                       "See docs/how-to/many-machines.md.")  # fmt: skip
-    common.add_devices(group)
-    common.add_trials_per_device(group)
+        help="what runs the trials: workers (processes of this machine, the default), single, joblib, "
+        "poolexecutor, dask, ray, or a cluster's address such as tcp://HOST:8786; options as in '{ray: "
+        "{num_gpus: 0.5}}'. See docs/how-to/many-machines.md.")  # fmt: skip
+    common.add_devices(group, trials_per_device=True)
     common.add_stop_poor(group)
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--name", metavar="NAME", type=common.experiment_name,
-                       help="name of the sweep (default: environment and algorithm)")  # fmt: skip
+        help="name of the sweep (default: environment and algorithm)")  # fmt: skip
     group.add_argument("--dir", metavar="DIR", type=common.directory,
-                       help="directory for the sweep's output (default: the sweep's name)")  # fmt: skip
+        help="directory for the sweep's output (default: the sweep's name)")  # fmt: skip
     group.add_argument("--storage", metavar="FILE|URL",
-                       help="Orion's database (default: orion.sqlite in the sweep's directory)")  # fmt: skip
-    common.add_checkpoint_store(
-        group, "also keep checkpoints at this URL, for workers that share no file system"
-    )
+        help="Orion's database (default: orion.sqlite in the sweep's directory)")  # fmt: skip
+    common.add_checkpoint_store(group)
 
 
 def _epochs(text: str) -> int | str:

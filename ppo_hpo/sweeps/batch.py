@@ -1,8 +1,6 @@
-"""Trains a list of trials on a few worker processes, and skips those that are done.
+"""Trains a list of trials on the processes of `ppo_hpo.orion.workers`, and skips those that are done.
 
-Each trial is an ordinary one, in a directory of its own. If it is killed together with its workers, it
-resumes from its latest checkpoint when the same list is run again. A trial that has its result is only read.
-The processes are those of `ppo_hpo.orion.workers`.
+Each trial is an ordinary one in a directory of its own, so it resumes when the same list is run again.
 """
 
 from __future__ import annotations
@@ -18,27 +16,20 @@ from typing import TYPE_CHECKING, Any
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.state.files import read_bytes
 from ppo_hpo.sweeps.progress import BatchProgress
 
 if TYPE_CHECKING:
     from ppo_hpo.trial.options import RunOptions
 
-# Bytes, far above what results take.
-_MOST_RESULTS = 1 << 20
-# How often a worker that was killed, for example for lack of memory, is replaced for one trial.
-_DEATHS = 2
+_MOST_RESULTS = 1 << 20  # bytes, far above what results take
+_DEATHS = 2  # how often a worker that was killed, as for lack of memory, is replaced for one trial
 _KEPT = "Finished trials are kept. Rerun the command to resume."
 
 
 @dataclass(frozen=True)
 class Job:
-    """One trial of the list.
-
-    Attributes:
-        label: name of the trial in what is printed.
-        config: configuration of the trial.
-        directory: directory of the trial's files.
-    """
+    """One trial of the list. Its label is printed."""
 
     label: str
     config: TrialConfig
@@ -47,49 +38,32 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a trial.
+    """The result of a trial."""
 
-    Attributes:
-        score: the negative objective: the mean return of the last evaluation, or of the worst one if the
-            trial diverged.
-        statistics: the statistics of its result file.
-        read: whether the result was there already.
-    """
-
-    score: float
-    statistics: Mapping[str, float]
-    read: bool = False
+    score: float  # mean return of the last evaluation, or of the worst one if the trial diverged
+    statistics: Mapping[str, float]  # of its result file
+    read: bool = False  # whether the result was there already
 
 
 def run_all(
     jobs: Sequence[Job], *, n_workers: int = 2, device: str = "auto", progress: BatchProgress | None = None
 ) -> list[Result]:
-    """Train trials, as many at a time as there are workers.
+    """Train trials, as many at a time as there are workers. Results come in the order of the jobs.
 
-    Args:
-        jobs: the trials. Jobs with the same directory must be the same trial, which is trained once.
-        n_workers: number of processes.
-        device: device of each trial.
-        progress: prints how far the trials are.
-
-    Returns:
-        The results, in the order of the jobs.
-
-    Raises:
-        UserError: a trial failed, or its worker was killed again and again. The others stop at once, and the
-            same call resumes all of them.
+    Jobs with the same directory must be the same trial, which is trained once. If a trial fails, or its
+    worker is killed again and again, the others stop at once. The same call resumes all of them.
     """
     if n_workers < 1:
         raise UserError(f"`n_workers >= 1` must hold, but got {n_workers}.")
     progress = progress or BatchProgress(None, jobs)
-    unique = {job.directory: job for job in jobs}
     results: dict[Path, Result] = {}
-    for job in unique.values():
-        found = result_of(job)
-        if found is not None:
+    waiting = []
+    for job in {job.directory: job for job in jobs}.values():
+        if (found := result_of(job)) is None:
+            waiting.append(job)
+        else:
             results[job.directory] = found
             progress.ended(job, found)
-    waiting = [job for job in unique.values() if job.directory not in results]
     if waiting:
         for job, found in _trained(waiting, min(n_workers, len(waiting)), device, progress):
             results[job.directory] = found
@@ -154,8 +128,6 @@ def _train(mapping: Mapping[str, Any], directory: str, options: RunOptions) -> d
 
 def result_of(job: Job) -> Result | None:
     """The result of a job that is done; None if it is not, or if its directory belongs to another trial."""
-    from ppo_hpo.state.files import read_bytes
-
     try:
         config = TrialConfig.from_mapping(yamlio.load(job.directory / "config.yaml"))
         content = json.loads(read_bytes(job.directory / "results.json", _MOST_RESULTS))

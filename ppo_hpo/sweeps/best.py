@@ -5,63 +5,25 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ppo_hpo.orion.experiment import open_experiment
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.state.files import write_atomically
 from ppo_hpo.sweeps.candidates import Candidate, as_preset, candidates, changed_values
-
-
-@dataclass(frozen=True)
-class Retraining:
-    """How to retrain the best trials from scratch.
-
-    Attributes:
-        seeds: how many fresh seeds.
-        against: what to compare with; see `ppo_hpo.sweeps.retrain.baseline`.
-        n_workers: how many runs are trained at a time. None means the number of usable cores.
-        device: device of each run.
-        directory: directory of the runs. None means ``best`` in the experiment's working directory.
-        html: file for a web page with a plot of the scores. None writes none.
-        progress: where to print progress. None prints none.
-    """
-
-    seeds: int
-    against: str | None = None
-    n_workers: int | None = None
-    device: str = "auto"
-    directory: str | None = None
-    html: str | None = None
-    progress: TextIO | None = None
+from ppo_hpo.sweeps.retrain import Retraining, baseline, conclusions, page, retrain, table
 
 
 def best(
-    name: str,
-    config: str | None = None,
-    *,
-    top: int = 3,
-    retraining: Retraining | None = None,
-    export: str | None = None,
-    policy: str | None = None,
-) -> str:
-    """Describe the best trials of an experiment.
+    name: str, config: str | None = None, *, top: int = 3, retraining: Retraining | None = None,
+    export: str | None = None, policy: str | None = None,
+) -> str:  # fmt: skip
+    """The text that `ppo-hpo best` prints about the ``top`` best configurations.
 
-    Args:
-        name: name of the experiment.
-        config: Orion's configuration file; see `ppo_hpo.orion.experiment.open_experiment`.
-        top: how many configurations.
-        retraining: how to retrain them. None does not.
-        export: file for the best trial's configuration.
-        policy: file for the best trial's policy, as ONNX if it ends in ``.onnx``.
-
-    Returns:
-        The text that `ppo-hpo best` prints.
-
-    Raises:
-        UserError: there is no such experiment, no trial is completed, a trial's files are missing, a file
-            cannot be written, or a run failed.
+    ``config`` is Orion's configuration file. ``export`` and ``policy`` are files for the best trial's
+    configuration and policy.
     """
     client = open_experiment(name, config)
     title = f"{client.name} (version {client.version})"
@@ -74,40 +36,22 @@ def best(
 
 
 def _retrained(client: Any, found: Sequence[Candidate], title: str, retraining: Retraining) -> list[str]:
-    from ppo_hpo.orion.workers import usable_cores
-    from ppo_hpo.sweeps.retrain import baseline, retrain
-    from ppo_hpo.sweeps.retrain_text import conclusions, page, table
-
-    place = _place(client, retraining.directory)
+    if retraining.directory is None and not client.working_dir:
+        raise UserError(f"The experiment {client.name!r} has no working directory. Add --test-dir DIR.")
+    place = Path(retraining.directory or Path(client.working_dir) / "best").absolute()
     rival = baseline(found[0].config, retraining.against)
-    tested = retrain(
-        [*found, *([] if rival is None else [rival])],
-        retraining.seeds,
-        place,
-        n_workers=retraining.n_workers or usable_cores(),
-        device=retraining.device,
-        progress=retraining.progress,
-    )
+    tested = retrain([*found, *([] if rival is None else [rival])], place, retraining)
     lines = [f"experiment  {title}: the best trials on {retraining.seeds} fresh seeds", ""]
     lines += [*table(tested), "", *conclusions(tested), *_warnings(found), f"directory   {place}"]
     about = {
-        "experiment": f"{client.name}-v{client.version}",
-        "test_seeds": retraining.seeds,
+        "experiment": f"{client.name}-v{client.version}", "test_seeds": retraining.seeds,
         "tested": [asdict(item) for item in tested],
-    }
-    _write(place / "best.json", json.dumps(about, indent=1) + "\n")
+    }  # fmt: skip
+    write_atomically(place / "best.json", (json.dumps(about, indent=1) + "\n").encode())
     if retraining.html is not None:
-        _write(Path(retraining.html), page(title, tested, "\n".join(lines)))
+        write_atomically(Path(retraining.html), page(title, tested, "\n".join(lines)).encode())
         lines.append(f"page        {retraining.html}")
     return lines
-
-
-def _place(client: Any, directory: str | None) -> Path:
-    if directory is not None:
-        return Path(directory).absolute()
-    if not client.working_dir:
-        raise UserError(f"The experiment {client.name!r} has no working directory. Add --test-dir DIR.")
-    return Path(client.working_dir).absolute() / "best"
 
 
 def _warnings(found: Sequence[Candidate]) -> list[str]:
@@ -147,7 +91,7 @@ def _exports(winner: Candidate, title: str, export: str | None, policy: str | No
     if export is not None:
         if Path(export).exists():
             raise UserError(f"{export} exists already. Choose another name, or remove it.")
-        _write(Path(export), as_preset(winner, title))
+        write_atomically(Path(export), as_preset(winner, title).encode())
         # Without a slash or a suffix, it would be taken for the name of a shipped preset.
         name = export if "/" in export or export.endswith((".yaml", ".yml")) else f"./{export}"
         lines.append(f"trial file  {export}: ppo-hpo run --config {shlex.quote(name)}")
@@ -159,9 +103,3 @@ def _exports(winner: Candidate, title: str, export: str | None, policy: str | No
         how = "" if policy.endswith(".onnx") else f": in Python, ppo_hpo.load_policy({json.dumps(policy)})"
         lines.append(f"policy      {policy}{how}")
     return lines
-
-
-def _write(path: Path, content: str) -> None:
-    from ppo_hpo.state.files import write_atomically
-
-    write_atomically(path, content.encode())

@@ -15,42 +15,26 @@ from ppo_hpo.spec.errors import UserError
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration, with the score that tuning saw, or a baseline, which tuning did not see.
-
-    Attributes:
-        label: name in tables.
-        config: configuration of the trial that was scored, with the epochs that this trial had.
-        claimed: score that tuning saw. None for a baseline.
-        trial: Orion's id of the trial. None for a baseline.
-        directory: directory of the trial. None for a baseline.
-        forked: whether hyperparameters changed during the trial's life, as PBT does.
-    """
+    """A configuration that tuning has scored, or a baseline, which tuning did not see."""
 
     label: str
-    config: TrialConfig
+    config: TrialConfig  # of the trial that was scored, with the epochs that it had
+    # None for a baseline: the score that tuning saw, Orion's id of the trial, and its directory.
     claimed: float | None = None
     trial: str | None = None
     directory: Path | None = None
-    forked: bool = False
+    forked: bool = False  # whether hyperparameters changed during the trial's life, as PBT does
 
     @property
     def steps(self) -> int:
-        """Environment steps of its training."""
+        """Environment steps of one training."""
         return self.config.task.epochs * self.config.task.steps_per_epoch
 
 
 def candidates(trials: Sequence[Any], top: int, name: str) -> list[Candidate]:
-    """The best configurations, best first.
+    """The best configurations of the experiment ``name``, best first.
 
     Each is represented by its trial of the lowest objective, and by the longest trained one among equals.
-
-    Args:
-        trials: Orion's trials.
-        top: how many configurations to return.
-        name: name of the experiment, for messages.
-
-    Raises:
-        UserError: no trial is completed, or a trial's configuration cannot be read.
     """
     completed = sorted(completed_trials(trials), key=ranking_key)
     if not completed:
@@ -62,8 +46,7 @@ def candidates(trials: Sequence[Any], top: int, name: str) -> list[Candidate]:
 
 
 def _candidate(trial: Any, number: int) -> Candidate:
-    place = Path(trial.working_dir)
-    path = place / "config.yaml"
+    path = Path(trial.working_dir) / "config.yaml"
     if not path.is_file():
         raise UserError(
             f"{path} is missing: the files of trial {trial.id} are on another machine, or were removed. Run "
@@ -72,16 +55,9 @@ def _candidate(trial: Any, number: int) -> Candidate:
     config, statistics = TrialConfig.from_mapping(yamlio.load(path)), statistics_of(trial)
     if statistics.get("stopped"):
         # It was scored and saved before the last epoch that was asked for.
-        task = {"epochs": int(statistics["epochs"]), "max_epochs": config.max_epochs}
-        config = config.replace(task=task)
-    return Candidate(
-        label=f"{number}. {trial.id[:8]}",
-        config=config,
-        claimed=-float(trial.objective.value),
-        trial=str(trial.id),
-        directory=place,
-        forked=bool(statistics.get("forked")),
-    )
+        config = config.replace(task={"epochs": int(statistics["epochs"]), "max_epochs": config.max_epochs})
+    label, claimed = f"{number}. {trial.id[:8]}", -float(trial.objective.value)
+    return Candidate(label, config, claimed, trial.id, path.parent, bool(statistics.get("forked")))
 
 
 def changed_values(config: TrialConfig) -> dict[str, Any]:
@@ -96,12 +72,7 @@ def changed_values(config: TrialConfig) -> dict[str, Any]:
 
 
 def as_preset(candidate: Candidate, title: str) -> str:
-    """The content of a preset's file, for a configuration.
-
-    Args:
-        candidate: the configuration.
-        title: name and version of the experiment.
-    """
+    """The content of a preset's file. ``title`` is the experiment's name and version."""
     config, task = candidate.config, candidate.config.task
     mapping = config.to_mapping()
     mapping["task"]["max_epochs"] = config.max_epochs

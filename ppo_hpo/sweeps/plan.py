@@ -6,6 +6,7 @@ the error names the difference.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import GROUPS, check_key
 from ppo_hpo.spec.errors import UserError, hide_passwords
 from ppo_hpo.spec.space import MARK, Space, read_space, with_fidelities
-from ppo_hpo.sweeps.storage import address_text, storage_of
+from ppo_hpo.state.files import write_atomically
 from ppo_hpo.trial.options import RunOptions
 
 if TYPE_CHECKING:
@@ -26,17 +27,12 @@ if TYPE_CHECKING:
 #: The content of a space's file: group to key to a value, or to a prior that begins with `MARK`.
 Document = dict[str, dict[str, Any]]
 
-# How many trials a new sweep completes if nobody says.
-_MAX_TRIALS = 40
-# What Orion's algorithms need so that they work and a sweep can be repeated:
-# docs/reference/orion-algorithms.md.
+_MAX_TRIALS = 40  # of a new sweep, if nobody says
+# What Orion's algorithms need to work and to be repeatable: docs/reference/orion-algorithms.md.
 _SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"seed": 1} for name in ("hyperband", "random", "tpe", "pbt")},
     "asha": {"seed": 1, "num_brackets": 1},
-    "hyperband": {"seed": 1},
-    "random": {"seed": 1},
-    "tpe": {"seed": 1},
     "evolutiones": {"seed": 1, "repetitions": 1},
-    "pbt": {"seed": 1},
 }
 # What Python raises for a file that is not a pickle, or not a whole one.
 _NO_PICKLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, KeyError)
@@ -44,11 +40,7 @@ _NO_PICKLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, Ind
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """The arguments of `ppo_hpo.sweep`, which describes them. ``options`` has those that each trial is given.
-
-    Raises:
-        UserError: a number is not one.
-    """
+    """The arguments of `ppo_hpo.sweep`, which describes them. ``options`` has those that each trial gets."""
 
     env: str | None
     space: str | None
@@ -84,11 +76,7 @@ class SweepRequest:
         return {str(name): dict(given or {})}
 
     def sweep_name(self) -> str:
-        """The name of the sweep: the given one, or one made of environment or space and algorithm.
-
-        Raises:
-            UserError: there is nothing to name it after, or the name cannot be a file's.
-        """
+        """The name of the sweep: the given one, or one made of environment or space and algorithm."""
         name = self.name
         if name is None:
             if self.env is None and self.space is None:
@@ -115,31 +103,18 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request, and what is there of the sweep already.
-
-    Attributes:
-        request: what the user asks for.
-        name: name of the sweep.
-        place: its directory.
-        storage: Orion's configuration of its storage.
-        stored: Orion's record of the experiment. None for a new sweep.
-    """
+    """A request, and what is there of the sweep already."""
 
     request: SweepRequest
     name: str
-    place: Path
-    storage: dict[str, Any]
-    stored: dict[str, Any] | None
+    place: Path  # the sweep's directory
+    storage: dict[str, Any]  # Orion's configuration of its storage
+    stored: dict[str, Any] | None  # Orion's record of the experiment; None for a new sweep
 
     @classmethod
     def of(cls, request: SweepRequest) -> Plan:
-        """Make the sweep's directory, and read what the database has about the sweep.
-
-        Raises:
-            UserError: the directory or the database cannot be used, or the sweep has another algorithm.
-        """
-        name = request.sweep_name()
-        wanted = request.algorithm_settings()
+        """Make the sweep's directory, and read what the database has about the sweep."""
+        name, wanted = request.sweep_name(), request.algorithm_settings()
         place = Path(request.directory or name).absolute()
         from orion.core.io.database import DatabaseError
         from orion.core.io.experiment_builder import ExperimentBuilder
@@ -154,8 +129,9 @@ class Plan:
         except NotImplementedError as error:
             raise UserError(f"Orion has no such storage: {str(error).splitlines()[0]}.") from None
         except (OSError, DatabaseError, *_NO_PICKLE) as error:
-            why = hide_passwords(" ".join(str(error).split()).rstrip("."))
-            raise UserError(f"The database {address_text(storage)} cannot be used: {why}.") from None
+            why, database = " ".join(str(error).split()).rstrip("."), storage.get("database") or {}
+            text = f"{database.get('host') or storage} ({database.get('type')}) cannot be used: {why}."
+            raise UserError(f"The database {hide_passwords(text)}") from None
         plan = cls(request, name, place, storage, stored)
         if stored is not None and wanted is not None:
             plan._refuse_another_algorithm(wanted, stored["algorithm"])
@@ -181,37 +157,34 @@ class Plan:
         return self.place / "space.yaml"
 
     def document(self) -> Document:
-        """The space that is asked for. A sweep that has begun must have the same one.
-
-        Raises:
-            UserError: the sweep has another space, or the space is wrong.
-        """
+        """The space that is asked for. A sweep that has begun must have the same one."""
         stored = self._stored_document()
         file = _to_document(read_space(str(self.space_file))) if self.space_file.is_file() else None
-        if stored is not None and file is not None and (difference := _difference(stored, file)):
-            raise UserError(
-                f"{self.space_file} was changed after the sweep began: {difference}. A sweep keeps its "
-                f"space. Undo the change, or copy the file and start a sweep with another name."
-            )
+        if stored is not None and file is not None:
+            _raise_if_different(
+                stored, file, f"{self.space_file} was changed after the sweep began",
+                "A sweep keeps its space. Undo the change, or copy the file and start a sweep with another "
+                "name.",
+            )  # fmt: skip
         asked = self._asked_document(stored)
-        if stored is not None and (difference := _difference(stored, asked)):
-            raise UserError(
-                f"The sweep {self.name!r} has another space: {difference}. Give the new sweep another name, "
-                f"or leave out that value."
-            )
-        if stored is None and file is not None and (difference := _difference(file, asked)):
-            raise UserError(
-                f"{self.place} has a sweep of another space: {difference}. Give the new sweep "
-                "another directory."
-            )
+        if stored is not None:
+            _raise_if_different(
+                stored, asked, f"The sweep {self.name!r} has another space",
+                "Give the new sweep another name, or leave out that value.",
+            )  # fmt: skip
+        elif file is not None:
+            _raise_if_different(
+                file, asked, f"{self.place} has a sweep of another space",
+                "Give the new sweep another directory.",
+            )  # fmt: skip
         return asked
 
     def _asked_document(self, stored: Document | None) -> Document:
         request = self.request
-        document = stored
-        if request.space is not None or document is None:
+        if request.space is not None or stored is None:
             document = _to_document(read_space(request.space or "default"))
-        document = {group: dict(values) for group, values in document.items()}
+        else:
+            document = {group: dict(values) for group, values in stored.items()}
         fixed: Document = {group: dict(values) for group, values in (request.overrides or {}).items()}
         if request.env is not None:
             fixed.setdefault("env", {})["id"] = request.env
@@ -221,7 +194,11 @@ class Plan:
             for key, value in values.items():
                 check_key(group, key)
                 document.setdefault(group, {})[key] = value
-        return document if request.epochs is None else _with_epochs(document, self.name, request.epochs)
+        if request.epochs is None:
+            return document
+        # Priors may stay among the fixed values: only the epochs and `max_epochs` are touched.
+        space = Space(self.name, self.space_file, document, {})
+        return _to_document(with_fidelities(space, {"epochs": request.epochs}))
 
     def _stored_document(self) -> Document | None:
         if self.stored is None:
@@ -234,33 +211,33 @@ class Plan:
                 f"hunt ... ppo-hpo run --config FILE` made. Choose another name, or resume it as it "
                 "was started."
             )
-        # Orion reads 1e-4 as a text.
-        return {
-            group: {k: yamlio.parse(v, k) if _is_text(v) else v for k, v in values.items()}
-            for group, values in content.items()
-        }
+        document: Document = {group: dict(values) for group, values in content.items()}
+        for values in document.values():
+            for key, value in values.items():
+                if isinstance(value, str) and not value.startswith(MARK):
+                    values[key] = yamlio.parse(value, key)  # Orion reads 1e-4 as a text.
+        return document
 
     def open(self, document: Document) -> ExperimentClient:
-        """Write the sweep's files, and return Orion's client of its experiment, which is made if it is new.
+        """Write the sweep's files, and open its experiment, which is made if it is new."""
+        from ppo_hpo.orion.workers import usable_cores
 
-        Raises:
-            UserError: nothing is searched, or Orion refuses the algorithm.
-        """
         if not any(str(v).startswith(MARK) for values in document.values() for v in values.values()):
             raise UserError("Nothing is searched in this space: every value is fixed. `ppo-hpo run` runs it.")
         new = not self.space_file.exists()
         try:
-            _write_if_changed(
-                self.space_file,
-                f"# The space of the sweep {self.name}. Its trials read it from the database.\n"
-                + yamlio.dump(document),
-            )
+            about = f"# The space of the sweep {self.name}. Its trials read it from the database.\n"
+            _write_if_changed(self.space_file, about + yamlio.dump(document))
             client = self._client(read_space(str(self.space_file)))
         except BaseException:
             if new:
                 self.space_file.unlink(missing_ok=True)  # There is no such sweep.
             raise
-        _write_if_changed(self.place / "orion.yaml", yamlio.dump(self._hunt()))
+        # A hunt with this file runs each trial in a process of its own. Threads are enough to wait for them.
+        threads = {"executor": "joblib", "executor_configuration": {"backend": "threading"}}
+        worker = {"n_workers": self.request.n_workers or usable_cores(), **threads}
+        hunt = yamlio.dump({"storage": dict(self.storage), "worker": worker})
+        _write_if_changed(self.place / "orion.yaml", hunt)
         return client
 
     def _client(self, space: Space) -> ExperimentClient:
@@ -270,15 +247,13 @@ class Plan:
 
         settings: dict[str, Any] = {"max_trials": self.request.max_trials}
         if self.stored is None:
-            algorithm = self.request.algorithm_settings() or {"asha" if space.max_epochs else "random": {}}
+            default: dict[str, dict[str, Any]] = {"asha" if space.max_epochs else "random": {}}
+            ((algorithm, options),) = (self.request.algorithm_settings() or default).items()
             metadata = resolve_config.fetch_metadata(user_args=self.request.run_command(self.space_file))
             settings = {
                 "space": metadata["priors"],
                 "metadata": metadata,
-                "algorithm": {
-                    name: {**_SETTINGS.get(name.lower(), {}), **options}
-                    for name, options in algorithm.items()
-                },
+                "algorithm": {algorithm: {**_SETTINGS.get(algorithm.lower(), {}), **options}},
                 "max_trials": self.request.max_trials or _MAX_TRIALS,
                 "working_dir": str(self.place / "trials"),
             }
@@ -292,24 +267,6 @@ class Plan:
             ) from error
         return ExperimentClient(experiment)
 
-    def _hunt(self) -> dict[str, Any]:
-        """The content of `orion.yaml`, with which `orion hunt -c` resumes the sweep."""
-        from ppo_hpo.orion.workers import usable_cores
-
-        return {
-            "storage": dict(self.storage),
-            # A hunt runs each trial in a process of its own, so that threads are enough to wait for them.
-            "worker": {
-                "n_workers": self.request.n_workers or usable_cores(),
-                "executor": "joblib",
-                "executor_configuration": {"backend": "threading"},
-            },
-        }
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not value.startswith(MARK)
-
 
 def _to_document(space: Space) -> Document:
     document: Document = {group: dict(values) for group, values in space.fixed.items()}
@@ -319,29 +276,48 @@ def _to_document(space: Space) -> Document:
     return {group: document[group] for group in GROUPS if group in document}
 
 
-def _with_epochs(document: Document, name: str, epochs: str | int) -> Document:
-    fixed = {
-        g: {k: v for k, v in values.items() if not str(v).startswith(MARK)} for g, values in document.items()
-    }
-    priors = {
-        g: {k: v.removeprefix(MARK) for k, v in values.items() if str(v).startswith(MARK)}
-        for g, values in document.items()
-    }
-    return _to_document(with_fidelities(Space(name, Path(), fixed, priors), {"epochs": epochs}))
-
-
-def _difference(own: Document, other: Document) -> str | None:
-    """A phrase about the first value that differs."""
+def _raise_if_different(own: Document, other: Document, rule: str, advice: str) -> None:
     for group in GROUPS:
         ours, theirs = own.get(group, {}), other.get(group, {})
         for key in sorted({*ours, *theirs}):
             if ours.get(key) != theirs.get(key):
-                return f"`{group}.{key}` is {ours.get(key)}, but {theirs.get(key)} was asked for"
-    return None
+                difference = f"`{group}.{key}` is {ours.get(key)}, but {theirs.get(key)} was asked for"
+                raise UserError(f"{rule}: {difference}. {advice}")
 
 
 def _write_if_changed(path: Path, text: str) -> None:
-    from ppo_hpo.state.files import write_atomically
-
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomically(path, text.encode())
+
+
+def storage_of(storage: str | Mapping[str, Any] | None, place: Path) -> dict[str, Any]:
+    """Orion's configuration of a storage.
+
+    Without one, the ``orion.yaml`` of the sweep's directory counts, then its ``orion.sqlite``.
+    """
+    if isinstance(storage, Mapping):
+        content = dict(storage)
+        return content if "database" in content else {"type": "legacy", "database": content}
+    if storage is None and (place / "orion.yaml").is_file():
+        content = yamlio.load(place / "orion.yaml")
+        if isinstance(content, Mapping) and isinstance(content.get("storage"), Mapping):
+            return dict(content["storage"])
+    address = str(storage) if storage is not None else str(place / "orion.sqlite")
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        file = Path(address).absolute()
+        database = {"type": _kind(file), "host": str(file)}
+    elif scheme in ("sqlite", "sqlitedb", "pickleddb"):  # These are files, although the address is a URL.
+        kind = "pickleddb" if scheme == "pickleddb" else "sqlitedb"
+        database = {"type": kind, "host": str(Path(rest).absolute())}
+    else:
+        database = {"type": scheme, "host": address}
+    return {"type": "legacy", "database": database}
+
+
+def _kind(file: Path) -> str:
+    """Orion's name for the database in a file, by its content; by its suffix if the file is new."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        if start := opened.read(16):
+            return "sqlitedb" if start == b"SQLite format 3\0" else "pickleddb"
+    return "sqlitedb" if file.suffix == ".sqlite" else "pickleddb"

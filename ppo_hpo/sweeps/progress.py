@@ -1,9 +1,4 @@
-"""What is printed while trials run: a line for each trial that ends, and a status line.
-
-On a terminal the status line is overwritten every second. Elsewhere it is printed now and then, or not at
-all. `SweepProgress` follows the trials of a sweep, whose number is known but not their names; `BatchProgress`
-follows a fixed list of jobs.
-"""
+"""What is printed while trials run: a line for each trial that ends, and a status line."""
 
 from __future__ import annotations
 
@@ -15,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ppo_hpo.orion.experiment import params_of
+
 if TYPE_CHECKING:
     from ppo_hpo.sweeps.batch import Job, Result
 
-# Seconds between two status lines, on a terminal and elsewhere.
-_TERMINAL, _ELSEWHERE = 1.0, 30.0
-# Bytes at the end of a curve's file that surely hold its last line, which has some hundred.
-_TAIL = 4096
+_TAIL = 4096  # bytes at the end of a curve's file that surely hold its last line, which has some hundred
 _ERASE = "\r\033[K"
 
 
@@ -29,11 +23,20 @@ class _Display:
     """Prints lines, and a status line below them on a terminal. Without a stream, nothing."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream
+        self.stream, self._began = stream, time.monotonic()
         self.terminal = stream is not None and stream.isatty()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the display was made."""
+        return time.monotonic() - self._began
 
     def line(self, text: str) -> None:
         self._write((_ERASE if self.terminal else "") + text + "\n")
+
+    def timed_line(self, text: str) -> None:
+        """Print a line that begins with the seconds since the display was made."""
+        self.line(f"{self.elapsed:7.0f} s  {text}")
 
     def status(self, text: str) -> None:
         """Overwrite the status line of a terminal."""
@@ -54,38 +57,30 @@ class _Display:
 class SweepProgress:
     """Counts the trials of a sweep as they start and end, and prints that.
 
-    Args:
-        total: how many trials the sweep should complete.
-        done: how many of them were completed before.
-        best: the best return so far, or None.
-        epochs: epochs of the highest fidelity.
-        stream: where to print. None prints nothing.
+    Of ``total`` trials, ``done`` were completed before. ``epochs`` are those of the highest fidelity.
     """
 
     def __init__(
         self, total: int, done: int, best: float | None, epochs: int, stream: TextIO | None = None
     ) -> None:
         self.total, self.done, self.best, self.epochs = total, done, best, epochs
-        self.failed = 0
         self.errors: list[str] = []
         self._display = _Display(stream)
-        self._every = _TERMINAL if self._display.terminal else _ELSEWHERE
-        self._began, self._done_before, self._steps = time.monotonic(), done, 0.0
-        self._shown = self._began
+        self._done_before, self._steps, self._shown = done, 0.0, time.monotonic()
         self._running: dict[str, Any] = {}
-        # Epoch and steps of each running trial when it was first seen. They were not trained here.
-        self._at: dict[str, tuple[int, float] | None] = {}
+        # Steps of each running trial when its curve was first seen. They were not trained here.
+        self._steps_before: dict[str, float] = {}
 
     def started(self, trial: Any) -> None:
         """Note that a trial was given to a worker."""
         self._running[trial.id] = trial
-        seen = last_row(Path(trial.working_dir))
-        self._at[trial.id] = seen if seen[1] else None
+        if steps := last_row(Path(trial.working_dir))[1]:
+            self._steps_before[trial.id] = steps
 
     def ended(self, trial: Any, results: Any, error: Exception | None, traceback: str = "") -> None:
         """Note that a trial ended, with results or with an error."""
         self._running.pop(trial.id, None)
-        self._at.pop(trial.id, None)
+        self._steps_before.pop(trial.id, None)
         if error is not None:
             self._failed(trial, error, traceback)
             return
@@ -95,16 +90,14 @@ class SweepProgress:
         found = -values["objective"]
         self.best = found if self.best is None else max(self.best, found)
         epochs = f"{values.get('continued_from_epoch', 0):.0f} -> {values.get('epochs', 0):.0f}"
-        how = "  stopped" if values.get("stopped") else ""
         self._line(
             f"trial {self.done:3}  {trial.id[:8]}  epoch {epochs}  return {found:8.1f}  "
-            f"best {self.best:8.1f}{how}"
+            f"best {self.best:8.1f}{'  stopped' if values.get('stopped') else ''}"
         )
 
     def _failed(self, trial: Any, error: Exception, traceback: str) -> None:
         if getattr(error, "return_code", None) is not None:
             return  # an interruption
-        self.failed += 1
         text = " ".join(f"{type(error).__name__}: {error}".split())
         self.errors.append(f"trial {trial.id[:8]}: {text}; {trial.working_dir}")
         self._line(f"trial {trial.id[:8]}  broken: {text[:200]}")
@@ -112,27 +105,24 @@ class SweepProgress:
             self._display.line(traceback.rstrip())
 
     def tick(self) -> None:
-        """Print the status line if it is time."""
-        if self._display.stream is None or time.monotonic() - self._shown < self._every:
-            return
-        self._shown = time.monotonic()
+        """Print the status line: each second on a terminal, else each half minute."""
+        every, show = 30.0, self._display.timed_line
         if self._display.terminal:
-            self._display.status(self.text())
-        else:
-            self._display.line(f"{_seconds_since(self._began)}  {self.text()}")
+            every, show = 1.0, self._display.status
+        if self._display.stream is not None and time.monotonic() - self._shown >= every:
+            self._shown = time.monotonic()
+            show(self.text())
 
     def text(self) -> str:
         """The status line."""
-        steps = self._steps
-        running = []
+        steps, running, elapsed = self._steps, [], self._display.elapsed
         for name, trial in self._running.items():
             epoch, of, now = self._position(trial)
             steps += now
             running.append(f"{name[:8]} (epoch {epoch} of {of})")
-        elapsed = time.monotonic() - self._began
         parts = [f"{self.done}/{self.total} trials"]
-        if self.failed:
-            parts.append(f"{self.failed} broken")
+        if self.errors:
+            parts.append(f"{len(self.errors)} broken")
         if self.best is not None:
             parts.append(f"best {self.best:.1f}")
         parts.append(f"{steps / max(elapsed, 1e-9):,.0f} steps/s")
@@ -144,12 +134,8 @@ class SweepProgress:
 
     def _position(self, trial: Any) -> tuple[int, int, float]:
         """A running trial's epoch, its last epoch, and the steps that it took since it started here."""
-        from ppo_hpo.orion.experiment import params_of
-
         epoch, steps = last_row(Path(trial.working_dir))
-        if self._at[trial.id] is None:
-            self._at[trial.id] = (epoch, steps)
-        before = (self._at[trial.id] or (0, 0.0))[1]
+        before = self._steps_before.setdefault(trial.id, steps)
         # Without a fidelity, the space fixes the epochs.
         return epoch, int(params_of(trial).get("task.epochs", self.epochs)), steps - before
 
@@ -158,7 +144,7 @@ class SweepProgress:
         self._display.close()
 
     def _line(self, text: str) -> None:
-        self._display.line(f"{_seconds_since(self._began)}  {text}")
+        self._display.timed_line(text)
         if self._display.terminal:
             self._shown = 0.0
 
@@ -166,14 +152,11 @@ class SweepProgress:
 class BatchProgress:
     """Prints a line for each job that ends, and on a terminal a status line about the others.
 
-    Args:
-        stream: where to print. None prints nothing.
-        jobs: the jobs of `batch.run_all`, which calls the methods.
+    `batch.run_all` calls its methods. Without a stream it prints nothing.
     """
 
     def __init__(self, stream: TextIO | None, jobs: Sequence[Job]) -> None:
         self._display = _Display(stream)
-        self._began = time.monotonic()
         self._epochs = {job.directory: job.config.task.epochs for job in jobs}
         self._ended: set[Path] = set()
         self._found = self._epochs_found = 0
@@ -186,10 +169,9 @@ class BatchProgress:
             self._epochs_found += self._epochs[job.directory]
             return
         self._print_found()
-        how = "  diverged" if result.statistics["diverged"] else ""
-        self._display.line(
-            f"{_seconds_since(self._began)}  {len(self._ended):4} of {len(self._epochs)}  {job.label:34}  "
-            f"return {result.score:8.1f}{how}"
+        self._display.timed_line(
+            f"{len(self._ended):4} of {len(self._epochs)}  {job.label:34}  return {result.score:8.1f}"
+            f"{'  diverged' if result.statistics['diverged'] else ''}"
         )
 
     def tick(self, running: Sequence[Job]) -> None:
@@ -201,7 +183,7 @@ class BatchProgress:
         done = sum(self._epochs[place] for place in self._ended) + sum(epoch for _, epoch, _ in now)
         new, left = done - self._epochs_found, sum(self._epochs.values()) - done
         text = "; ".join(f"{label}: epoch {epoch} of {of}" for label, epoch, of in now)
-        rest = f"{duration((time.monotonic() - self._began) / new * left)} left  " if new > 0 else ""
+        rest = f"{duration(self._display.elapsed / new * left)} left  " if new > 0 else ""
         self._display.status(rest + text)
 
     def close(self) -> None:
@@ -240,7 +222,3 @@ def duration(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _seconds_since(began: float) -> str:
-    return f"{time.monotonic() - began:7.0f} s"

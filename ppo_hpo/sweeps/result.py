@@ -68,7 +68,7 @@ class SweepResult:
 
 
 def result_of(client: ExperimentClient, place: Path) -> SweepResult:
-    """Read what a sweep has found from the database and from the trials' files."""
+    """Read what a sweep has found."""
     import pandas
 
     trials = client.fetch_trials()
@@ -82,14 +82,10 @@ def result_of(client: ExperimentClient, place: Path) -> SweepResult:
         }
         for trial, cost in zip(trials, costs_of(trials), strict=True)
     ]  # fmt: skip
+    best = min(completed_trials(trials), key=ranking_key, default=None)
+    frame = pandas.DataFrame(rows, columns=None if rows else ["id", "status", "parent", "objective"])
     return SweepResult(
-        name=client.name,
-        directory=place,
-        best=min(completed_trials(trials), key=ranking_key, default=None),
-        trials=pandas.DataFrame(rows, columns=None if rows else ["id", "status", "parent", "objective"]),
-        cost=cost_of(trials),
-        commands=_commands(client.name, place),
-        client=client,
+        client.name, place, best, frame, cost_of(trials), _commands(client.name, place), client
     )
 
 

@@ -1,4 +1,4 @@
-"""Retrains configurations on fresh seeds, beside a baseline.
+"""Retrains configurations on fresh seeds, beside a baseline, and describes what that found.
 
 The best of many noisy scores is too good: it won by its configuration and by its luck (the winner's curse).
 What remains of its score shows when it is trained from scratch on seeds that tuning has not seen.
@@ -20,33 +20,32 @@ from ppo_hpo.sweeps.progress import BatchProgress
 
 
 @dataclass(frozen=True)
-class Tested:
-    """Scores of a configuration on fresh seeds. Intervals are at 95 %.
+class Retraining:
+    """How to retrain the best trials from scratch."""
 
-    Attributes:
-        label: label of the candidate.
-        trial: Orion's id of the trial. None for a baseline.
-        steps: environment steps of each run.
-        claimed: score that tuning saw. None for a baseline.
-        scores: for each fresh seed, the mean return of the run's last evaluation.
-        diverged: how many runs diverged.
-        iqm: interquartile mean of the scores.
-        interval: confidence interval of ``iqm``.
-        quartiles: first and third quartile of the scores.
-        kept: advantage over the baseline: the difference of the two ``iqm``.
-        kept_interval: confidence interval of ``kept``.
-    """
+    seeds: int  # how many fresh seeds
+    against: str | None = None  # what to compare with; see `baseline`
+    n_workers: int | None = None  # None means the number of usable cores.
+    device: str = "auto"
+    directory: str | None = None  # None means `best` in the experiment's working directory.
+    html: str | None = None  # file for a web page with a plot of the scores
+    progress: TextIO | None = None
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Scores of a `Candidate` on fresh seeds. Intervals are confidence intervals at 95 %."""
 
     label: str
     trial: str | None
-    steps: int
+    steps: int  # environment steps of each run
     claimed: float | None
-    scores: list[float]
-    diverged: int
-    iqm: float
-    interval: tuple[float, float]
-    quartiles: tuple[float, float]
-    kept: float | None
+    scores: list[float]  # for each fresh seed, the mean return of the run's last evaluation
+    diverged: int  # how many runs diverged
+    iqm: float  # interquartile mean of the scores
+    interval: tuple[float, float]  # of `iqm`
+    quartiles: tuple[float, float]  # first and third quartile of the scores
+    kept: float | None  # advantage over the baseline: the difference of the two `iqm`
     kept_interval: tuple[float, float] | None
 
     @property
@@ -65,9 +64,6 @@ def baseline(winner: TrialConfig, name: str | None = None) -> Candidate | None:
         winner: the configuration to compare with.
         name: a preset's name, a file, ``default``, or ``none`` for no baseline. None means the shipped preset
             of the environment, or PPO's defaults if there is none.
-
-    Raises:
-        UserError: there is no such preset, or it is a space.
     """
     if name == "none":
         return None
@@ -80,24 +76,16 @@ def baseline(winner: TrialConfig, name: str | None = None) -> Candidate | None:
             raise UserError(f"{name} is a search space, not a preset. Name a preset.")
         groups = fill(space, {})
     own = TrialConfig.from_mapping(groups)
-    task, env = winner.task, winner.env
-    rollout = own.rollout_steps
+    task, rollout = winner.task, own.rollout_steps
+    env_keys = ("id", "kwargs", "max_episode_steps", "wrapper")
+    task_keys = ("epochs", "seed", "threads", "eval_episodes", "eval_deterministic")
     config = own.replace(
-        env={
-            "id": env.id,
-            "kwargs": env.kwargs,
-            "max_episode_steps": env.max_episode_steps,
-            "wrapper": env.wrapper,
-        },
+        env={key: getattr(winner.env, key) for key in env_keys},
         task={
+            **{key: getattr(task, key) for key in task_keys},
             "seeds": 1,
-            "epochs": task.epochs,
             "max_epochs": task.epochs,
             "steps_per_epoch": max(1, round(task.steps_per_epoch / rollout)) * rollout,
-            "seed": task.seed,
-            "threads": task.threads,
-            "eval_episodes": task.eval_episodes,
-            "eval_deterministic": task.eval_deterministic,
         },
     )
     return Candidate("default" if name == "default" else f"preset {name}", config)
@@ -105,16 +93,12 @@ def baseline(winner: TrialConfig, name: str | None = None) -> Candidate | None:
 
 def preset_of(config: TrialConfig) -> str | None:
     """The name of the shipped preset for a trial's environment, or None."""
-
-    def environment(env: Any) -> tuple[Any, ...]:
-        return env.id, dict(env.kwargs), env.wrapper
-
     for name in list_spaces():
         space = read_space(name)
-        if any(space.priors.values()):
-            continue
-        if environment(TrialConfig.from_mapping(fill(space, {})).env) == environment(config.env):
-            return name
+        if not any(space.priors.values()):
+            env = TrialConfig.from_mapping(fill(space, {})).env
+            if all(getattr(env, key) == getattr(config.env, key) for key in ("id", "kwargs", "wrapper")):
+                return name
     return None
 
 
@@ -125,38 +109,23 @@ def jobs_of(candidate: Candidate, seeds: int, place: Path) -> list[Job]:
     found = []
     for number, seed in enumerate(fresh_seeds(candidate.config, seeds), 1):
         config = candidate.config.replace(task={"seed": seed, "seeds": 1})
-        found.append(
-            Job(f"{candidate.label}, fresh seed {number} of {seeds}", config, place / config.identity()[:32])
-        )
+        label = f"{candidate.label}, fresh seed {number} of {seeds}"
+        found.append(Job(label, config, place / config.identity()[:32]))
     return found
 
 
-def retrain(
-    everybody: Sequence[Candidate],
-    seeds: int,
-    place: Path,
-    *,
-    n_workers: int = 2,
-    device: str = "auto",
-    progress: TextIO | None = None,
-) -> list[Tested]:
-    """Train every configuration on fresh seeds. Runs that are finished already are only read.
+def retrain(everybody: Sequence[Candidate], place: Path, how: Retraining) -> list[Tested]:
+    """Train every configuration on fresh seeds, in directories below ``place``.
 
-    Args:
-        everybody: the configurations. The first baseline is what the others are compared with.
-        seeds: how many fresh seeds.
-        place: directory that holds the directories of the runs.
-        n_workers: how many runs are trained at a time.
-        device: device of each run.
-        progress: where to print progress.
-
-    Raises:
-        UserError: see `ppo_hpo.sweeps.batch.run_all`.
+    Runs that are finished already are only read. The others are compared with the baseline among them.
     """
+    from ppo_hpo.orion.workers import usable_cores
+
+    seeds, n_workers = how.seeds, how.n_workers or usable_cores()
     jobs = [job for candidate in everybody for job in jobs_of(candidate, seeds, place)]
-    show = BatchProgress(progress, jobs)
+    show = BatchProgress(how.progress, jobs)
     try:
-        results = run_all(jobs, n_workers=n_workers, device=device, progress=show)
+        results = run_all(jobs, n_workers=n_workers, device=how.device, progress=show)
     finally:
         show.close()
     runs = [results[index * seeds : (index + 1) * seeds] for index in range(len(everybody))]
@@ -172,15 +141,97 @@ def summarise(candidate: Candidate, runs: Sequence[Result], rival: Sequence[Resu
     others = None if rival is None or candidate.trial is None else [run.score for run in rival]
     iqm = float(stats.iqm(scores))
     return Tested(
-        label=candidate.label,
-        trial=candidate.trial,
-        steps=candidate.steps,
-        claimed=candidate.claimed,
-        scores=scores,
+        candidate.label, candidate.trial, candidate.steps, candidate.claimed, scores,
         diverged=sum(bool(run.statistics["diverged"]) for run in runs),
-        iqm=iqm,
-        interval=stats.iqm_interval(scores),
-        quartiles=stats.quartiles(scores),
+        iqm=iqm, interval=stats.iqm_interval(scores), quartiles=stats.quartiles(scores),
         kept=None if others is None else iqm - float(stats.iqm(others)),
         kept_interval=None if others is None else stats.advantage_interval(scores, others),
+    )  # fmt: skip
+
+
+def table(tested: Sequence[Tested]) -> list[str]:
+    """A row for each configuration."""
+    rows = [("configuration", "steps", "claimed", "test IQM", "95 % interval", "quartiles", "drop")]
+    for item in tested:
+        claimed = "" if item.claimed is None else f"{item.claimed:.1f}"
+        drop = "" if item.drop is None else f"{item.drop:.1f}"
+        intervals = _span(item.interval), _span(item.quartiles)
+        rows.append((item.label, f"{item.steps:,}", claimed, f"{item.iqm:.1f}", *intervals, drop))
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for label, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]
+        lines.append("  ".join([label.ljust(first), *padded]).rstrip())
+    return lines
+
+
+def conclusions(tested: Sequence[Tested]) -> list[str]:
+    """What the numbers show, in sentences. The first configuration is the winner."""
+    winner = tested[0]
+    assert winner.claimed is not None
+    lines = [
+        f"winner      claimed {winner.claimed:.1f}, measured {winner.iqm:.1f} on {len(winner.scores)} fresh "
+        f"seeds (95 % interval {_span(winner.interval)})"
+    ]
+    rival = next((item for item in tested if item.trial is None), None)
+    if rival is not None and winner.kept is not None and winner.kept_interval is not None:
+        low, high = winner.kept_interval
+        sure = "" if low > 0 or high < 0 else "; the interval contains 0, so this shows no difference"
+        lines.append(
+            f"advantage   over {rival.label}: claimed {winner.claimed - rival.iqm:+.1f}, measured "
+            f"{winner.kept:+.1f} (95 % interval {_span(winner.kept_interval)}){sure}"
+        )
+        if rival.steps != winner.steps:
+            lines.append(f"            {rival.label} has {rival.steps:,} steps, in whole rollouts of its own")
+    ahead = max((item for item in tested if item.trial is not None), key=lambda item: item.iqm)
+    if ahead.iqm > winner.iqm:
+        lines.append(f"best now    {ahead.label} with {ahead.iqm:.1f}, which is again the best of several")
+    for item in tested:
+        if item.diverged:
+            lines.append(f"diverged    {item.label}: {item.diverged} of {len(item.scores)} runs")
+    return lines
+
+
+def _span(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:.1f} to {ends[1]:.1f}"
+
+
+def page(title: str, tested: Sequence[Tested], text: str) -> str:
+    """A web page that needs no network, with the printed ``text`` and a plot of all scores.
+
+    Each run is a dot, each claim a cross, and each IQM a diamond with its interval.
+    """
+    import html
+
+    import plotly.graph_objects as go
+
+    labels = [item.label for item in tested]
+    claims = [item for item in tested if item.claimed is not None]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[score for item in tested for score in item.scores],
+        y=[item.label for item in tested for _ in item.scores],
+        mode="markers", marker={"color": "rgba(110,110,110,0.5)", "size": 8}, name="a run on a fresh seed",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[item.iqm for item in tested], y=labels, mode="markers",
+        marker={"color": "#1f4e8c", "size": 12, "symbol": "diamond"}, name="IQM, 95 % interval",
+        error_x={"type": "data", "symmetric": False,
+                 "array": [item.interval[1] - item.iqm for item in tested],
+                 "arrayminus": [item.iqm - item.interval[0] for item in tested]},
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[item.claimed for item in claims], y=[item.label for item in claims], mode="markers",
+        marker={"color": "#c2410c", "size": 12, "symbol": "x"}, name="score in tuning",
+    )  # fmt: skip
+    figure.update_layout(
+        title="Scores on fresh seeds", xaxis_title="mean evaluation return", template="simple_white",
+        yaxis={"autorange": "reversed", "categoryorder": "array", "categoryarray": labels},
+    )  # fmt: skip
+    name = html.escape(title)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
+        f'<body style="font-family: sans-serif; max-width: 70em; margin: 2em auto">'
+        f"<h1>{name}</h1><pre>{html.escape(text)}</pre>"
+        f"{figure.to_html(full_html=False, include_plotlyjs=True)}</body></html>\n"
     )

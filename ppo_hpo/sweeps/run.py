@@ -1,16 +1,8 @@
-"""`ppo_hpo.sweep`: starts or resumes a sweep, runs its trials, and returns what was found.
+"""`ppo_hpo.sweep`: starts or resumes a sweep.
 
 A sweep is an Orion experiment, made as `orion hunt ... ppo-hpo run --config space.yaml` makes it, so that
-either one resumes what the other began. Its directory holds:
-
-| file | what it is |
-|---|---|
-| `space.yaml` | the search space, with the environment and all fixed values |
-| `orion.yaml` | the database and the workers, for `orion hunt -c` |
-| `orion.sqlite` | Orion's database, unless another one was named |
-| `trials/` | the directories of the trials |
-
-Neither Orion nor torch is imported before a sweep runs.
+either one resumes what the other began. docs/reference/sweep.md lists the files of its directory. Neither
+Orion nor torch is imported before a sweep runs.
 """
 
 from __future__ import annotations
@@ -19,16 +11,21 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppo_hpo.inspect import retry
 from ppo_hpo.orion.objective import Objective, prepare_trial
+from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
-from ppo_hpo.spec.space import read_space
-from ppo_hpo.sweeps.initial_trials import configurations_of, insert
+from ppo_hpo.spec.space import Space, read_space
+from ppo_hpo.sweeps.executors import StopSignal, WatchedExecutor, make
 from ppo_hpo.sweeps.plan import Plan, SweepRequest
+from ppo_hpo.sweeps.progress import SweepProgress
 from ppo_hpo.sweeps.result import SweepResult, orion_yaml, result_of
 from ppo_hpo.trial.gpu_detection import device_name
 from ppo_hpo.trial.options import RETRIES, RunOptions
@@ -36,16 +33,11 @@ from ppo_hpo.trial.options import RETRIES, RunOptions
 if TYPE_CHECKING:
     from orion.client import ExperimentClient
 
-    from ppo_hpo.sweeps.progress import SweepProgress
-    from ppo_hpo.sweeps.watched_executor import StopSignal, WatchedExecutor
+_MULTI_FIDELITY = ("asha", "hyperband", "evolutiones", "pbt", "pb2")  # They start at the lowest fidelity.
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) or SIGTERM stopped a sweep. The same call resumes its trials.
-
-    Attributes:
-        signum: the signal.
-    """
+    """The signal ``signum`` stopped a sweep: SIGINT (Ctrl-C) or SIGTERM. The same call resumes its trials."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -110,9 +102,7 @@ def sweep(
 
 
 def _sweep(request: SweepRequest) -> SweepResult:
-    from ppo_hpo.sweeps.watched_executor import StopSignal
-
-    with _quiet(), StopSignal() as stop:
+    with _quiet(), StopSignal().in_charge() as stop:
         with _script_on_path():
             plan = Plan.of(request)
             document = plan.document()
@@ -124,13 +114,72 @@ def _sweep(request: SweepRequest) -> SweepResult:
             client = plan.open(document)
         space = read_space(str(plan.space_file))
         if request.warm_start is not None and not client.fetch_trials():
-            insert(client, space, configurations_of(request.warm_start))
+            _insert(client, space, _configurations_of(request.warm_start))
         function = Objective(space, options=request.options, console=False, log_stops=False)
         _run(client, function, request, plan.place, stop)
         return result_of(client, plan.place)
 
 
-# ---------------------------------------------------------------------------- surroundings
+def _configurations_of(warm_start: Any) -> list[TrialConfig]:
+    """Read what `sweep` should try first: a preset's name or file, a nested mapping, or a list of these."""
+    if isinstance(warm_start, str | Mapping):
+        warm_start = [warm_start]
+    found = []
+    for one in warm_start:
+        if isinstance(one, str):
+            space = read_space(one)
+            if any(space.priors.values()):
+                raise UserError(
+                    f"A warm start takes presets and configurations, but {one!r} is a search space."
+                )
+            one = space.fixed
+        found.append(TrialConfig.from_mapping(one))
+    return found
+
+
+def _insert(client: ExperimentClient, space: Space, configurations: Sequence[TrialConfig]) -> None:
+    """Register trials of these configurations, which workers take first."""
+    from orion.core.io.database import DuplicateKeyError
+    from orion.core.utils.format_trials import dict_to_trial
+
+    ((algorithm, _),) = client.algorithm.configuration.items()
+    for config in configurations:
+        params, outside = {}, []
+        for dimension_name, dimension in client.space.items():
+            group, _, key = dimension_name.lstrip("/").replace("/", ".").partition(".")
+            if (group, key) == ("task", "epochs"):
+                low, high = dimension.low, dimension.high
+                value: Any = int(low if algorithm.lower() in _MULTI_FIDELITY else high)
+            else:
+                value = _value(config, group, key, dimension)
+            if value not in dimension:
+                outside.append(f"{group}.{key} = {value!r} is not in {dimension.get_prior_string()}")
+            params[dimension_name] = value
+        if outside:
+            raise UserError(f"A warm start must be inside the space, but {'; '.join(outside)}.")
+        trial = dict_to_trial(params, client.space)
+        with contextlib.suppress(DuplicateKeyError):
+            client._experiment.register_trial(trial, status="new")
+
+
+def _value(config: TrialConfig, group: str, key: str, dimension: Any) -> Any:
+    """The value of a hyperparameter as the dimension spells it."""
+    values = config.to_mapping()[group]
+    if key.startswith("one_minus_"):
+        value: Any = 1 - values[key.removeprefix("one_minus_")]
+    elif key == "n_minibatches":
+        value = config.rollout_steps // values["batch_size"]
+    else:
+        value = values[key]
+    if dimension.type == "categorical":
+        # Choices may be texts, as 'none' or '0.2'.
+        choices = dimension.interval()
+        same = [choice for choice in choices if choice == value and type(choice) is type(value)]
+        alike = [choice for choice in choices if str(choice).lower() == str(value).lower()]
+        return [*same, *alike, value][0]
+    if isinstance(value, float) and (precision := getattr(dimension, "precision", None)):
+        return float(f"{value:.{precision}g}")
+    return value
 
 
 @contextlib.contextmanager
@@ -138,10 +187,12 @@ def _script_on_path() -> Iterator[None]:
     """Let Orion find `ppo-hpo` when it opens the experiment, even if Python's `bin` is not on the path."""
     before = os.environ.get("PATH", "")
     beside = Path(sys.executable).parent
-    if shutil.which("ppo-hpo") is None and (beside / "ppo-hpo").is_file():
+    if shutil.which("ppo-hpo") is None:
+        if not (beside / "ppo-hpo").is_file():
+            raise UserError(
+                "The command ppo-hpo is not on the PATH. Install the package: pip install ppo-hpo"
+            )
         os.environ["PATH"] = f"{beside}{os.pathsep}{before}"
-    elif shutil.which("ppo-hpo") is None:
-        raise UserError("The command ppo-hpo is not on the PATH. Install the package: pip install ppo-hpo")
     try:
         yield
     finally:
@@ -150,39 +201,31 @@ def _script_on_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide Orion's warnings about pkg_resources and git, and its log of failures, which is printed here too.
-
-    A program that has set up logging still gets all of the log.
-    """
-    import warnings
-
+    """Hide Orion's warnings, and its log of failures unless the program has set up logging."""
     # Without any handler, the first log message would install one for the whole process.
     root, nothing = logging.getLogger(), logging.NullHandler()
     root.addHandler(nothing)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         root.removeHandler(nothing)
-
-
-# ------------------------------------------------------------------------------ the trials
 
 
 def _run(
     client: ExperimentClient, function: Objective, request: SweepRequest, place: Path, stop: StopSignal
 ) -> None:
     """Run trials until as many as were asked for are completed."""
-    from ppo_hpo.inspect import retry
-    from ppo_hpo.sweeps.executors import make
-    from ppo_hpo.sweeps.watched_executor import WatchedExecutor
-
     retry.repair(client)
     if client.is_done:
         return
     task = function.space.fixed.get("task", {})
-    progress = _progress_of(client, function.space.max_epochs or task.get("epochs", 0), request.progress)
+    completed = client.fetch_trials_by_status("completed")
+    best = max((-trial.objective.value for trial in completed if trial.objective), default=None)
+    epochs = function.space.max_epochs or task.get("epochs", 0)
+    # Standard output is for the final summary.
+    stream = sys.stderr if request.progress else None
+    progress = SweepProgress(client.max_trials, len(completed), best, epochs, stream)
     try:
         inner = make(request.executor, request.n_workers, request.options, threads=task.get("threads", 1))
         executor = WatchedExecutor(inner, stop, progress)
@@ -196,16 +239,6 @@ def _run(
         progress.close()
 
 
-def _progress_of(client: ExperimentClient, epochs: int, shown: bool) -> SweepProgress:
-    from ppo_hpo.sweeps.progress import SweepProgress
-
-    completed = client.fetch_trials_by_status("completed")
-    returns = [-trial.objective.value for trial in completed if trial.objective]
-    # Standard output is for the final summary.
-    stream = sys.stderr if shown else None
-    return SweepProgress(client.max_trials, len(completed), max(returns, default=None), epochs, stream)
-
-
 def _work(client: ExperimentClient, function: Objective, executor: WatchedExecutor, place: Path) -> None:
     from orion.core.utils.exceptions import LazyWorkers
 
@@ -214,13 +247,10 @@ def _work(client: ExperimentClient, function: Objective, executor: WatchedExecut
         missing = max(1, client.max_trials - len(client.fetch_trials_by_status("completed")))
         try:
             client.workon(
-                function,
-                n_workers=min(executor.n_workers, missing),
-                max_trials_per_worker=missing,
-                trial_arg="trial",
+                function, n_workers=min(executor.n_workers, missing), max_trials_per_worker=missing,
+                trial_arg="trial", prepare_trial=prepare_trial,
                 on_error=lambda *_: False,  # `SweepProgress` reports errors.
-                prepare_trial=prepare_trial,
-            )
+            )  # fmt: skip
         except LazyWorkers:
             _raise_if_exhausted(client, place)
 
@@ -239,24 +269,21 @@ def _explained_errors(client: ExperimentClient, executor: WatchedExecutor, place
             f"the cause, requeue them with `ppo-hpo retry {client.name} -c {orion_yaml(place)}`, then rerun."
         ) from None
     except BaseException as error:
-        if signum := executor.stop.signum:
-            raise _interrupted(client, signum) from None
+        if executor.stop.signum:
+            raise _interrupted(client, executor.stop.signum) from None
         if isinstance(error, KeyboardInterrupt) and executor.reason is not None:
             raise UserError(executor.reason) from None
         raise
 
 
 def _interrupted(client: ExperimentClient, signum: int) -> SweepInterrupted:
-    import signal
-
     _release_reserved(client)
     waiting = len(client.fetch_trials_by_status("interrupted"))
     what, them = (f"{waiting} trials of the sweep {client.name!r} were", "them")
     if waiting < 2:
         what, them = f"{'1 trial of the' if waiting else 'the'} sweep {client.name!r} was", "it"
-    return SweepInterrupted(
-        f"{what} interrupted by {signal.Signals(signum).name}. Rerun the command to resume {them}", signum
-    )
+    text = f"{what} interrupted by {signal.Signals(signum).name}. Rerun the command to resume {them}"
+    return SweepInterrupted(text, signum)
 
 
 def _release_reserved(client: ExperimentClient) -> None:
@@ -269,19 +296,15 @@ def _release_reserved(client: ExperimentClient) -> None:
 
 def _raise_if_exhausted(client: ExperimentClient, place: Path) -> None:
     """Refuse to wait for trials that will never come."""
-    from ppo_hpo.inspect import retry
-
     retry.repair(client)
     if any(client.fetch_trials_by_status(status) for status in ("reserved", "interrupted", "new")):
         return  # Another process trains it, or it was requeued just now. The algorithm waits for it.
-    broken = len(client.fetch_trials_by_status("broken"))
-    if broken:
+    reason = "Its space may have no other configuration."
+    if broken := len(client.fetch_trials_by_status("broken")):
         reason = (
             f"It may wait for its {broken} broken trials: requeue them with `ppo-hpo retry {client.name} -c "
             f"{orion_yaml(place)}`."
         )
-    else:
-        reason = "Its space may have no other configuration."
     raise UserError(
         f"The algorithm of {client.name!r} has no trial to propose, and none is running. {reason}"
     )

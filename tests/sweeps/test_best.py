@@ -27,8 +27,7 @@ from ppo_hpo.spec.trial_seeds import fresh_seeds, tuning_seeds
 from ppo_hpo.sweeps.batch import Result
 from ppo_hpo.sweeps.best import best
 from ppo_hpo.sweeps.candidates import Candidate, as_preset, candidates
-from ppo_hpo.sweeps.retrain import baseline, jobs_of, preset_of, summarise
-from ppo_hpo.sweeps.retrain_text import conclusions, table
+from ppo_hpo.sweeps.retrain import baseline, conclusions, jobs_of, preset_of, summarise, table
 from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import io
@@ -25,6 +26,7 @@ from ppo_hpo import UserError
 from ppo_hpo.orion.experiment import params_of, statistics_of
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state.curve import read_curve
+from ppo_hpo.sweeps.executors import make
 from ppo_hpo.sweeps.progress import SweepProgress, duration
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,7 +106,7 @@ def test_what_kind_of_database_a_file_is(tmp_path: Path) -> None:
     from orion.core.io.database.pickleddb import PickledDB
 
     from ppo_hpo.orion.sqlitedb import SQLiteDB
-    from ppo_hpo.sweeps.storage import storage_of
+    from ppo_hpo.sweeps.plan import storage_of
 
     def kind(name: str | None) -> tuple[str, str]:
         database = storage_of(None if name is None else str(tmp_path / name), tmp_path)["database"]
@@ -284,6 +286,25 @@ def test_twenty_trials_on_a_cluster_of_dasks(tmp_path: Path, space: str) -> None
         result = sweep_by(address)
     assert_each_once(result, 20)
     assert len(processes_of(result)) == 2
+
+
+def test_a_slow_fetch_from_dask_does_not_break_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As https://github.com/dask/distributed/issues/8514, which load brings about."""
+    pytest.importorskip("distributed", reason="pip install 'ppo-hpo[dask]'")
+    settings = {"processes": False, "threads_per_worker": 1}
+    with make({"dask": settings}, 1) as executor:
+        fetch = executor.client._gather_remote
+
+        async def fetch_slowly(*args: Any) -> Any:
+            await asyncio.sleep(0.5)
+            return await fetch(*args)
+
+        monkeypatch.setattr(executor.client, "_gather_remote", fetch_slowly)
+        for number in range(2):
+            futures, results = [executor.submit(abs, -number)], []
+            while futures:
+                results += executor.async_get(futures, timeout=0.2)
+            assert [getattr(result, "value", result) for result in results] == [number]
 
 
 def test_twenty_trials_on_a_cluster_of_rays(space: str) -> None:
@@ -546,7 +567,7 @@ def test_progress_of_running_trials(tmp_path: Path) -> None:
     # It goes on from epoch 1: those 100 steps are of somebody else.
     have(1)
     progress.started(Trial)
-    progress._began -= 100
+    progress._display._began -= 100
     have(3)
     assert progress.text() == "0/2 trials  2 steps/s  1 running: abcdef01 (epoch 3 of 4)"
     progress.ended(
