@@ -291,7 +291,7 @@ def test_twenty_trials_on_a_cluster_of_dasks(tmp_path: Path, space: str) -> None
 def test_a_slow_fetch_from_dask_does_not_break_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """As https://github.com/dask/distributed/issues/8514, which load brings about."""
     pytest.importorskip("distributed", reason="pip install 'ppo-hpo[dask]'")
-    settings = {"processes": False, "threads_per_worker": 1}
+    settings = {"processes": False, "dashboard_address": ":0"}
     with make({"dask": settings}, 1) as executor:
         fetch = executor.client._gather_remote
 
