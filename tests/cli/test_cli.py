@@ -531,7 +531,7 @@ def test_a_signal_that_the_environment_swallows_stops_all_the_same(config: Path,
     process = start("run", "--config", config, *options, "--dir", str(directory), cwd=REPOSITORY)
     log = directory / "log.txt"
     deadline = time.monotonic() + 60
-    while not (log.exists() and "starts" in log.read_text()):
+    while not (log.exists() and " from epoch " in log.read_text()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
