@@ -106,7 +106,7 @@ def statistics(trial: Any) -> dict[str, float]:
 def began_at(trial: Any) -> list[int]:
     """The epochs at which each process, the parent's included, began, by the trial's log."""
     text = (Path(trial.working_dir) / "log.txt").read_text(encoding="utf-8")
-    return [int(epoch) for epoch in re.findall(r" (?:starts|resumes): epoch (\d+) -> ", text)]
+    return [int(epoch) for epoch in re.findall(r"trains(?: for \S+)? from epoch (\d+) to ", text)]
 
 
 def assert_no_step_was_trained_twice(trials: list[Any]) -> None:

@@ -36,7 +36,7 @@ SPACE = {
     "optimizer": {"lr": "orion~loguniform(1e-4, 1e-2)"},
     "ppo": {"n_steps": 32, "batch_size": 32, "n_epochs": 1},
 }
-_BEGAN = re.compile(r"\b(?:starts|resumes|has done epoch)(?: of \S+)?:? ?(?:epoch )?(\d+)")
+_BEGAN = re.compile(r"\b(?:trains(?: for \S+)? from|has done) epoch (\d+)")
 
 
 def own_environment(**extra: str) -> dict[str, str]:
