@@ -117,7 +117,7 @@ class Lab:
         if importlib.util.find_spec("paramiko") is None:
             assert not self.separate
             return str(self.served)
-        script = str(Path(__file__).parent / "sftp_server.py")
+        script = str(Path(__file__).parents[1] / "state" / "sftp_server.py")
         process = subprocess.Popen(
             [*self._inside.get("hub", []), sys.executable, script, str(self.served)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

@@ -295,8 +295,8 @@ def test_sweeps_that_went_well_get_the_very_same_suggestions(
 def test_another_version_is_left_as_it_is(tmp_path: Path) -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
-        "from ppo_hpo.orion import fixes, patch\n"
-        "patch.TESTED_ORION = '0.2.6'\n"
+        "from ppo_hpo.orion import fixes, tested_version\n"
+        "tested_version.TESTED_ORION = '0.2.6'\n"
         "from orion.algo.hyperband.hyperband import Hyperband\n"
         "print(fixes.install(), hasattr(Hyperband, 'rng'))\n"
     )
