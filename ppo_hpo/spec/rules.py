@@ -39,7 +39,7 @@ class Checked:
 class Integer:
     """A whole number from ``low`` to ``high``.
 
-    The upper bounds are far above any useful value. They keep a file of somebody else from asking for memory
+    The upper bounds are far above any useful value. They keep a file from somebody else from asking for memory
     or processes that no machine has.
     """
 

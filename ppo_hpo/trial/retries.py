@@ -99,7 +99,7 @@ def with_retries(
                     f"{what}: failed again at the same step ({place}), so retrying cannot help. Fix the "
                     f"cause."
                 ) from error
-            # A file that was rewritten in vain was waited for already.
+            # The write of a file has been retried already, so waiting again would not help.
             may_pass = kind(error) in ("transient", "unknown") and not getattr(error, "waited_for", False)
             if not left or not may_pass:
                 if lacks_memory(error) and not isinstance(error, UserError):
