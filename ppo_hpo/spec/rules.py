@@ -39,8 +39,8 @@ class Checked:
 class Integer:
     """A whole number from ``low`` to ``high``.
 
-    The upper bounds are far above any useful value. They keep a file from somebody else from asking for memory
-    or processes that no machine has.
+    The upper bounds are far above any useful value. A file from somebody else cannot ask for memory or
+    processes that no machine has.
     """
 
     low: int

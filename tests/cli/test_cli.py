@@ -22,6 +22,7 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.state.checkpoint import Storage
+from tests.waiting import may_mount
 
 REPOSITORY = Path(__file__).parents[2]
 # 5 episodes of 25 steps in each of 2 environments fit into 256 steps: no warning, whatever runs.
@@ -466,14 +467,6 @@ def test_records_that_cannot_grow_end_the_trial_with_one_sentence(config: Path, 
     checkpoint = Storage(directory).load()
     assert checkpoint is not None
     assert checkpoint.epoch == 1
-
-
-def may_mount() -> bool:
-    command = ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount a small disk, which is root's")

@@ -16,8 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.state.checkpoint import arrays_digest, read
 from ppo_hpo.trial import runner
 from ppo_hpo.trial.options import RunOptions
+from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -45,14 +45,6 @@ SPACE: dict[str, Any] = {
     "ppo": {"n_steps": 64, "n_epochs": 1, "n_minibatches": "orion~choices([1, 2])"},
 }  # fmt: skip
 HUB = "10.77.0.1"
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    return found
 
 
 class Lab:
@@ -109,7 +101,7 @@ class Lab:
         script = f"set -e; {commands}; touch {ready}; exec sleep infinity"
         process = subprocess.Popen(["unshare", *kinds.split(), "sh", "-c", script], start_new_session=True)
         self.stack.callback(end, process)
-        wait_for(lambda: ready.exists() or process.poll() is not None)
+        wait_for(lambda: ready.exists() or process.poll() is not None, PATIENCE, pause=0.002)
         assert process.poll() is None
         return process.pid
 
@@ -323,7 +315,7 @@ def test_a_sweep_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
         under_way = {uid: max(lab.kept(uid), default=0) for uid in set(os.listdir(trials)) - before}
         return next((uid for uid, epoch in under_way.items() if epoch not in (0, *RUNGS)), None)
 
-    lost = wait_for(third)
+    lost = wait_for(third, PATIENCE, pause=0.002)
     os.killpg(hunt.pid, signal.SIGKILL)
     hunt.wait()
     record = lab.trials()[lost]

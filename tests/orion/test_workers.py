@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,9 @@ import pytest
 from orion.executor.base import AsyncException, AsyncResult, ExecutorClosed, executor_factory
 
 from ppo_hpo.orion.workers import WorkerDied, Workers
+from tests.waiting import wait_for
 
 PATIENCE = 120
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found
 
 
 def alive(pid: int) -> bool:
@@ -153,7 +145,7 @@ def test_closing_stops_what_runs(tmp_path: Path) -> None:
     workers = Workers(1)
     workers.submit(stay, str(tmp_path / "pid"))
     waiting = workers.submit(pid_and, 1)
-    pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+    pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), PATIENCE))
     workers.close()
     assert not alive(pid)
     assert (tmp_path / "pid.tidy").exists()  # it was stopped, not killed
@@ -174,12 +166,12 @@ def test_workers_end_when_their_executor_is_killed_and_its_script_needs_no_guard
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "ignore"}
     leader = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid")], env=environment)
     try:
-        pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+        pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), PATIENCE))
         assert alive(pid)
     finally:
         leader.kill()
         leader.wait()
-    wait_for(lambda: not alive(pid))
+    wait_for(lambda: not alive(pid), PATIENCE)
     assert (tmp_path / "pid.tidy").exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ppo_hpo.state import lock
 from ppo_hpo.sweeps.batch import Job, Result, result_of, run_all
 from ppo_hpo.sweeps.progress import BatchProgress, epochs_of
 from tests.runs import run_quietly
+from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 TINY: dict[str, dict[str, Any]] = {
@@ -145,12 +145,12 @@ run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], n_workers=2, 
 """
     # No guard against being imported again is needed: workers are no copies of this script.
     leader = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "batch")], cwd=REPOSITORY)
-    wait_until(lambda: all(epochs_of(one) >= 1 for one in jobs))
+    wait_for(lambda: all(epochs_of(one) >= 1 for one in jobs), 300)
     holders = [lock.active_writer(one.directory) for one in jobs]
     leader.kill()
     leader.wait()
     # Nobody is left behind: each worker ends by itself at its next step.
-    wait_until(lambda: all(lock.active_writer(one.directory) is None for one in jobs))
+    wait_for(lambda: all(lock.active_writer(one.directory) is None for one in jobs), 300)
     assert None not in holders
     assert all(result_of(one) is None for one in jobs)
     before = [epochs_of(one) for one in jobs]
@@ -162,10 +162,3 @@ run_all([job(Path(sys.argv[1]), seed, **SLOW) for seed in (0, 1)], n_workers=2, 
     for one in alone:
         run_quietly(one.config, one.directory)
     assert [curve(one) for one in jobs] == [curve(one) for one in alone]
-
-
-def wait_until(condition: Any, seconds: float = 300.0) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.05)

@@ -14,8 +14,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ppo_hpo.spec import yamlio
 from ppo_hpo.state.curve import read_curve
 from ppo_hpo.sweeps.executors import make
 from ppo_hpo.sweeps.progress import SweepProgress, duration
+from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -71,14 +71,6 @@ def run(*command: str, code: int = 0, cwd: Path | None = None) -> subprocess.Com
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found
 
 
 def what_was_found(result: ppo_hpo.SweepResult) -> dict[str, float]:
@@ -268,7 +260,7 @@ def dask_cluster(folder: Path) -> Iterator[str]:
             "--scheduler-file",
             str(where),
         )
-        address = wait_for(lambda: where.is_file() and json.loads(where.read_text())["address"])
+        address = wait_for(lambda: where.is_file() and json.loads(where.read_text())["address"], PATIENCE)
         for _ in range(2):
             start("worker", address, "--nthreads", "1", "--no-dashboard")
         yield address
@@ -363,8 +355,8 @@ def test_ctrl_c(tmp_path: Path, space: str, executor: str) -> None:
         start_new_session=True,
     )  # fmt: skip
     try:
-        (curve,) = wait_for(lambda: list(tmp_path.glob("stopped/trials/*/curve.jsonl")))
-        wait_for(lambda: len(curve.read_text().splitlines()) >= 2)
+        (curve,) = wait_for(lambda: list(tmp_path.glob("stopped/trials/*/curve.jsonl")), PATIENCE)
+        wait_for(lambda: len(curve.read_text().splitlines()) >= 2, PATIENCE)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
     finally:

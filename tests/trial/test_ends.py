@@ -25,6 +25,7 @@ import pytest
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state.checkpoint import Storage
+from tests.waiting import may_mount
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -556,14 +557,6 @@ def test_a_directory_that_is_removed_is_begun_again(tmp_path: Path) -> None:
     assert going.status == "completed"
     assert going.began == [0, 0]
     assert curve(going.trial) == undisturbed(going.trial, tmp_path)
-
-
-def may_mount() -> bool:
-    command = ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
 
 
 # A network whose checkpoint takes 105 kB: two of them fit beside the ballast, and a third does not.

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state.checkpoint import read
+from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -130,15 +131,8 @@ class Place:
             assert process.poll() is None, process.communicate()
             return path.exists() and len(path.read_text().splitlines()) >= epoch
 
-        wait_until(done)
+        wait_for(done, 60)
         return int(json.loads(path.read_text().splitlines()[-1])["pid"])
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def is_gone(pid: int) -> bool:
@@ -378,7 +372,7 @@ def test_no_signal_is_lost_at_any_moment(place: Place) -> None:
         assert process.returncode in (-signal.SIGTERM, 143), err
         assert "Traceback" not in err
         codes.add(process.returncode)
-        wait_until(lambda: not children_of(server))
+        wait_for(lambda: not children_of(server), 60)
         milliseconds += 5 if milliseconds < 200 else 200
 
 
@@ -403,7 +397,7 @@ def test_without_its_client_a_trial_stops(place: Place) -> None:
     server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     process.kill()
     _, err = process.communicate(timeout=30)
-    wait_until(lambda: is_gone(pid))
+    wait_for(lambda: is_gone(pid), 60)
     assert not is_gone(server)
     # It was stopped, not killed: its standard error, which outlives the client, has its last word.
     assert "stopped by SIGTERM. Everything saved is whole" in err
@@ -489,7 +483,7 @@ def test_an_idle_server_ends_and_leaves_nothing(alone: Place) -> None:
     alone.environment["PPO_HPO_PRELOAD_IDLE"] = "0.5"
     assert alone.run("--preload").returncode == 0
     server = alone.seen()["ppid"]
-    wait_until(lambda: is_gone(server))
+    wait_for(lambda: is_gone(server), 60)
     (directory,) = alone.runtime.iterdir()
     assert not list(directory.iterdir())
     assert directory.stat().st_mode & 0o777 == 0o700
@@ -499,7 +493,7 @@ def test_a_server_that_is_stopped_waits_for_its_trials(alone: Place) -> None:
     process = alone.start("--preload", *LONG, "--set", "env.id=CartPole-v1")
     pid = alone.wait_for_epoch(1, process)
     (server,) = alone.servers("--stop")
-    wait_until(lambda: not alone.servers())
+    wait_for(lambda: not alone.servers(), 60)
     assert not is_gone(server)
     # Who comes now has a server of its own.
     assert alone.run("--preload", directory="next").returncode == 0
@@ -508,7 +502,7 @@ def test_a_server_that_is_stopped_waits_for_its_trials(alone: Place) -> None:
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 143
-    wait_until(lambda: is_gone(server))
+    wait_for(lambda: is_gone(server), 60)
 
 
 def test_changed_code_is_never_run_stale(alone: Place, tmp_path: Path) -> None:
