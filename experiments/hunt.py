@@ -76,7 +76,7 @@ def compare(folder: Path, output: Path, seeds: int) -> None:
     )
     say(f"{trial.task.eval_episodes} evaluation episodes; higher is better.\n")
     envs, n_steps = trial.env.n_envs, trial.ppo.n_steps
-    rollout = f"{envs * n_steps:,} steps: {envs} environments of {n_steps}"
+    rollout = f"{envs * n_steps:,} steps: {n_steps} in each of {envs} environments"
     say(f"1. Train with the defaults of Stable-Baselines3 (rollouts of {rollout}). Return:")
     run(log, "ppo-hpo", "run", "--config", folder / "untuned.yaml", "--dir", output / "untuned",
         "--device", "cpu")  # fmt: skip

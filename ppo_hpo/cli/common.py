@@ -78,7 +78,7 @@ def also(parser: argparse._ActionsContainer, action: argparse.Action, *names: st
 def add_experiment(parser: Parser) -> None:
     """Add the experiment's name, and the file that says where its database is."""
     parser.add_argument("name", metavar="NAME", type=experiment_name,
-        help="name of the sweep or experiment (Orion's word), or its directory")  # fmt: skip
+        help="name of a sweep or of an `orion hunt` experiment, or a sweep's directory")  # fmt: skip
     add_orion_config(parser, "NAME/orion.yaml (which `ppo-hpo sweep` writes), then ")
 
 
@@ -103,11 +103,11 @@ def add_devices(parser: argparse._ActionsContainer, *, trials_per_device: bool =
             "commands on this machine (default: unlimited)")  # fmt: skip
 
 
-def add_stop_poor(parser: argparse._ActionsContainer) -> None:
-    """Add the stopping of poor trials."""
+def add_stop_poor(parser: argparse._ActionsContainer, where: str = "") -> None:
+    """Add the stopping of poor trials; ``where`` says where it works, if not everywhere."""
     parser.add_argument("--stop-poor", action="store_true",
-        help="stop a trial early if its best return is below the median of the other trials' mean returns up "
-        "to the same epoch; `run` needs Orion for it. See docs/explanation/early-stopping.md.")  # fmt: skip
+        help="stop a trial early if its best return is below a median: that of the other trials' returns, each "
+        f"averaged up to this epoch{where}. See docs/explanation/early-stopping.md.")  # fmt: skip
 
 
 def add_checkpoint_store(parser: argparse._ActionsContainer, what: str = "") -> None:

@@ -18,9 +18,9 @@ def add_commands(commands: common.Commands) -> None:
 
 def _add_report(commands: common.Commands) -> None:
     report = commands.add_parser("report", command=_report,
-        help="summarize an experiment: best trial, cost, steps saved",
-        description="Summarize an experiment: its best trial, what its trials cost, and the steps that "
-        "stopping and resuming trials saved.")  # fmt: skip
+        help="summarize an experiment: best trial, cost, steps avoided",
+        description="Summarize an experiment: its best trial, its cost, and how many steps it avoided by "
+        "stopping and resuming trials.")  # fmt: skip
     common.add_experiment(report)
     report.add_argument("--html", metavar="FILE", help="also write a web page with plots")
 
@@ -101,8 +101,8 @@ def _lineage(arguments: argparse.Namespace) -> int:
 def _add_retry(commands: common.Commands) -> None:
     retry = commands.add_parser("retry", command=_retry, help="requeue failed or stuck trials",
         description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
-        "any more. A trial with a heartbeat in the last two minutes is skipped. The next worker resumes "
-        "trials from their latest checkpoint. This also repairs what a killed worker left behind: the "
+        "any more. A reserved trial with a heartbeat in the last two minutes is skipped, unless --trial names "
+        "it. The next worker resumes trials from their latest checkpoint. This also repairs what a killed worker left behind: the "
         "algorithm's lock, and results that were stored, but that the algorithm never received.")  # fmt: skip
     common.add_experiment(retry)
     retry.add_argument("--trial", metavar="ID", help="only this trial; the beginning of its id is enough")
@@ -119,8 +119,8 @@ def _retry(arguments: argparse.Namespace) -> int:
 def _add_clean(commands: common.Commands) -> None:
     clean = commands.add_parser("clean", command=_clean,
         help="remove checkpoints that no trial needs any more",
-        description="Remove checkpoints of completed trials that were already promoted, or that reached the "
-        "highest fidelity. Curves, logs and results stay.")  # fmt: skip
+        description="Remove checkpoints of completed trials that were already promoted, or that trained for the "
+        "most epochs of the space. Curves, logs and results stay.")  # fmt: skip
     common.add_experiment(clean)
     clean.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     clean.add_argument("--finished", action="store_true",

@@ -38,7 +38,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="ppo-hpo",
         description="Tune Proximal Policy Optimization (PPO) with Orion. Interrupted trials resume.",
-        epilog="Words: a space says what is searched; a preset is a space in which nothing is searched. "
+        epilog="Words: an experiment is a sweep, or what `orion hunt` made. A space says what is searched; a "
+        "preset is a space in which nothing is searched. "
         "Trials are compared at rungs, which are numbers of epochs. A promotion resumes a good trial up to "
         "the next rung. A fork resumes it with changed hyperparameters (PBT). To begin, run 40 trials: "
         "ppo-hpo sweep CartPole-v1. Help on one command: ppo-hpo COMMAND --help.",

@@ -50,7 +50,7 @@ def _add_run(commands: common.Commands) -> None:
     run.add_argument("--retries", type=int, metavar="N",
         help="after a failure that may be temporary, resume from the latest checkpoint, up to N times for "
         "each epoch (default: 2 under Orion, else 0)")  # fmt: skip
-    common.add_stop_poor(run)
+    common.add_stop_poor(run, "; this works only under `orion hunt`")
     common.add_checkpoint_store(run)
     run.add_argument("--parent", metavar="ID",
         help="id of the trial that this one resumes from, only needed with --checkpoint-store; under orion "

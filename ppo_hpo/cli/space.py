@@ -17,7 +17,7 @@ def add_commands(commands: common.Commands) -> None:
     for name, command, text in (
         ("list", _list, "list the shipped spaces and presets"),
         ("show", _show, "print a space or preset"),
-        ("check", _check, "check that a space is valid, without running anything in it"),
+        ("check", _check, "check that a space is valid; its priors are parsed, and no code in them runs"),
         ("copy", _copy, "copy a space or preset to a file, to edit it"),
     ):
         action = actions.add_parser(name, command=command, help=text, description=f"{text.capitalize()}.")

@@ -135,7 +135,8 @@ def _steps_text(summary: Summary) -> list[str]:
         )
         lines.append(
             f"            {missing:,} not trained, because {how} {summary.max_epochs} epochs "
-            f"({missing / summary.steps_in_full:.0%} of {summary.steps_in_full:,}, all of them in full)"
+            f"({missing / summary.steps_in_full:.0%} of the {summary.steps_in_full:,} steps of "
+            f"{summary.configurations} configurations trained in full)"
         )
     if (saved := summary.cost.saved_steps) > 0:
         lines.append(
@@ -189,7 +190,7 @@ def _page(client: Any, summary: Summary, trials: Sequence[Any], text: str) -> st
         xaxis_title="environment steps", yaxis_title="mean evaluation return", template="simple_white",
     )  # fmt: skip
     regret = client.plot.regret()
-    regret.update_layout(template="simple_white")
+    regret.update_layout(template="simple_white", yaxis_title="objective (the negated return; lower is better)")
     plots = figure.to_html(full_html=False, include_plotlyjs=True)
     plots += regret.to_html(full_html=False, include_plotlyjs=False)
     title = html.escape(summary.title)

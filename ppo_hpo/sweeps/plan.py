@@ -82,7 +82,8 @@ class SweepRequest:
             if self.env is None and self.space is None:
                 raise UserError("A sweep needs an environment, a space or a name. Give env='Acrobot-v1'.")
             what = (self.env or Path(str(self.space)).stem).rpartition(":")[2]
-            name = f"{what}-{next(iter(self.algorithm_settings() or {'asha': {}}))}"
+            usual = "random" if isinstance(self.epochs, int) else "asha"
+            name = f"{what}-{next(iter(self.algorithm_settings() or {usual: {}}))}"
             name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.").lower()
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise UserError(f"A sweep's name has letters, digits, and - _ . between them, but got {name!r}.")
