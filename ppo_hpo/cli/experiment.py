@@ -101,9 +101,9 @@ def _lineage(arguments: argparse.Namespace) -> int:
 def _add_retry(commands: common.Commands) -> None:
     retry = commands.add_parser("retry", command=_retry, help="requeue failed or stuck trials",
         description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
-        "any more. A reserved trial with a heartbeat in the last two minutes is skipped, unless --trial names "
-        "it. The next worker resumes trials from their latest checkpoint. This also repairs what a killed worker left behind: the "
-        "algorithm's lock, and results that were stored, but that the algorithm never received.")  # fmt: skip
+        "any more. A reserved trial with a heartbeat in the last two minutes is skipped, unless --trial "
+        "names it. The next worker resumes trials from their latest checkpoint. This also repairs what a "
+        "killed worker left behind: the algorithm's lock, and results that were stored, but that the algorithm never received.")  # fmt: skip
     common.add_experiment(retry)
     retry.add_argument("--trial", metavar="ID", help="only this trial; the beginning of its id is enough")
     retry.add_argument("--status", choices=["broken", "reserved"], help="only trials of this status")
@@ -119,8 +119,8 @@ def _retry(arguments: argparse.Namespace) -> int:
 def _add_clean(commands: common.Commands) -> None:
     clean = commands.add_parser("clean", command=_clean,
         help="remove checkpoints that no trial needs any more",
-        description="Remove checkpoints of completed trials that were already promoted, or that trained for the "
-        "most epochs of the space. Curves, logs and results stay.")  # fmt: skip
+        description="Remove checkpoints of completed trials that were already promoted, or that trained for "
+        "the most epochs of the space. Curves, logs and results stay.")  # fmt: skip
     common.add_experiment(clean)
     clean.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     clean.add_argument("--finished", action="store_true",

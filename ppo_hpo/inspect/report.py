@@ -190,7 +190,9 @@ def _page(client: Any, summary: Summary, trials: Sequence[Any], text: str) -> st
         xaxis_title="environment steps", yaxis_title="mean evaluation return", template="simple_white",
     )  # fmt: skip
     regret = client.plot.regret()
-    regret.update_layout(template="simple_white", yaxis_title="objective (the negated return; lower is better)")
+    regret.update_layout(
+        template="simple_white", yaxis_title="objective (the negated return; lower is better)"
+    )
     plots = figure.to_html(full_html=False, include_plotlyjs=True)
     plots += regret.to_html(full_html=False, include_plotlyjs=False)
     title = html.escape(summary.title)
