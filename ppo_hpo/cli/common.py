@@ -107,7 +107,8 @@ def add_stop_poor(parser: argparse._ActionsContainer, where: str = "") -> None:
     """Add the stopping of poor trials; ``where`` says where it works, if not everywhere."""
     parser.add_argument("--stop-poor", action="store_true",
         help="stop a trial early if its best return is below a median: that of the other trials' "
-        f"returns, each averaged up to this epoch{where}. See docs/explanation/early-stopping.md.")  # fmt: skip
+        f"returns, each averaged up to this epoch{where}. See "
+        "docs/explanation/early-stopping.md.")  # fmt: skip
 
 
 def add_checkpoint_store(parser: argparse._ActionsContainer, what: str = "") -> None:

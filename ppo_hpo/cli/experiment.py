@@ -103,7 +103,8 @@ def _add_retry(commands: common.Commands) -> None:
         description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
         "any more. A reserved trial with a heartbeat in the last two minutes is skipped, unless --trial "
         "names it. The next worker resumes trials from their latest checkpoint. This also repairs what a "
-        "killed worker left behind: the algorithm's lock, and results that were stored, but that the algorithm never received.")  # fmt: skip
+        "killed worker left behind: the algorithm's lock, and results that were "
+        "stored, but that the algorithm never received.")  # fmt: skip
     common.add_experiment(retry)
     retry.add_argument("--trial", metavar="ID", help="only this trial; the beginning of its id is enough")
     retry.add_argument("--status", choices=["broken", "reserved"], help="only trials of this status")
