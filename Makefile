@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # pip 26.3 refuses Orion 0.2.7 (a direct URL in one of its extras).
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Compiled once, and not by each of the hundreds of processes that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup setup-dev demo test lint bench clean
 

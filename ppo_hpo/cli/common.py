@@ -106,9 +106,8 @@ def add_devices(parser: argparse._ActionsContainer, *, trials_per_device: bool =
 def add_stop_poor(parser: argparse._ActionsContainer, where: str = "") -> None:
     """Add the stopping of poor trials; ``where`` says where it works, if not everywhere."""
     parser.add_argument("--stop-poor", action="store_true",
-        help="stop a trial early if its best return is below a median: that of the other trials' "
-        f"returns, each averaged up to this epoch{where}. See "
-        "docs/explanation/early-stopping.md.")  # fmt: skip
+        help="stop a trial early if its best return so far is below the median of the other trials' "
+        f"mean returns up to the same epoch{where}. See docs/explanation/early-stopping.md.")  # fmt: skip
 
 
 def add_checkpoint_store(parser: argparse._ActionsContainer, what: str = "") -> None:

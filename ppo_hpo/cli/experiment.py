@@ -120,8 +120,8 @@ def _retry(arguments: argparse.Namespace) -> int:
 def _add_clean(commands: common.Commands) -> None:
     clean = commands.add_parser("clean", command=_clean,
         help="remove checkpoints that no trial needs any more",
-        description="Remove checkpoints of completed trials that were already promoted, or that trained for "
-        "the most epochs of the space. Curves, logs and results stay.")  # fmt: skip
+        description="Remove checkpoints of completed trials that were already promoted, or that reached "
+        "the highest number of epochs in the space. Curves, logs and results stay.")  # fmt: skip
     common.add_experiment(clean)
     clean.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     clean.add_argument("--finished", action="store_true",

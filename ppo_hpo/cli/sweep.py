@@ -70,8 +70,8 @@ def _add_execution(group: argparse._ArgumentGroup) -> None:
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--name", metavar="NAME", type=common.experiment_name,
-        help="name of the sweep (default: the environment, or else the space's file, and the "
-        "algorithm)")  # fmt: skip
+        help="name of the sweep (default: ENV-ALGORITHM, or FILE-ALGORITHM if you gave a space's file), "
+        "as in cartpole-v1-asha")  # fmt: skip
     group.add_argument("--dir", metavar="DIR", type=common.directory,
         help="directory for the sweep's output (default: the sweep's name)")  # fmt: skip
     group.add_argument("--storage", metavar="FILE|URL",
