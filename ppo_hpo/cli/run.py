@@ -76,10 +76,15 @@ def _preload(arguments: argparse.Namespace) -> int:
     from ppo_hpo.trial import preload_client
 
     try:
-        for number in preload_client.servers():
-            if arguments.stop:
-                os.kill(number, signal.SIGTERM)
-            print(f"process {number}{': asked to stop' if arguments.stop else ''}")
+        for server in preload_client.servers():
+            if server.is_running() is None:
+                print(f"{server}: cannot be seen from here. It ends by itself when it is idle.")
+                continue
+            with server.handle() as handle:
+                if handle is not None and arguments.stop:
+                    signal.pidfd_send_signal(handle, signal.SIGTERM)
+                if handle is not None:
+                    print(f"process {server.pid}{': asked to stop' if arguments.stop else ''}")
     except OSError as error:
         raise UserError(f"Preloaded processes cannot be listed: {error}.") from None
     return 0

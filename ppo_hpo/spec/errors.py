@@ -64,9 +64,10 @@ class LostLock(BaseException):
     It is not an ``Exception``, for the same reason as `Interrupted`.
     """
 
-    def __init__(self, number: int, reason: str) -> None:
+    def __init__(self, number: int, reason: str, *, asked: bool = False) -> None:
         super().__init__(f"writer {number} lost the trial: {reason}")
         self.number, self.reason = number, reason
+        self.asked = asked  # whether the other process asked first, as one that sees this one alive does
 
 
 def hide_passwords(text: str) -> str:

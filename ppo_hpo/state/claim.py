@@ -111,7 +111,8 @@ class Claim:
                     return
                 continue  # A temporary error of the file system does not end the claim.
             if asked:
-                self._lost = LostLock(self.number, "another process was started with --takeover")
+                reason = "another process was started with --takeover"
+                self._lost = LostLock(self.number, reason, asked=True)
 
     def _taken_over(self) -> LostLock:
         return LostLock(self.number, "another process took it over")

@@ -119,6 +119,10 @@ def _wait(directory: Path, flock: _Flock, takeover: _Takeover | None, lost: Lost
     next_reminder = 0.0 if lost is None else _REMIND
     while True:
         seen = _look(directory, flock)
+        if lost is not None and not lost.asked and seen.writer is not None and seen.writer.stage is not None:
+            # Another process took this one for dead. So one of the two sees the other one wrongly, and only
+            # signs of life count. Otherwise the two would take the trial from each other for ever.
+            seen = seen._replace(ended=None)
         silent, waited = silence.seconds(seen.writer), time.monotonic() - began
         number = seen.writer.number if seen.writer else 0
         yields = lost is not None and lost.number == number and waited < _YIELD
@@ -262,19 +266,13 @@ def _send(writer: Writer, lock: Path, signals: tuple[signal.Signals, ...]) -> bo
     if process is None or process.pid == os.getpid():
         return False
     try:
-        # This handle stands for this process, even if it ends now and its pid is used again.
-        handle = os.pidfd_open(process.pid)
-    except (OSError, AttributeError):
-        return False
-    try:
-        if process.is_running() is not True or not _has_open(process.pid, lock):
-            return False
-        for number in signals:
-            signal.pidfd_send_signal(handle, number)
+        with process.handle() as handle:
+            if handle is None or not _has_open(process.pid, lock):
+                return False
+            for number in signals:
+                signal.pidfd_send_signal(handle, number)
     except OSError:
         return False
-    finally:
-        os.close(handle)
     return True
 
 

@@ -6,8 +6,8 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ class Process:
     """A process with everything that tells it from others. A pid alone is not enough: pids are reused."""
 
     host: str  # name of its machine
-    boot: str  # the kernel's id of the current boot of that machine
+    boot: str  # the kernel's id of the current boot of that machine; empty if it has none
     namespace: str  # of pids; containers have their own
     pid: int
-    started: int  # in kernel ticks since the boot
+    started: int  # in kernel ticks since the boot; 0 if this cannot be read
     uid: int
 
     @classmethod
@@ -44,7 +44,13 @@ class Process:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         with contextlib.suppress(OSError):
             namespace = os.readlink("/proc/self/ns/pid")
-        return cls(host, boot, namespace, os.getpid(), start_time(os.getpid()) or 0, os.getuid())
+        return cls(host, boot, namespace, os.getpid(), _own_start_time(), os.getuid())
+
+    @classmethod
+    def of_child(cls, pid: int) -> Process:
+        """A child of the calling process that it has not waited for."""
+        here = cls.current()
+        return replace(here, pid=pid, started=(start_time(pid) or 0) if here.started else 0)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Process:
@@ -60,18 +66,19 @@ class Process:
         return process
 
     def shares_kernel(self) -> bool:
-        """Whether it runs, or ran, under the same boot of the same machine as the calling process."""
-        here = Process.current()
-        return (self.host, self.boot) == (here.host, here.boot)
+        """Whether it runs, or ran, under the same boot of the same machine as the calling process.
+
+        The boot's id says so, because host names change, and several machines may have the same one. Who sets
+        `HOST_VARIABLE` has the last word.
+        """
+        here, named = Process.current(), HOST_VARIABLE in os.environ
+        return bool(self.boot) and self.boot == here.boot and (self.host == here.host or not named)
 
     def is_running(self) -> bool | None:
         """Whether it still runs; None if that cannot be seen from here."""
         here = Process.current()
-        if self.host != here.host:
-            return None
-        if self.boot != here.boot:
-            return False
-        if self.namespace != here.namespace or not here.started:
+        same_pids = self.shares_kernel() and bool(self.namespace) and self.namespace == here.namespace
+        if not (same_pids and self.started and here.started):
             return None
         started = start_time(self.pid)
         if started is None:
@@ -85,8 +92,34 @@ class Process:
             started = start_time(self.pid)
         return started == self.started
 
+    @contextlib.contextmanager
+    def handle(self) -> Iterator[int | None]:
+        """A file descriptor for signals, which no process that reuses the pid can get.
+
+        None if the process does not run, or cannot be seen from here.
+        """
+        try:
+            # The handle stands for one process, even if that ends now and its pid is used again.
+            descriptor = os.pidfd_open(self.pid)
+        except (OSError, AttributeError):
+            yield None
+            return
+        try:
+            yield descriptor if self.is_running() else None
+        finally:
+            os.close(descriptor)
+
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+
+def _own_start_time() -> int:
+    """Start time of this process; 0 if /proc belongs to another pid namespace, and shows strangers."""
+    try:
+        ours = os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return 0
+    return (start_time(os.getpid()) or 0) if ours else 0
 
 
 def start_time(pid: int) -> int | None:

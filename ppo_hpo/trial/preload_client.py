@@ -24,11 +24,13 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ppo_hpo.spec.errors import Interrupted
 from ppo_hpo.spec.user_dir import open_user_dir
+from ppo_hpo.state.process_identity import Process
 
 STATUS = struct.Struct("!i")
 DECLINED = 1 << 16  # sent by a server that cannot run a trial; the status of a process is never as large
@@ -36,6 +38,7 @@ _SENT_PREFIX = "ORION_"  # of variables that are sent with each trial; all other
 _DIRECTORY_VARIABLES = ("XDG_RUNTIME_DIR", "TMPDIR")  # say where the directory of the user's servers is
 _TIMEOUT = 120.0  # seconds that a server may take to import everything; it takes far less
 _RESTART_PAUSE = 60.0  # seconds after which a server that died is started again
+_MAX_RECORD = 4096
 
 
 def run(arguments: dict[str, Any]) -> int | None:
@@ -123,8 +126,8 @@ def belongs_to_user(connection: socket.socket) -> bool:
     return bool(struct.unpack("3i", credentials)[1] == os.geteuid())
 
 
-def servers() -> Iterator[int]:
-    """Process ids of the user's servers."""
+def servers() -> Iterator[Process]:
+    """The user's servers. Some may run where this process cannot see them, as in another container."""
     with contextlib.ExitStack() as stack:
         where = open_user_dir(_DIRECTORY_VARIABLES)
         stack.callback(os.close, where)
@@ -133,8 +136,9 @@ def servers() -> Iterator[int]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                with contextlib.suppress(ValueError):
-                    yield int(os.read(lock, 20))
+                # A server that is just starting has not written its record yet.
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    yield Process.from_record(json.loads(os.read(lock, _MAX_RECORD)))
             finally:
                 os.close(lock)
 
@@ -186,7 +190,7 @@ def _lock(where: int, name: str) -> int | None:
 
 def _start(where: int, name: str, lock: int) -> None:
     """Start a server. It inherits the lock and the socket, so clients can connect at once."""
-    if os.read(lock, 1) and time.time() - os.fstat(lock).st_mtime < _RESTART_PAUSE:
+    if os.read(lock, 1) and abs(time.time() - os.fstat(lock).st_mtime) < _RESTART_PAUSE:
         raise ConnectionError("the last preloaded process died")
     from subprocess import _args_from_interpreter_flags  # type: ignore[attr-defined]
 
@@ -210,9 +214,9 @@ def _start(where: int, name: str, lock: int) -> None:
             (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ]
-        process = os.posix_spawn(command[0], command, os.environ, file_actions=streams, setsid=True)
+        pid = os.posix_spawn(command[0], command, os.environ, file_actions=streams, setsid=True)
         os.ftruncate(lock, 0)
-        os.pwrite(lock, str(process).encode(), 0)
+        os.pwrite(lock, json.dumps(asdict(Process.of_child(pid))).encode(), 0)
         for descriptor in inherited:
             os.set_inheritable(descriptor, False)
 

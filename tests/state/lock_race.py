@@ -14,8 +14,6 @@ Prints as JSON how many processes were started, stopped and ended, and how often
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -36,6 +34,7 @@ from ppo_hpo.state import claim as claims
 from ppo_hpo.state.checkpoint import read
 from ppo_hpo.trial import process, runner
 from ppo_hpo.trial.options import RunOptions
+from tests.state.without_flock import without_flock
 
 
 def fork(run: Callable[[], Any]) -> int:
@@ -53,15 +52,6 @@ def fork(run: Callable[[], Any]) -> int:
         finally:
             os._exit(code)
     return pid
-
-
-def without_flock() -> None:
-    """Make flock fail as on a file system that does not have it."""
-
-    def refuse(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    fcntl.flock = refuse
 
 
 def traced(config: TrialConfig, directory: Path, *, takeover: bool, flock: bool) -> None:

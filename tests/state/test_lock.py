@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,9 @@ from ppo_hpo.state import lock
 from ppo_hpo.state.claim import Writer, latest_writer, take_claim
 from ppo_hpo.state.files import write_atomically
 from ppo_hpo.state.process_identity import HOST_VARIABLE, Process, start_time
-from tests.state.lock_race import fork, without_flock
+from tests.state.lock_race import fork
+from tests.state.without_flock import without_flock
+from tests.waiting import may_mount
 
 REPOSITORY = Path(__file__).parents[2]
 ROUNDS = 50
@@ -127,7 +130,7 @@ def test_numbers_grow(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
-@pytest.mark.parametrize("case", ["dead", "reused", "rebooted", "done"])
+@pytest.mark.parametrize("case", ["dead", "reused", "done"])
 def test_dead_writers_are_not_waited_for(
     case: str, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -139,8 +142,6 @@ def test_dead_writers_are_not_waited_for(
             who = dead()
         elif case == "reused":
             who = replace(who, started=who.started - 1)
-        elif case == "rebooted":
-            who = replace(who, boot="the-boot-before")
         stage = leave(tmp_path, who, flock=flock)
         if case == "done":
             stage.rmdir()
@@ -152,13 +153,23 @@ def test_dead_writers_are_not_waited_for(
 
 
 @pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
-@pytest.mark.parametrize("who", [ELSEWHERE, None], ids=["another-host", "no-record"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        {"host": "elsewhere", "boot": "another-boot"},
+        # Another machine of this name, or this one before it was rebooted: nothing tells which.
+        {"boot": "another-boot"},
+        {"boot": ""},
+    ],
+    ids=["no-record", "another-host", "another-boot", "no-boot-id"],
+)
 def test_a_writer_that_cannot_be_seen_counts_as_dead_after_a_minute_of_silence(
-    who: Process | None, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
+    change: dict[str, Any] | None, flock: bool, clock: Clock, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if not flock:
         request.getfixturevalue("no_flock")
-    stage = leave(tmp_path, who)
+    stage = leave(tmp_path, None if change is None else replace(dead(), **change))
 
     def renew(now: float) -> None:
         # A writer whose clock is wrong by years; what counts is that it moves.
@@ -271,6 +282,8 @@ def test_the_last_number(tmp_path: Path) -> None:
 def test_the_name_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Process.current()
     assert own.is_running() is True
+    # A laptop in another network has another name. A clone of a machine has another boot.
+    assert replace(own, host="name-before").is_running() is True
     monkeypatch.setenv(HOST_VARIABLE, "node-7.local")
     assert Process.current() == replace(own, host="node-7.local")
     assert own.is_running() is None
@@ -605,3 +618,89 @@ def test_waiting_is_said_again_each_minute(
         with lock.hold(tmp_path):
             pass
     assert caplog.text.count(": waiting") == 4  # at 0, 60, 120 and 180 seconds
+
+
+# --------------------------------------------------- machines of one name, and containers
+
+
+class SameName:
+    """Starts writers, each on a machine of the same host name, or in a container of its own."""
+
+    def __init__(self, folder: Path, inside: list[str]) -> None:
+        self.folder, self.inside = folder, inside
+        self.trial = folder / "trial"
+
+    @contextlib.contextmanager
+    def start(self, name: str) -> Iterator[subprocess.Popen[str]]:
+        boot = self.folder / f"boot-{name}"
+        boot.write_text(f"{name}\n")
+        inside = [word.replace("BOOT", str(boot)) for word in self.inside]
+        process = subprocess.Popen(
+            [*inside, sys.executable, "-m", "tests.state.waiting_writer", str(self.trial)],
+            cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+def first_to_write(*streams: Any) -> tuple[Any, str]:
+    """The first of some streams that has a line, and the line."""
+    stream = select.select(streams, [], [], 60)[0][0]
+    return stream, stream.readline()
+
+
+MACHINE = ["unshare", "--mount", "sh", "-c"]
+MACHINE += ['mount --bind BOOT /proc/sys/kernel/random/boot_id && exec "$@"', "sh"]
+CONTAINER = ["unshare", "--pid", "--fork", "--kill-child"]
+
+
+@pytest.mark.skipif(not may_mount(), reason="this user may not make namespaces")
+@pytest.mark.parametrize(
+    "inside", [MACHINE, [*CONTAINER, "--mount-proc"], CONTAINER], ids=["boot", "pids", "no-proc"]
+)
+def test_two_machines_of_one_name_do_not_take_the_trial_from_each_other(
+    inside: list[str], tmp_path: Path
+) -> None:
+    machines = SameName(tmp_path, inside)
+    with machines.start("one") as first, machines.start("two") as second:
+        # They come at the same moment, so either may be the first.
+        stream, line = first_to_write(first.stdout, second.stdout)
+        assert line == "1\n"
+        winner, loser = (first, second) if stream is first.stdout else (second, first)
+        assert "is in use by writer 1, process " in first_to_write(loser.stdout, loser.stderr)[1]
+        assert winner.communicate("", timeout=60)[0] == "kept it\n"
+        assert loser.communicate("", timeout=60)[0] == "2\nkept it\n"
+
+
+@pytest.mark.skipif(not may_mount(), reason="this user may not make namespaces")
+def test_a_proc_of_other_pids_is_not_believed() -> None:
+    """Without a /proc of its own, a container sees strangers under its own pids."""
+    code = "from ppo_hpo.state.process_identity import Process; print(Process.current().is_running())"
+    for options, seen in ((["--mount-proc"], "True\n"), ([], "None\n")):
+        command = [*CONTAINER, *options, sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout == seen
+
+
+def test_who_was_taken_for_dead_believes_signs_of_life_only(clock: Clock, tmp_path: Path) -> None:
+    """One of the two sees the other one wrongly. Even then they take the trial from each other once only."""
+    stage = leave(tmp_path, dead(), flock=False)
+
+    def renew(now: float) -> None:
+        if now < 100.0:
+            os.utime(stage, (now, now))
+
+    clock.each = renew
+    lost = LostLock(3, "another process took it over")
+    with lock.hold(tmp_path, lost=lost) as claim:
+        assert claim.number == 5
+    assert 159.0 <= clock.waited <= 161.0
+    # Who was asked is not doubted: its successor saw it.
+    leave(tmp_path, dead(), number=6, flock=False)
+    before = clock.waited
+    with lock.hold(tmp_path, lost=LostLock(5, "asked", asked=True)) as claim:
+        assert claim.number == 7
+    assert clock.waited == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.state.checkpoint import read
+from ppo_hpo.state.process_identity import Process
 from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
@@ -271,9 +274,10 @@ print("MODULES", *sorted(sys.modules))
     )  # fmt: skip
     modules = set(done.stdout.rpartition("MODULES ")[2].split())
     ours = {name for name in modules if re.match(r"ppo_hpo\.(?!cli\b)", name)}
-    assert ours - {"ppo_hpo.spec", "ppo_hpo.trial"} == {
+    assert ours - {"ppo_hpo.spec", "ppo_hpo.state", "ppo_hpo.trial"} == {
         "ppo_hpo.spec.errors",
         "ppo_hpo.spec.user_dir",
+        "ppo_hpo.state.process_identity",
         "ppo_hpo.trial.gpu_detection",
         "ppo_hpo.trial.preload_client",
         "ppo_hpo.trial.process",
@@ -505,6 +509,29 @@ def test_a_server_that_is_stopped_waits_for_its_trials(alone: Place) -> None:
     wait_for(lambda: is_gone(server), 60)
 
 
+@pytest.mark.parametrize("change", [{"namespace": "pid:[1]"}, {"boot": "another"}, {"started": 1}, None])
+def test_stop_never_signals_a_stranger(change: dict[str, Any] | None, alone: Place) -> None:
+    """A container shares the directory, but not the pids; or a record is of an older release: a bare pid."""
+    directory = alone.runtime / f"ppo-hpo-{os.geteuid()}"
+    directory.mkdir(mode=0o700)
+    with subprocess.Popen(["sleep", "600"]) as stranger, (directory / "x.lock").open("w") as lock:
+        try:
+            who = Process.of_child(stranger.pid)
+            lock.write(str(who.pid) if change is None else json.dumps(asdict(who) | change))
+            lock.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = subprocess.run(
+                [sys.executable, "-P", "-m", "ppo_hpo", "preload", "--stop"],
+                env=alone.environment, capture_output=True, text=True, check=True, timeout=60,
+            )  # fmt: skip
+            assert "asked to stop" not in done.stdout
+            visible = change is None or "started" in change
+            assert ("cannot be seen from here" in done.stdout) is not visible
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
 def test_changed_code_is_never_run_stale(alone: Place, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for name in ("ppo_hpo", "spaces"):
@@ -520,7 +547,7 @@ def test_changed_code_is_never_run_stale(alone: Place, tmp_path: Path) -> None:
     (server,) = set(alone.servers()) - set(before)
     (log,) = (path for path in alone.runtime.rglob("*.log") if path.read_text())
     assert log.read_text() == "the new code\n"
-    assert log.with_suffix(".lock").read_text() == str(server)
+    assert json.loads(log.with_suffix(".lock").read_text())["pid"] == server
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
