@@ -149,7 +149,7 @@ def _why_done(client: Any, trials: Sequence[Any], finished: bool) -> str:
 def _all_files(trials: Sequence[Any], store: Store | None) -> dict[str, list[_File]]:
     """The checkpoints of each trial by its id, those of each seed newest first."""
     from ppo_hpo.state.checkpoint import Storage, epoch_of
-    from ppo_hpo.trial.restore import TRIALS
+    from ppo_hpo.state.mirror import TRIALS
 
     found: dict[str, list[_File]] = {}
     for trial in trials:
@@ -208,7 +208,7 @@ def _newest_readable(files: Sequence[_File]) -> str:
 def _remove(trial: Any, decided: Cleaned, store: Store | None, dry_run: bool) -> Cleaned:
     """Remove the checkpoints that were decided on, unless a process trains the trial."""
     from ppo_hpo.state import lock
-    from ppo_hpo.trial.restore import TRIALS, part_key
+    from ppo_hpo.state.mirror import TRIALS, part_key
 
     with lock.exclude_writers(Path(trial.working_dir)) as free:
         if not free:

@@ -13,14 +13,12 @@ from __future__ import annotations
 import builtins
 import functools
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ppo_hpo.orion import tested_version
+from ppo_hpo.orion import full_disk, hunt, tested_version, trial_directory, waiting
 
 VARIABLE = "PPO_HPO_FIXES"
-_OUR_COMMANDS = ("ppo-hpo", "ppo_hpo")
 
 
 def install() -> bool:
@@ -57,6 +55,8 @@ def _apply() -> None:
     OneHotEncode.transform = transform
     mutate_functions.default_mutate = mutate
     backward.ensure_trial_working_dir = ensure_directory
+    for module in (hunt, full_disk, waiting):
+        module.apply()
 
 
 class _UnseededGenerator:
@@ -197,27 +197,20 @@ def _is_nan(value: Any) -> bool:
 
 
 def _ensure_trial_working_dir(original: Callable[..., None]) -> Callable[..., None]:
-    """Promote trials between machines that share no file system, in a hunt of `ppo-hpo run`.
+    """Copy the directory of a parent whole or not at all; see `ppo_hpo.orion.trial_directory`.
 
-    Before Orion runs a promoted or forked trial, it copies the directory of its parent. If that directory is
-    on another machine, the whole hunt fails (`prepare_trial_working_dir` in orion/client/runner.py;
-    tests/end_to_end/test_hosts.py shows it). Orion calls this function just before it copies. An empty
-    directory is enough for `ppo-hpo run`, which finds the parent's checkpoint in the store, and starts from
-    scratch without one. From Python, `ppo_hpo.orion.objective.prepare_trial` does the same.
+    Orion calls this function just before it copies (`prepare_trial_working_dir` in orion/client/runner.py).
+    If the parent's directory is on another machine, the whole hunt fails, as tests/end_to_end/test_hosts.py
+    shows. In a hunt of `ppo-hpo run` the trial then gets an empty directory. From Python,
+    `ppo_hpo.orion.objective.prepare_trial` does the same.
     """
 
     @functools.wraps(original)
     def ensure_trial_working_dir(experiment: Any, trial: Any) -> None:
         original(experiment, trial)
-        command = (experiment.metadata or {}).get("user_args") or []
-        if any(os.path.basename(str(word)) in _OUR_COMMANDS for word in command[:3]):
-            make_directory_without_parent(experiment, trial)
+        if hunt.is_ours(experiment):
+            trial_directory.make_or_stop(experiment, trial)
+        else:
+            trial_directory.make(experiment, trial, without_parent=False)
 
     return ensure_trial_working_dir
-
-
-def make_directory_without_parent(client: Any, trial: Any) -> None:
-    """Make a trial's directory if its parent's is not on this machine. Orion then copies nothing."""
-    parent = client.get_trial(uid=trial.parent) if trial.parent else None
-    if parent is not None and not os.path.isdir(parent.working_dir):
-        os.makedirs(trial.working_dir, exist_ok=True)

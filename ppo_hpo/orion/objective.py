@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo.orion import fixes
+from ppo_hpo.orion import trial_directory
 from ppo_hpo.orion.experiment import epochs_prior
 from ppo_hpo.ppo.components import merge
 from ppo_hpo.spec.config import TrialConfig
@@ -173,8 +173,8 @@ def prepare_trial(client: ExperimentClient, trial: Trial) -> None:
     """
     from orion.client.runner import prepare_trial_working_dir
 
-    fixes.make_directory_without_parent(client, trial)
-    prepare_trial_working_dir(client, trial)  # This copies the parent's directory, for ASHA and PBT.
+    trial_directory.make_or_stop(client, trial)
+    prepare_trial_working_dir(client, trial)
 
 
 def run_trial(

@@ -134,7 +134,7 @@ class Storage:
         if "://" in str(directory):
             raise UserError(
                 f"A storage must be a directory, but got {str(directory)!r}. For a remote store give a "
-                "MirroredStorage (ppo_hpo.trial.restore)."
+                "MirroredStorage (ppo_hpo.state.mirror)."
             )
         self.directory = Path(directory)
         self._write = write or write_atomically

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import secrets
 import stat
@@ -74,6 +75,22 @@ def remove_temporary_files(directory: Path) -> None:
     """Remove the temporary files of killed writers. The caller must hold the trial's lock."""
     for path in directory.glob(f"{_TEMPORARY}*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str, log: logging.Logger) -> None:
+    """Append a line to one of a trial's logs.
+
+    No result depends on these logs, so a line that cannot be written is left out, with a warning. If a full
+    disk has cut the last line short, this one still begins on a line of its own.
+    """
+    try:
+        with open(path, "ab+") as file:
+            whole = not file.tell() or (file.seek(-1, os.SEEK_END) >= 0 and file.read(1) == b"\n")
+            file.write((line if whole else f"\n{line}").encode() + b"\n")
+    except OSError as error:
+        log.warning(
+            "%s cannot be written: %s. It lacks a line, and nothing else is lost", path, error.strerror
+        )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ A store is a directory, or a URL that `fsspec` can open: ``s3://bucket/path``, `
 
     trials/KEY/checkpoint-NNNNNN.safetensors    the latest checkpoint of a trial and the one before it
     identities/IDENTITY/KEY                     the trials with these hyperparameters and this seed
+    ppo-hpo-store                               tells a store from an empty or unmounted directory
 
 There is no lock. Two writers of one trial write the same state under the same name, because the state of an
 epoch follows from the hyperparameters alone.
@@ -15,8 +16,11 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +37,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.ASCII)
 # Seconds before the second and the third attempt, long enough for a short failure of the network.
 _PAUSES = (0.5, 2.0)
+# Seconds that one operation may take, and bytes for which it may take another second.
+_LIMIT, _BYTES_PER_SECOND = 120.0, 100_000
+#: Object that the first trial makes.
+MARK = "ppo-hpo-store"
 
 _FAIL = object()  # as ``missing``: a missing object is an error like any other
 _Result = TypeVar("_Result")
@@ -40,6 +48,10 @@ _Result = TypeVar("_Result")
 
 class StoreError(MachineError):
     """A store cannot be reached, or failed to do what it was asked."""
+
+
+class _TooLong(StoreError):
+    """An operation takes too long. It may still come to its end, which does no harm."""
 
 
 class Store:
@@ -51,6 +63,7 @@ class Store:
     def __init__(self, url: str) -> None:
         """Open a store: a directory, or a URL that `fsspec` can open. Nothing is read yet."""
         self.name = hide_passwords(url)
+        self._overdue: Future[Any] | None = None  # an operation that took too long
         scheme = _SCHEME.match(url)
         if "::" in url:
             raise StoreError(f"`--checkpoint-store` must be one URL without ::, but got {self.name!r}.")
@@ -64,7 +77,9 @@ class Store:
             advice = "pip install 'ppo-hpo[remote]'"
             raise StoreError(f"`--checkpoint-store {self.name}` needs fsspec: {advice}.") from None
         try:
-            fs, root = fsspec.core.url_to_fs(url)
+            fs, root = self._within(_LIMIT, lambda: fsspec.core.url_to_fs(url))  # Some connect at once.
+        except _TooLong:
+            raise
         except Exception as error:  # Each file system has its own error types.
             raise StoreError(f"The store {self.name} cannot be opened: {_reason(error)}.") from None
         self._objects = _FileSystem(fs, root, scheme[1] in _OBJECT_STORES)
@@ -81,7 +96,13 @@ class Store:
     def get(self, *parts: str, max_bytes: int) -> bytes:
         """Read an object; `CheckpointError` if it does not exist, or is larger than ``max_bytes``."""
         place, name = _place(parts), self.path(*parts)
-        content = self._try(lambda: self._objects.read(place, max_bytes, name), "be read", missing=None)
+        size = self._try(lambda: self._objects.size(place), "be read", missing=None)
+        if size is not None and size > max_bytes:
+            raise CheckpointError(f"{name} is larger than {max_bytes} bytes: it is not read.")
+        content = None
+        if size is not None:
+            read = partial(self._objects.read, place, size)
+            content = self._try(read, "be read", size=size, missing=None)
         if content is None:
             raise CheckpointError(f"{name} cannot be read: it is not there.")
         return content
@@ -89,7 +110,8 @@ class Store:
     def put(self, *parts: str, content: bytes, tries: int = 1 + len(_PAUSES)) -> None:
         """Write an object as a whole, or not at all. An object of the same name is replaced."""
         place = _place(parts)
-        self._try(lambda: self._objects.write(place, content), "be written", tries=tries)
+        write = partial(self._objects.write, place, content)
+        self._try(write, "be written", size=len(content), tries=tries)
 
     def remove(self, *parts: str) -> None:
         """Remove an object, if it exists."""
@@ -101,18 +123,40 @@ class Store:
         place = _place(parts)
         return self._try(lambda: self._objects.size(place), "be read", missing=0)
 
+    def remove_leftovers(self, *parts: str) -> None:
+        """Remove what killed writers left directly below a place.
+
+        A writer that still lives writes its object again.
+        """
+        place = _place(parts)
+        names = self._try(lambda: self._objects.names(place), "be read", missing=[])
+        for path in [f"{place}/{name}" for name in names if name.startswith(".") and name.endswith(".tmp")]:
+            self._try(partial(self._objects.remove, path), "be written", missing=None)
+
+    def is_new(self) -> bool:
+        """Whether no trial was ever kept in it. An unmounted directory looks the same."""
+        return MARK not in self.names()
+
+    def mark(self) -> None:
+        """Make it a store that is not new."""
+        self.put(MARK, content=b"")
+
     def path(self, *parts: str) -> str:
         """The full name of an object, for messages."""
         return "/".join((self.name.rstrip("/"), *parts))
 
     def _try(
-        self, do: Callable[[], _Result], what: str, *, missing: Any = _FAIL, tries: int = 1 + len(_PAUSES)
-    ) -> _Result:
-        """Call ``do``, and again after a pause if it fails; return ``missing`` if there is no object."""
+        self, do: Callable[[], _Result], what: str, *, size: int = 0, missing: Any = _FAIL,
+        tries: int = 1 + len(_PAUSES),
+    ) -> _Result:  # fmt: skip
+        """Call ``do``, and again after a pause if it fails; return ``missing`` if there is no object.
+
+        ``size`` is the number of bytes that it moves. A call that takes too long is not repeated.
+        """
         for pause in (*_PAUSES[: tries - 1], None):
             try:
-                return do()
-            except CheckpointError:
+                return self._within(_LIMIT + size / _BYTES_PER_SECOND, do)
+            except (CheckpointError, _TooLong):
                 raise
             except Exception as error:  # Each file system has its own error types.
                 if missing is not _FAIL and isinstance(error, (FileNotFoundError, NotADirectoryError)):
@@ -121,6 +165,24 @@ class Store:
                     raise StoreError(f"The store {self.name} cannot {what}: {_reason(error)}.") from None
                 time.sleep(pause)
         raise AssertionError("unreachable")
+
+    def _within(self, seconds: float, do: Callable[[], _Result]) -> _Result:
+        """Call ``do`` in a thread, and give up on it after some time. Some file systems wait for ever."""
+        if self._overdue is not None and not self._overdue.done():
+            raise _TooLong(f"The store {self.name} has still not answered.")
+        outcome: Future[_Result] = Future()
+
+        def call() -> None:
+            try:
+                outcome.set_result(do())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=call, name="ppo_hpo.state.remote_store", daemon=True).start()
+        if wait([outcome], seconds).not_done:
+            self._overdue = outcome
+            raise _TooLong(f"The store {self.name} has not answered for {seconds:.0f} seconds.")
+        return outcome.result()
 
 
 class _Directory:
@@ -132,8 +194,8 @@ class _Directory:
     def names(self, place: str) -> list[str]:
         return os.listdir(self._root / place)
 
-    def read(self, place: str, max_bytes: int, name: str) -> bytes:
-        return read_bytes(self._root / place, max_bytes)
+    def read(self, place: str, size: int) -> bytes:
+        return read_bytes(self._root / place, size)
 
     def write(self, place: str, content: bytes) -> None:
         path = self._root / place
@@ -159,10 +221,7 @@ class _FileSystem:
         found = self._fs.ls(f"{self._root}/{place}".rstrip("/"), detail=False)
         return [str(path).rstrip("/").rpartition("/")[2] for path in found]
 
-    def read(self, place: str, max_bytes: int, name: str) -> bytes:
-        size = self.size(place)
-        if size > max_bytes:
-            raise CheckpointError(f"{name} is larger than {max_bytes} bytes: it is not read.")
+    def read(self, place: str, size: int) -> bytes:
         return bytes(self._fs.cat_file(f"{self._root}/{place}", start=0, end=size)) if size else b""
 
     def write(self, place: str, content: bytes) -> None:

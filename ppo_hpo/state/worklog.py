@@ -6,18 +6,19 @@ each epoch, and when it ends. All numbers of a line count from the process's beg
 everything. A killed process only misses the epoch that it did not finish.
 
 Lines are appended in place, without the atomic rename of other files. They survive the process. A power cut
-can lose some lines of this log, but no result.
+or a full disk can lose some lines of this log, but no result.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_hpo.state.files import explain_write_errors, read_json_lines
+from ppo_hpo.state.files import append_line, read_json_lines
 
 FILE = "work.jsonl"
 _MAX_BYTES, _MAX_LINE, _LARGEST = 64 << 20, 4 << 10, 1e15
@@ -44,11 +45,9 @@ class Line:
     cpu_seconds: float  # of the process, or of its thread
 
 
-def append(directory: Path, line: Line) -> None:
-    """Append a line to the log of a trial."""
-    path = directory / FILE
-    with explain_write_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(line)) + "\n")
+def append(directory: Path, line: Line, log: logging.Logger) -> None:
+    """Append a line to the work log of a trial."""
+    append_line(directory / FILE, json.dumps(asdict(line)), log)
 
 
 def read(directory: Path, trial: str) -> list[Line]:

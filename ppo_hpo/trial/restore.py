@@ -4,12 +4,14 @@ This is the rule, for every algorithm of Orion's:
 
 1. The trial's own working directory, or its own objects in the store, whichever is further. A retried trial
    finds there what it left. For ASHA and population-based training Orion has copied the parent's directory.
-   That copy may be older than what the parent has done since on another machine. If the store has a newer
-   checkpoint of the parent, it is taken. For a fork that needs the parent's id (``--parent``).
-2. If neither holds a whole checkpoint, the parent's in the store, if its id is given (``--parent``). After
-   that, a checkpoint of a trial with the same identity (hyperparameters and seed): the most advanced one that
-   is not beyond the trial's epochs. Hyperband and EvolutionES promote into new, empty directories, and this
-   finds the lower rung.
+   That copy may be older than what the parent has done since on another machine. Or Orion may have been
+   killed while it copied. If the parent's directory or the store has a newer one of the parent, it is taken.
+   For a fork that needs the parent's id (``--parent``).
+2. If neither holds a whole checkpoint, the parent's in its directory or in the store, if its id is given
+   (``--parent``). After that, a checkpoint of a trial with the same identity (hyperparameters and seed): the
+   most advanced one that is not beyond the trial's epochs. Hyperband and EvolutionES promote into new, empty
+   directories, and this finds the lower rung.
+3. If there is none, the trial starts from scratch, unless a note in its directory says that it is a fork.
 
 Siblings are found through `<Orion's working directory>/.ppo_hpo/<identity>/`, which holds one empty file for
 each trial directory of that identity. In the store they are found through `identities/<identity>/`. A forked
@@ -23,159 +25,38 @@ its own, in the folder `seed-N` of the trial's directory, and in the store under
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.errors import CheckpointError, TornCheckpoint, UserError
+from ppo_hpo.spec.errors import CheckpointError, MachineError, TornCheckpoint, UserError
 from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes, read
 from ppo_hpo.state.files import explain_write_errors, read_bytes
-from ppo_hpo.state.remote_store import Store, StoreError
+from ppo_hpo.state.mirror import KEY, Acceptance, Found, MirroredStorage, newest_whole, part_key
+from ppo_hpo.state.remote_store import Store
 from ppo_hpo.trial.options import OrionContext
 
-TRIALS, IDENTITIES = "trials", "identities"  # folders of a store: checkpoints by trial, trials by identity
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
+IDENTITIES = "identities"  # folder of a store: trials by identity
 INDEX = ".ppo_hpo"
+# File in the directory of a fork whose parent is not on its machine: the parent's id.
+_FORK_NOTE = "fork_of"
 _IDENTITY_LENGTH = 32  # characters of an identity that name an index, and one of the store's identities
 
 
-def part_key(key: str, part: str) -> str:
-    """The name in the store of one seed of the trial ``key``. If ``part`` is empty, it is the trial's."""
-    return f"{key}-{part}" if part else key
+def note_fork(directory: Path, parent: str) -> None:
+    """Make a trial's directory, with a note that it forks ``parent`` and must not start from scratch."""
+    directory.mkdir(parents=True)
+    (directory / _FORK_NOTE).write_text(parent)
 
 
-class _Acceptance(NamedTuple):
-    """Which checkpoints may be used: the arguments of `Storage.load`."""
-
-    check: Callable[[Checkpoint], None]
-    on_refused: Callable[[CheckpointError], None]
-    max_bytes: int
-
-
-class MirroredStorage(Storage):
-    """Checkpoints in a directory, and the same ones in a store.
-
-    A checkpoint that cannot be put into the store is only a warning, because the directory has it. The next
-    epoch tries again, and `finish` tries for the last time.
-    """
-
-    def __init__(
-        self, directory: Path, store: Store | None, key: str,
-        write: Callable[[Path, bytes], None] | None = None, log: logging.Logger | None = None,
-    ) -> None:  # fmt: skip
-        """Checkpoints in ``directory`` and, unless it is None, in ``store`` under ``key``."""
-        super().__init__(directory, write)
-        if not _KEY.fullmatch(key):
-            raise UserError(f"A trial's id must be letters, digits, _ and -, but got {key!r}.")
-        self.store, self.key = store, key
-        self._log = log or logging.getLogger("ppo_hpo")
-        self._behind = False  # whether the newest checkpoint is not in the store yet
-
-    def put(self, epoch: int, content: bytes) -> Path:
-        """Write a serialised checkpoint whole, or not at all, into the directory and then into the store."""
-        path = super().put(epoch, content)
-        try:
-            # While the store cannot be reached, each epoch tries once and does not wait.
-            self._upload(path, content, **({"tries": 1} if self._behind else {}))
-            self._behind = False
-        except StoreError as error:
-            self._behind = True
-            self._log.warning("epoch %d is here, but not in the store yet: %s", epoch, error)
-        return path
-
-    def load(
-        self,
-        check: Callable[[Checkpoint], None] = lambda checkpoint: None,
-        on_refused: Callable[[CheckpointError], None] = lambda error: None,
-        max_bytes: int = MAX_BYTES,
-    ) -> Checkpoint | None:
-        """The newest whole checkpoint of the directory and the store. For the arguments see `Storage.load`.
-
-        A checkpoint from the store is written into the directory. One that only the directory has is put into
-        the store. A store that cannot be read raises, because it may have a newer one.
-        """
-        if self.store is None:
-            return super().load(check, on_refused, max_bytes)
-        found, newer, failure = None, None, None
-        try:
-            found = super().load(check, on_refused, max_bytes)
-        except CheckpointError as error:
-            failure = error
-        accept = _Acceptance(check, on_refused, max_bytes)
-        try:
-            newer = self._newest_in_store(self.key, accept, above=found.epoch if found else -1)
-        except CheckpointError as error:
-            if found is not None:
-                on_refused(error)
-            failure = failure or error
-        if newer is not None:
-            checkpoint, content = newer
-            super().put(checkpoint.epoch, content)
-            self._log.info("found epoch %d in %s", checkpoint.epoch, self.store.path(TRIALS, self.key))
-            return checkpoint
-        if found and self.path_of(found.epoch).name not in self.store.names(TRIALS, self.key):
-            self.put(found.epoch, read_bytes(self.path_of(found.epoch), max_bytes))
-        if found is None and failure:
-            raise failure
-        return found
-
-    def finish(self) -> None:
-        """Put the newest checkpoint into the store if it is not there yet."""
-        if self._behind and (paths := self.paths()):
-            try:
-                self._upload(paths[0], read_bytes(paths[0], MAX_BYTES))
-            except StoreError as error:
-                raise StoreError(
-                    f"{error} What was trained is whole in {self.directory}. Rerun the trial there to put it "
-                    f"into the store."
-                ) from None
-            self._behind = False
-
-    def _upload(self, path: Path, content: bytes, **options: int) -> None:
-        if self.store is None:
-            return
-        self.store.put(TRIALS, self.key, path.name, content=content, **options)
-        older = [name for name in self._names(self.key) if name < path.name]
-        for name in older[1:]:
-            self.store.remove(TRIALS, self.key, name)
-
-    def _names(self, key: str) -> list[str]:
-        """Names of a trial's checkpoints in the store, newest first."""
-        assert self.store is not None
-        return [n for n in reversed(self.store.names(TRIALS, key)) if epoch_of(n) is not None]
-
-    def _fetch(self, key: str, name: str, max_bytes: int) -> tuple[Checkpoint, bytes]:
-        assert self.store is not None
-        content = self.store.get(TRIALS, key, name, max_bytes=max_bytes)
-        return from_bytes(content, self.store.path(TRIALS, key, name), epoch_of(name)), content
-
-    def _newest_in_store(
-        self, key: str, accept: _Acceptance, *, above: int = -1, up_to: float = math.inf
-    ) -> tuple[Checkpoint, bytes] | None:
-        """The newest whole checkpoint of a trial in the store, and its bytes; ``above < epoch <= up_to``.
-
-        It is an error if there are some, but none can be used.
-        """
-        refused: list[CheckpointError] = []
-        for name in self._names(key):
-            if not above < (epoch_of(name) or 0) <= up_to:
-                continue
-            try:
-                checkpoint, content = self._fetch(key, name, accept.max_bytes)
-                accept.check(checkpoint)
-            except CheckpointError as error:
-                refused.append(error)
-                continue
-            for reason in refused:
-                accept.on_refused(reason)
-            return checkpoint, content
-        if refused:
-            raise refused[0]
+def _fork_of(directory: Path) -> str | None:
+    try:
+        parent = read_bytes(directory / _FORK_NOTE, 100).decode()
+    except (CheckpointError, UnicodeDecodeError):
         return None
+    return parent if KEY.fullmatch(parent) else None
 
 
 class _Candidate(NamedTuple):
@@ -196,18 +77,20 @@ class TrialStorage(MirroredStorage):
     ) -> None:  # fmt: skip
         """``part`` is the seed's folder in the trial's ``directory``."""
         uid, parent = orion.trial_id, orion.parent
+        self._fork_of = _fork_of(directory)
+        parent = parent or self._fork_of
         self._identity = config.identity()
         self._short_identity = self._identity[:_IDENTITY_LENGTH]
         key = part_key(uid, part) if uid else self._short_identity
         super().__init__(directory / part, store, key, write, log)
-        if parent is not None and not _KEY.fullmatch(parent):
+        if parent is not None and not KEY.fullmatch(parent):
             raise UserError(f"`--parent` must be the id of a trial, but got {parent!r}.")
         self._last_epoch = config.task.epochs
         self._part, self._siblings = part, orion.siblings
         # The file by which trials of the same identity find this one, if they are looked for here.
         index = directory.parent / INDEX / self._short_identity
         self._entry = index / directory.name if directory.parent == orion.siblings else None
-        self._parent = parent and part_key(parent, part)
+        self._parent = parent
         self._uid = uid
 
     def load(
@@ -217,7 +100,7 @@ class TrialStorage(MirroredStorage):
         max_bytes: int = MAX_BYTES,
     ) -> Checkpoint | None:
         """The checkpoint to resume from. For the arguments see `Storage.load`."""
-        accept = _Acceptance(check, on_refused, max_bytes)
+        accept = Acceptance(check, on_refused, max_bytes)
         found_whole = False
 
         def check_own(checkpoint: Checkpoint) -> None:
@@ -241,11 +124,19 @@ class TrialStorage(MirroredStorage):
             check(found)
             if failure is not None:
                 on_refused(failure)
-        elif failure is not None and not self._set_torn_aside(on_refused):
-            if isinstance(failure, TornCheckpoint):
-                raise TornCheckpoint(f"{failure} No earlier one is whole. Remove them to start again.")
-            raise failure
+        elif failure is None:
+            self._refuse_to_start_a_fork()
+        elif not self._set_torn_aside(on_refused):
+            raise _with_advice(failure)
         return found
+
+    def _refuse_to_start_a_fork(self) -> None:
+        if self._fork_of is not None:
+            raise MachineError(
+                f"The trial is a fork of {self._fork_of}, whose checkpoint is neither on this machine nor in "
+                f"a store (`--checkpoint-store`). It must not start from scratch. Make the directory of that "
+                f"trial or the store available here."
+            )
 
     def register(self) -> None:
         """Let trials of the same identity find this one."""
@@ -256,46 +147,71 @@ class TrialStorage(MirroredStorage):
             except OSError as error:
                 raise UserError(f"{self._entry.parent} cannot be written: {error.strerror}.") from None
         if self.store is not None and not self._is_listed_in(self.store):
+            self.store.remove_leftovers(IDENTITIES, self._short_identity)
             self.store.put(IDENTITIES, self._short_identity, self.key, content=self.key.encode())
 
     def _is_listed_in(self, store: Store) -> bool:
         return self.key in store.names(IDENTITIES, self._short_identity)
 
-    def _newer_than_copy(self, copy: Checkpoint, accept: _Acceptance) -> Checkpoint | None:
-        """A newer checkpoint, in the store, of the parent whose directory was copied to here."""
-        if self.store is None:
-            return None
+    def _newer_than_copy(self, copy: Checkpoint, accept: Acceptance) -> Checkpoint | None:
+        """A newer checkpoint of the parent whose directory was copied to here."""
         try:
             if found := self._from_parent(accept, above=copy.epoch):
                 return found
         except CheckpointError as error:
             accept.on_refused(error)
+        if self.store is None:
+            return None
         if copy.meta.get("identity") != self._identity or copy.meta.get("lineage"):
             return None  # For a fork, trials of the same hyperparameters have another history.
         return self._from_siblings(accept, above=copy.epoch)
 
-    def _from_parent(self, accept: _Acceptance, above: int = -1) -> Checkpoint | None:
-        if self.store is None or self._parent is None:
+    def _from_parent(self, accept: Acceptance, above: int = -1) -> Checkpoint | None:
+        """The parent's latest checkpoint, above an epoch, from its directory or from the store."""
+        if self._parent is None:
             return None
-        found = self._newest_in_store(self._parent, accept, above=above, up_to=self._last_epoch)
+        found = self._parents_newest_here(self._parent, accept, above)
+        if self.store is not None:
+            key, newest = part_key(self._parent, self._part), found[0].epoch if found else above
+            try:
+                found = self.newest_in_store(key, accept, above=newest, up_to=self._last_epoch) or found
+            except CheckpointError as error:
+                if found is None:
+                    raise
+                accept.on_refused(error)
         if found is None:
             if above < 0:
-                message = "the parent %s has no checkpoint in %s: looks for others"
-                self._log.warning(message, self._parent, self.store.name)
+                where = "here" if self.store is None else f"in {self.store.name}"
+                self._log.warning("the parent %s has no checkpoint %s: looks for others", self._parent, where)
             return None
         checkpoint, content = found
         self.put(checkpoint.epoch, content)
-        self._log.info("found epoch %d of the parent %s in the store", checkpoint.epoch, self._parent)
+        self._log.info("found epoch %d of the parent %s", checkpoint.epoch, self._parent)
         return checkpoint
 
-    def _from_siblings(self, accept: _Acceptance, above: int = -1) -> Checkpoint | None:
+    def _parents_newest_here(self, parent: str, accept: Acceptance, above: int) -> Found | None:
+        if self._siblings is None or (self._siblings / parent).is_symlink():
+            return None
+        directory = self._siblings / parent / self._part
+        if not directory.is_dir() or directory.is_symlink():
+            return None
+
+        def fetch(name: str) -> Found:
+            content = read_bytes(directory / name, accept.max_bytes)
+            return from_bytes(content, str(directory / name), epoch_of(name)), content
+
+        names = [path.name for path in Storage(directory).paths()]
+        names = [name for name in names if above < (epoch_of(name) or 0) <= self._last_epoch]
+        return newest_whole(names, fetch, accept)
+
+    def _from_siblings(self, accept: Acceptance, above: int = -1) -> Checkpoint | None:
         """The most advanced checkpoint of the same identity, above an epoch. It is copied to here."""
         for found in sorted(self._candidates(), key=lambda found: (-found.epoch, *found[1:])):
             if not above < found.epoch <= self._last_epoch:
                 continue
             try:
                 if found.in_store:
-                    checkpoint, _ = self._fetch(found.place, found.name, accept.max_bytes)
+                    checkpoint, _ = self.fetch(found.place, found.name, accept.max_bytes)
                 else:
                     checkpoint = read(Path(found.place) / found.name, accept.max_bytes)
             except CheckpointError as error:
@@ -317,7 +233,7 @@ class TrialStorage(MirroredStorage):
         if self.store is not None:
             for key in self.store.names(IDENTITIES, self._short_identity):
                 if key != self.key:
-                    found += [_Candidate(epoch_of(n) or 0, True, key, n) for n in self._names(key)]
+                    found += [_Candidate(epoch_of(n) or 0, True, key, n) for n in self.names_in_store(key)]
         return found
 
     def _set_torn_aside(self, on_refused: Callable[[CheckpointError], None]) -> bool:
@@ -342,6 +258,12 @@ class TrialStorage(MirroredStorage):
                 path.replace(path.with_name(f"{path.name}.torn"))
         self._log.warning("no checkpoint is whole: starts again. Torn checkpoints here are kept as *.torn")
         return True
+
+
+def _with_advice(failure: CheckpointError) -> CheckpointError:
+    if isinstance(failure, TornCheckpoint):
+        return TornCheckpoint(f"{failure} No earlier one is whole. Remove them to start again.")
+    return failure
 
 
 def listed_trials(siblings: Path, n_max: int) -> dict[str, list[Path]]:

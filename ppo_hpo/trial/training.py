@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.spec import results
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.errors import LostLock, UserError
+from ppo_hpo.spec.errors import LostLock
 from ppo_hpo.spec.results import Row
 from ppo_hpo.state import worklog
 from ppo_hpo.state.files import explain_write_errors
@@ -165,7 +165,7 @@ class SeedTraining:
     def _end_epoch(self, task: PPO, epoch: int, row: Row) -> None:
         self._count_evaluations(task)
         trial_files.write_curve(self.directory, task.metrics.curve, self.write)
-        trial_files.append_timing(self.trial.directory, self.work.part, task)
+        trial_files.append_timing(self.trial.directory, self.work.part, task, self.log)
         self.log_work("epoch", task.epoch)
 
     def _count_evaluations(self, task: PPO) -> None:
@@ -191,7 +191,7 @@ class SeedTraining:
         return stop is not None
 
     def log_work(self, state: worklog.State, epoch: int) -> None:
-        """Append a line to the work log. A line that cannot be written is left out: it is only a count."""
+        """Append a line to the work log."""
         work = self.work
         work.read_clock()
         line = worklog.Line(
@@ -199,8 +199,7 @@ class SeedTraining:
             epoch, self.config.task.steps_per_epoch, work.steps, work.eval_steps, work.wall_seconds,
             work.cpu_seconds,
         )  # fmt: skip
-        with contextlib.suppress(OSError, UserError):
-            worklog.append(self.trial.directory, line)
+        worklog.append(self.trial.directory, line, self.log)
 
 
 def _log_start(

@@ -17,7 +17,7 @@ from ppo_hpo.spec import results, yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.state import worklog
-from ppo_hpo.state.files import explain_write_errors
+from ppo_hpo.state.files import append_line
 from ppo_hpo.trial import failure, median_stop
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def write_curve(directory: Path, curve: Sequence[results.Row], write: Write) -> 
     write(directory / CURVE, "".join(json.dumps(row) + "\n" for row in curve).encode())
 
 
-def append_timing(directory: Path, part: str, task: PPO) -> None:
+def append_timing(directory: Path, part: str, task: PPO, log: logging.Logger) -> None:
     """Append the time that the last epoch of one seed took, and where. All seeds share one file."""
     seconds = task.metrics.seconds[task.epoch]
     row = {
@@ -63,9 +63,7 @@ def append_timing(directory: Path, part: str, task: PPO) -> None:
         "pid": os.getpid(),
         "device": str(task.device),
     }
-    path = directory / TIMING
-    with explain_write_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(directory / TIMING, json.dumps(row), log)
 
 
 class _LogFile(logging.FileHandler):

@@ -17,8 +17,8 @@ from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.results import entries
 from ppo_hpo.state import lock
 from ppo_hpo.state.checkpoint import Checkpoint, Storage
+from ppo_hpo.state.mirror import MirroredStorage, part_key
 from ppo_hpo.state.remote_store import Store
-from ppo_hpo.trial.restore import MirroredStorage, part_key
 
 ASHA = {"asha": {"seed": 1, "num_rungs": 3, "num_brackets": 1}}
 SPACE = {"optimizer": {"lr": "loguniform(1e-4, 1)"}, "task": {"epochs": "fidelity(1, 4, base=2)"}}

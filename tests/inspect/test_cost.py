@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_a_retry_in_one_process_counts_what_was_done_twice(tmp_path: Path) -> No
 
 def test_lines_of_others_and_torn_lines_are_left_out(tmp_path: Path) -> None:
     row = worklog.Line("mine", "a:1:1", "", "done", 0, 1, STEPS, STEPS, 9, 1.5, 1.0)
-    worklog.append(tmp_path, row)
+    worklog.append(tmp_path, row, logging.getLogger())
     path = tmp_path / worklog.FILE
     good = path.read_text()
     path.write_text(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,9 @@ from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, UserError
 from ppo_hpo.state import remote_store as stores
 from ppo_hpo.state.checkpoint import Checkpoint, Storage, arrays_digest, read, to_bytes
+from ppo_hpo.state.mirror import MirroredStorage
 from ppo_hpo.state.remote_store import Store, StoreError, open_store
 from ppo_hpo.trial import runner
-from ppo_hpo.trial.restore import MirroredStorage
 from tests.runs import run_quietly
 
 REPOSITORY = Path(__file__).parents[2]
@@ -357,13 +358,14 @@ def test_a_trial_whose_store_went_away_fails_at_the_end_and_a_rerun_repairs_it(
 
     def tick() -> None:
         if place.is_dir() and (directory / "checkpoint-000002.safetensors").exists():
-            shutil.rmtree(place)
+            place.rename(tmp_path / "aside")
             place.write_text("in the way")
 
     with pytest.raises(StoreError, match="What was trained is whole"):
         run(directory, trial_id="77", checkpoint_store=str(place), tick=tick)
     assert not (directory / "results.json").exists()
     place.unlink()
+    (tmp_path / "aside").rename(place)
     assert run(directory, trial_id="77", checkpoint_store=str(place)).statistics["env_steps_here"] == 0.0
     assert_equal(directory, undisturbed)
     assert LAST in Store(str(place)).names("trials", "77")
@@ -402,6 +404,75 @@ def test_two_hosts_that_share_a_store_only(tmp_path: Path) -> None:
         assert arrays_digest(left.arrays) == arrays_digest(right.arrays)
         assert left.meta["curve"] == right.meta["curve"]
     assert not list(places.glob(".*"))
+
+
+def test_a_store_that_is_not_mounted_is_not_an_empty_one(tmp_path: Path, undisturbed: Path) -> None:
+    place, directory = tmp_path / "mount" / "store", tmp_path / "a"
+    run(directory, 2, trial_id="77", checkpoint_store=str(place))
+    (tmp_path / "mount").rename(tmp_path / "unmounted")
+    for exists in (False, True):
+        if exists:
+            place.mkdir(parents=True)
+        with pytest.raises(StoreError, match=r"is empty, but this trial was kept in it\. Mount it"):
+            run(directory, trial_id="77", checkpoint_store=str(place))
+        # Nothing went into the directory below the mount point.
+        assert not list((tmp_path / "mount").rglob("*checkpoint*"))
+    # Orion's copy for a promoted trial knows it too.
+    shutil.copytree(directory, tmp_path / "b")
+    with pytest.raises(StoreError, match="Mount it"):
+        run(tmp_path / "b", trial_id="78", checkpoint_store=str(place))
+    shutil.rmtree(tmp_path / "mount")
+    (tmp_path / "unmounted").rename(tmp_path / "mount")
+    run(directory, trial_id="77", checkpoint_store=str(place))
+    assert_equal(directory, undisturbed)
+    # Another store may be new, and so may this one, if the user says so.
+    run(directory, trial_id="77", checkpoint_store=str(tmp_path / "other"))
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / stores.MARK).touch()
+    run(directory, trial_id="77", checkpoint_store=str(tmp_path / "other"))
+    assert LAST in Store(str(tmp_path / "other")).names("trials", "77")
+
+
+def test_a_store_that_never_answers_is_given_up(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS does when its server is gone: the call does not come back."""
+    answers, write = threading.Event(), stores._Directory.write
+    directory, place = tmp_path / "a", tmp_path / "s"
+
+    def stall(self: Any, place: str, content: bytes) -> None:
+        if "checkpoint-000002" in place:
+            answers.wait()
+        write(self, place, content)
+
+    monkeypatch.setattr(stores._Directory, "write", stall)
+    monkeypatch.setattr(stores, "_LIMIT", 2.0)
+    try:
+        with pytest.raises(StoreError, match=r"has still not answered\. What was trained is whole"):
+            run(directory, trial_id="77", checkpoint_store=str(place))
+    finally:
+        answers.set()
+    log = (directory / "log.txt").read_text()
+    assert log.count("has not answered for 2 seconds") == 1
+    assert "epoch 3 is here, but not in the store yet: The store" in log
+    monkeypatch.undo()
+    run(directory, trial_id="77", checkpoint_store=str(place))
+    assert_equal(directory, undisturbed)
+
+
+def test_what_killed_writers_left_in_the_store_is_removed(url: str, tmp_path: Path) -> None:
+    run(tmp_path / "a", 2, trial_id="77", checkpoint_store=url, siblings=tmp_path)
+    store = Store(url)
+    left = [("trials", "77"), ("identities", CONFIG.identity()[:32])]
+    for folder in left:
+        for name in (".0123456789abcdef.tmp", ".ppo-hpo-12-0123.tmp"):
+            store._objects.write("/".join((*folder, name)), b"torn")
+    store.remove("identities", CONFIG.identity()[:32], "77")
+    run(tmp_path / "a", trial_id="77", checkpoint_store=url, siblings=tmp_path)
+    for folder in left:
+        assert not [name for name in store._objects.names("/".join(folder)) if name.startswith(".")]
+    assert LAST in store.names("trials", "77")
 
 
 # ------------------------------------------------------------- servers, where they are installed
