@@ -35,11 +35,10 @@ class FlatAdam:
         self.grad, self._exp_avg, self._exp_avg_sq, self._work = (
             torch.zeros_like(self.flat) for _ in range(4)
         )
-        for parameter, value, grad in zip(
-            self._parameters, self._views(self.flat), self._views(self.grad), strict=True
-        ):
-            parameter.data, parameter.grad = value, grad
-        self._steps = torch.zeros((), device=self.flat.device)
+        self._places = [view.data_ptr() for view in self._views(self.flat)]
+        self._grads: list[Tensor] = []
+        self.attach()
+        self._steps = torch.zeros((), dtype=torch.float32, device=self.flat.device)
         # On the CPU numpy's norm over the same memory takes a fraction of the time of torch's.
         self._grad = self.grad.numpy() if self.flat.device.type == "cpu" else None
 
@@ -77,6 +76,26 @@ class FlatAdam:
         self.flat.addcdiv_(self._exp_avg, self._work, value=-rate)
         self.grad.zero_()
         return norm
+
+    def attached(self) -> bool:
+        """Whether the parameters are still views into the buffer."""
+        return all(p.data_ptr() == at for p, at in zip(self._parameters, self._places, strict=True))
+
+    def attach(self) -> None:
+        """Make parameters and gradients views again, where somebody replaced them, and drop the gradients.
+
+        ``module.zero_grad()`` replaces the gradients. ``module.to`` and assignments to ``parameter.data``
+        replace the parameters; these get the values that are there.
+        """
+        self.grad.zero_()
+        if not self.attached():
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, self._views(self.flat), strict=True):
+                    parameter.data = value.copy_(parameter)
+            self._grads = self._views(self.grad)
+        for parameter, grad in zip(self._parameters, self._grads, strict=True):
+            if parameter.grad is not grad:
+                parameter.grad = grad
 
     def finite(self) -> bool:
         """Whether every parameter and every moment is a finite number."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ppo_hpo.envs.make import EnvInfo, check_hyperparameters_fit
+from ppo_hpo.ppo import own_network
 from ppo_hpo.ppo.autograd import Criterion
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic, NatureCNN
@@ -78,10 +79,17 @@ def build_agent(
             f"but got {config.ppo.clip_range_vf!r}."
         )
     check_hyperparameters_fit(config, info, own_network=network is not None)
+    draws = False
+    if network is None:
+        network = build_network(config, info)
+    else:
+        seed = randomness.integer_seed(config.task.seed, "init")
+        draws = own_network.check(network, info, device, seed)
     learner = Learner(
-        network or build_network(config, info), config.optimizer, config.ppo, device,
+        network, config.optimizer, config.ppo, device,
         continuous=info.continuous, criterion=criterion, engine=engine,
     )  # fmt: skip
+    learner.draws = draws
     rules = config.normalize
     scaler = RewardScaler(
         config.env.n_envs, config.ppo.gamma, enabled=rules.norm_reward, clip=rules.clip_reward
@@ -96,9 +104,12 @@ def build_normalizer(config: TrialConfig, info: EnvInfo) -> ObservationNormalize
     return ObservationNormalizer(dim, enabled=rules.norm_obs, clip=rules.clip_obs)
 
 
-def build_network(config: TrialConfig, info: EnvInfo) -> nn.Module:
-    """The only place that decides which network is trained: images take the convolutional one."""
-    seed = randomness.integer_seed(config.task.seed, "init")
+def build_network(config: TrialConfig, info: EnvInfo, *, blank: bool = False) -> nn.Module:
+    """The only place that decides which network is trained: images take the convolutional one.
+
+    The weights of a ``blank`` one are to be loaded, so nothing is computed for them.
+    """
+    seed = None if blank else randomness.integer_seed(config.task.seed, "init")
     if not info.images:
         return MLPActorCritic(
             info.obs_dim, info.action_dim, config.model, continuous=info.continuous, seed=seed

@@ -133,7 +133,7 @@ class AutogradEngine:
     @staticmethod
     def mean(stats: list[MinibatchStats], norms: list[Any]) -> tuple[MinibatchStats, float]:
         """Means over minibatches, as numbers. On a GPU this is where the host first waits for it."""
-        norm = torch.stack([torch.as_tensor(norm) for norm in norms]).double().mean()
+        norm = torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms]).double().mean()
         table = torch.stack([torch.stack(row) for row in stats])
         return MinibatchStats(*table.double().mean(0).tolist()), float(norm)
 

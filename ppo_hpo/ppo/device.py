@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from ppo_hpo.spec.errors import MachineError, UserError
@@ -59,23 +60,58 @@ def limited_threads(n: int) -> Iterator[None]:
     global _limit, _users
     from threadpoolctl import threadpool_limits
 
+    with torch_threads(n):
+        with _lock:
+            if _limit is None:
+                _limit = n, threadpool_limits(n)
+            elif _limit[0] != n:
+                raise UserError(
+                    f"Trials that train in threads of one process share a BLAS. So `task.threads` must be "
+                    f"{_limit[0]}, as in the other trial of this process, but got {n}."
+                )
+            _users += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                _users -= 1
+                if not _users:
+                    _limit[1].restore_original_limits()
+                    _limit = None
+
+
+@contextlib.contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """Let torch use ``n`` threads for what the calling thread computes."""
     before = torch.get_num_threads()
-    with _lock:
-        if _limit is None:
-            _limit = n, threadpool_limits(n)
-        elif _limit[0] != n:
-            raise UserError(
-                f"Trials that train in threads of one process share a BLAS. So `task.threads` must be "
-                f"{_limit[0]}, as in the other trial of this process, but got {n}."
-            )
-        _users += 1
+    torch.set_num_threads(n)
     try:
-        torch.set_num_threads(n)  # holds for the calling thread only
         yield
     finally:
         torch.set_num_threads(before)
-        with _lock:
-            _users -= 1
-            if not _users:
-                _limit[1].restore_original_limits()
-                _limit = None
+
+
+_rng_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """Let torch's global rng start from a seed, and restore it afterwards.
+
+    Layers such as dropout know no other rng. It is that of the process, so one thread uses it at a time.
+    """
+    with _rng_lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def own_settings(threads: int) -> Iterator[None]:
+    """Compute under a trial's own settings, whatever its caller has set; restore the caller's afterwards.
+
+    They are the number of threads, torch's modes, and how numpy reacts to overflows, which the loop looks for
+    itself. Tensors name their dtype and device, since the defaults for these hold for the whole process.
+    """
+    quiet = np.errstate(all="ignore")
+    with limited_threads(threads), quiet, torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from ppo_hpo.ppo.adam import FlatAdam
 from ppo_hpo.ppo.autograd import AutogradEngine, Criterion
+from ppo_hpo.ppo.device import seeded_rng
 from ppo_hpo.ppo.gradient_engine import Engine, MinibatchStats
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.numpy_engine import NumpyEngine, parameter_order
 from ppo_hpo.ppo.rollout import Float32, Samples
 from ppo_hpo.spec.config import OptimizerConfig, PPOConfig
+from ppo_hpo.spec.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Learner:
         trained = [p for p in module.parameters() if p.requires_grad]
         if by_hand is not None:
             trained = parameter_order(by_hand)
+        self._trained = {id(p) for p in trained}
         name_of = {id(p): name for name, p in module.named_parameters()}
         self._names = [name_of[id(p)] for p in trained]
         self.optimizer = FlatAdam(trained, optimizer.lr, optimizer.eps)
@@ -80,6 +84,9 @@ class Learner:
         self.reuses_outputs = self._engine is self._autograd and self._autograd.reuses_outputs
         self.act_with_outputs = self._autograd.act_with_outputs
         self.evaluate_outputs = self._autograd.evaluate_outputs
+        #: Whether the network draws random numbers as it learns, as for dropout.
+        self.draws = False
+        module.eval()
         # A rollout calls these thousands of times, so nothing stands between.
         self.act: Callable[[NDArray[Any], Float32 | None], NDArray[Any]] = self._engine.act
         self.values: Callable[[NDArray[Any]], Float32] = self._engine.values
@@ -104,6 +111,19 @@ class Learner:
         With ``target_kl`` the update ends at the first minibatch whose estimated KL divergence exceeds 1.5
         times it, before the optimizer step of that minibatch.
         """
+        self._refuse_other_parameters()
+        self.attach()
+        draws = seeded_rng(int(rng.integers(2**63)), self.device) if self.draws else nullcontext()
+        self.module.train()
+        try:
+            with draws:
+                return self._update(samples, rng, lr, clip_range)
+        finally:
+            self.module.eval()
+
+    def _update(
+        self, samples: Samples, rng: np.random.Generator, lr: float, clip_range: float
+    ) -> UpdateStats:
         ppo, optimizer, backward = self._ppo, self.optimizer, self._engine.backward
         optimizer.lr = lr
         taken: list[MinibatchStats] = []
@@ -126,13 +146,29 @@ class Learner:
     def to(self, device: torch.device) -> Learner:
         """A learner on another device, with this one's network and state; this one is of no use after."""
         state = {name: tensor.detach().clone() for name, tensor in self.state().items()}
-        moved = self._on(device=device)
-        moved.load(state)
-        return moved
+        return _rebuilt(self._on, device, state, self.draws)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy's engine must share the memory of the copy's network, not have arrays of its own.
+        return _rebuilt, (self._on, self.device, self.state(), self.draws)
+
+    def attach(self) -> None:
+        """Act and learn with what the module has now, whatever somebody did to it; see `FlatAdam.attach`."""
+        self.optimizer.attach()
+        if self.module.training:
+            self.module.eval()
+
+    def _refuse_other_parameters(self) -> None:
+        trained = {id(p) for p in self.module.parameters() if p.requires_grad}
+        if trained != self._trained:
+            raise UserError(
+                "The parameters of the network must stay the same, but some were added, removed or frozen "
+                "after `init`. Change the network before `init`."
+            )
 
     def finite(self) -> bool:
-        """Whether every parameter and every moment of the optimizer is a finite number."""
-        return self.optimizer.finite()
+        """Whether every parameter, buffer and moment of the optimizer is a finite number."""
+        return self.optimizer.finite() and all(bool(torch.isfinite(b).all()) for b in self.module.buffers())
 
     # ------------------------------------------------------------------- state
 
@@ -142,7 +178,7 @@ class Learner:
         for moment, views in self.optimizer.moments().items():
             for name, view in zip(self._names, views, strict=True):
                 state[f"optimizer.{name}.{moment}"] = view
-        state["optimizer.n_steps"] = torch.tensor(self.optimizer.n_steps)
+        state["optimizer.n_steps"] = torch.tensor(self.optimizer.n_steps, device="cpu")
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -157,6 +193,15 @@ class Learner:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
         self.optimizer.n_steps = int(state["optimizer.n_steps"])
+
+
+def _rebuilt(
+    on: Callable[..., Learner], device: torch.device, state: Mapping[str, Tensor], draws: bool
+) -> Learner:
+    learner = on(device=device)
+    learner.load(state)
+    learner.draws = draws
+    return learner
 
 
 def _numpy_engine_fits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from ppo_hpo.spec.config import ModelConfig
 
 _DEFAULT = ModelConfig()
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+# The caller's `torch.set_default_dtype` and `torch.set_default_device` must not matter.
+_HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class MLPActorCritic(nn.Module):
@@ -24,12 +27,14 @@ class MLPActorCritic(nn.Module):
     log_std: nn.Parameter | None
 
     def __init__(
-        self, obs_dim: int, action_dim: int, model: ModelConfig = _DEFAULT, *, continuous: bool, seed: int = 0
-    ) -> None:
+        self, obs_dim: int, action_dim: int, model: ModelConfig = _DEFAULT, *, continuous: bool,
+        seed: int | None = 0,
+    ) -> None:  # fmt: skip
         """Build and initialise the networks, for observations ``[D]`` and ``A`` actions or their dimensions.
 
         With `ortho_init` weights are orthogonal, with gain sqrt(2), 0.01 for the last layer of the actor and
-        1 for that of the critic, and biases are zero (detail 2). Without it torch initialises them.
+        1 for that of the critic, and biases are zero (detail 2). Without it they are as torch initialises
+        them. Without a seed nothing is initialised, since the weights will be loaded.
         """
         super().__init__()
         # Linear layers first initialise themselves with torch's global rng, which is the caller's.
@@ -71,7 +76,7 @@ class NatureCNN(nn.Module):
         *,
         continuous: bool,
         channels_last: bool,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         """Build and initialise the network, with gain sqrt(2) for convolutions and the dense layer.
 
@@ -83,14 +88,15 @@ class NatureCNN(nn.Module):
         rows, columns = (after_convolutions(length) for length in (height, width))
         with torch.random.fork_rng(devices=[]):
             self.convolutions = nn.Sequential(
-                nn.Conv2d(channels, 32, 8, stride=4), nn.ReLU(),
-                nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-                nn.Conv2d(64, 64, 3), nn.ReLU(),
+                nn.Conv2d(channels, 32, 8, stride=4, **_HERE), nn.ReLU(),
+                nn.Conv2d(32, 64, 4, stride=2, **_HERE), nn.ReLU(),
+                nn.Conv2d(64, 64, 3, **_HERE), nn.ReLU(),
             )  # fmt: skip
             features = model.features_dim
-            self.dense = nn.Sequential(nn.Flatten(), nn.Linear(64 * rows * columns, features), nn.ReLU())
-            self.policy_head = nn.Linear(features, action_dim)
-            self.value_head = nn.Linear(features, 1)
+            dense = nn.Linear(64 * rows * columns, features, **_HERE)
+            self.dense = nn.Sequential(nn.Flatten(), dense, nn.ReLU())
+            self.policy_head = nn.Linear(features, action_dim, **_HERE)
+            self.value_head = nn.Linear(features, 1, **_HERE)
         self.log_std = _log_std(action_dim, model) if continuous else None
         _initialise(self, self.policy_head, self.value_head, seed, orthogonal=model.ortho_init)
 
@@ -116,7 +122,7 @@ class NatureCNN(nn.Module):
             images = images.permute(0, 3, 1, 2)
         # On the CPU convolutions and their gradients take a third of the time where the channels of a pixel
         # are adjacent in memory. Torch then keeps them so in every layer.
-        pixels = images.contiguous(memory_format=torch.channels_last) / 255.0
+        pixels = images.contiguous(memory_format=torch.channels_last).float() / 255.0
         return self.dense(self.convolutions(pixels))  # type: ignore[no-any-return]
 
 
@@ -128,8 +134,10 @@ def after_convolutions(length: int) -> int:
 
 
 def _initialise(
-    network: nn.Module, policy_head: nn.Module, value_head: nn.Module, seed: int, *, orthogonal: bool
+    network: nn.Module, policy_head: nn.Module, value_head: nn.Module, seed: int | None, *, orthogonal: bool
 ) -> None:
+    if seed is None:
+        return
     generator = torch.Generator().manual_seed(seed)
     gains = {policy_head: 0.01, value_head: 1.0}
     for layer in network.modules():
@@ -146,13 +154,13 @@ def _initialise(
 
 
 def _log_std(action_dim: int, model: ModelConfig) -> nn.Parameter:
-    return nn.Parameter(torch.full((action_dim,), model.log_std_init))
+    return nn.Parameter(torch.full((action_dim,), model.log_std_init, **_HERE))
 
 
 def _mlp(inputs: int, outputs: int, model: ModelConfig) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index in range(model.depth):
-        layers.append(nn.Linear(model.width if index else inputs, model.width))
+        layers.append(nn.Linear(model.width if index else inputs, model.width, **_HERE))
         layers.append(_ACTIVATIONS[model.activation]())
-    layers.append(nn.Linear(model.width, outputs))
+    layers.append(nn.Linear(model.width, outputs, **_HERE))
     return nn.Sequential(*layers)

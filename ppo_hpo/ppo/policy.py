@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ppo_hpo.envs.make import EnvInfo, probe
 from ppo_hpo.ppo.agent import build_network, build_normalizer
-from ppo_hpo.ppo.device import resolve_device
+from ppo_hpo.ppo.device import resolve_device, torch_threads
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import after_convolutions
 from ppo_hpo.ppo.normalize import EPSILON
@@ -91,20 +91,22 @@ class Policy(nn.Module):
             moments[name] = _array_of(arrays, f"{_NORMALIZER}{name}", array.shape)
         self._normalizer.moments.load(moments)
         _refuse_other_sizes(config, info, arrays)
-        network = build_network(config, info)
+        network = build_network(config, info, blank=True)
         own = network.state_dict()
         for name, tensor in own.items():
             array = _array_of(arrays, f"{_MODEL}{name}", tuple(tensor.shape))
             own[name] = torch.from_numpy(np.array(array))
         network.load_state_dict(own)
-        self._learner = Learner(
-            network, config.optimizer, config.ppo, resolve_device(device), continuous=info.continuous
-        )
-        self.network = self._learner.module
+        self.network = network.to(resolve_device(device))
+        self._learner = self._learner_of(network)
         mean, scale = self._normalizer.moments.mean, np.sqrt(self._normalizer.moments.var + EPSILON)
         for name, values in (("_mean", mean), ("_scale", scale), ("_low", info.low), ("_high", info.high)):
             buffer = torch.from_numpy(np.array(values)).to(self._learner.device)
             self.register_buffer(name, buffer, persistent=False)
+
+    def _learner_of(self, network: nn.Module) -> Learner:
+        config, device = self.config, next(network.parameters()).device
+        return Learner(network, config.optimizer, config.ppo, device, continuous=self.info.continuous)
 
     def extra_repr(self) -> str:
         """The environment and the epochs, for ``repr``."""
@@ -127,7 +129,10 @@ class Policy(nn.Module):
                 f"with N of them, but got {obs.shape}."
             )
         one = obs.shape == shape
-        actions = self._learner.act(self._normalizer(obs[None] if one else obs), None)
+        if not self._learner.optimizer.attached():  # after `Policy.to`, for example
+            self._learner = self._learner_of(self.network)
+        with torch_threads(self.config.task.threads):
+            actions = self._learner.act(self._normalizer(obs[None] if one else obs), None)
         found = self.info.to_env(actions)
         return found[0] if one else np.array(found)
 

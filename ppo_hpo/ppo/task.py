@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -17,17 +16,25 @@ from ppo_hpo.envs.make import probe
 from ppo_hpo.ppo.agent import Agent, build_agent, describe
 from ppo_hpo.ppo.autograd import Criterion
 from ppo_hpo.ppo.components import ActorCritic, Hyperparameters, LRSchedule, Optimizer, RolloutLoader
-from ppo_hpo.ppo.device import limited_threads, resolve_device
+from ppo_hpo.ppo.device import own_settings, resolve_device
 from ppo_hpo.ppo.events import Events, Metrics
 from ppo_hpo.ppo.guard import BadResumeGuard
+from ppo_hpo.ppo.loop import Loop
 from ppo_hpo.ppo.rollout import Rollout, Samples
 from ppo_hpo.ppo.task_envs import Environments
 from ppo_hpo.ppo.task_state import Progress, load_newest, load_state, to_checkpoint
-from ppo_hpo.ppo.train import Diverged, advantages, scheduled_rates
-from ppo_hpo.spec import randomness, results
+from ppo_hpo.ppo.train import advantages, refuse_beyond_schedules
+from ppo_hpo.spec import results
 from ppo_hpo.spec.config import TrialConfig, check_value
 from ppo_hpo.spec.errors import BadResume, UserError
 from ppo_hpo.state.checkpoint import Storage
+
+# With these defaults a user's first task fell from a return of -800 to -3,033.
+_OLYMPUS = {"clip_range": 10, "max_grad_norm": 1000}
+_UNUSUAL = (
+    "Olympus's defaults (ppo.%s) hardly bound an update. PPO's usual values are ppo_epoch=10, "
+    "ppo_batch_size=64, ppo_clip_param=0.2 and ppo_max_grad_norm=0.5."
+)
 
 
 class PPO:
@@ -35,14 +42,15 @@ class PPO:
 
     Make a task, supply its open hyperparameters with `init`, and `fit` it:
 
-        task = PPO(ActorCritic(), RolloutLoader("CartPole-v1"), Optimizer(lr=3e-4), LRSchedule(), "cpu")
+        task = PPO(ActorCritic(), RolloutLoader("CartPole-v1"), Optimizer(lr=3e-4), LRSchedule(), "cpu",
+                   ppo_epoch=10, ppo_batch_size=64, ppo_clip_param=0.2, ppo_max_grad_norm=0.5)
         task.init()
         task.fit(4)
         print(task.report())
 
     Nothing is built before `init`. Four defaults differ from those of other PPO implementations: 5 passes,
     minibatches of 32, a clip range of 10 and a gradient norm of 1000. They are those of Olympus, whose
-    interface this is. None leaves such a hyperparameter open, so that it is searched.
+    interface this is, and the log says so. None leaves such a hyperparameter open, so that it is searched.
 
     Args:
         model: `ActorCritic`, or a network of your own with ``policy(obs)``, ``value(obs)`` and, for
@@ -113,6 +121,8 @@ class PPO:
         self._hyperparameters = Hyperparameters(model, dataloader, optimizer, lr_scheduler, groups)
         if engine not in ("auto", "autograd"):
             raise UserError(f"`engine` must be auto or autograd, but got {engine!r}.")
+        found = [f"{name}={v}" for name, v in _OLYMPUS.items() if fixed.get(name) == v == groups["ppo"][name]]
+        self._unusual = ", ppo.".join(found)
         self._model, self._criterion, self._engine = model, criterion, engine
         self.device = resolve_device(device)
         self._storage = storage if isinstance(storage, Storage | None) else Storage(storage)
@@ -124,7 +134,7 @@ class PPO:
         self.lineage: list[dict[str, Any]] = []
         self._agent: Agent | None = None
         self._resumed = False
-        self._seconds_before, self._diverged_steps = 0.0, 0
+        self._seconds_before = 0.0
 
     @classmethod
     def from_config(
@@ -149,7 +159,7 @@ class PPO:
         groups = config.to_mapping()
         env = dict(groups["env"])
         task = cls(
-            model or ActorCritic(**groups["model"]), RolloutLoader(env.pop("id"), **env),
+            ActorCritic(**groups["model"]) if model is None else model, RolloutLoader(env.pop("id"), **env),
             Optimizer(**groups["optimizer"]), LRSchedule(**groups["lr_schedule"]), device,
             ppo_epoch=None, ppo_batch_size=None, ppo_clip_param=None, ppo_max_grad_norm=None,
             ppo=groups["ppo"], normalize=groups["normalize"], task=groups["task"],
@@ -212,11 +222,15 @@ class PPO:
             self.config, self._uid = self._hyperparameters.complete(gamma, groups), uid
             self.info = probe(self.config.env)
             self._environments = Environments(self.config, self.info)
+            self._loop = Loop(self, self._environments, self._save, self._log)
             network = self._model if isinstance(self._model, nn.Module) else None
-            self._agent = build_agent(
-                self.config, self.info, self.device, network, self._criterion, self._engine
-            )
-            self._resume()
+            with own_settings(self.config.task.threads):
+                self._agent = build_agent(
+                    self.config, self.info, self.device, network, self._criterion, self._engine
+                )
+                self._resume()
+            if self._unusual:
+                self._log.warning(_UNUSUAL, self._unusual)
 
     @property
     def agent(self) -> Agent:
@@ -224,6 +238,13 @@ class PPO:
         if self._agent is None:
             raise RuntimeError("The task must be initialised first: call init(...).")
         return self._agent
+
+    @contextmanager
+    def _at_work(self, last_epoch: int = 0) -> Iterator[Agent]:
+        agent = self.agent
+        refuse_beyond_schedules(self.config, last_epoch)
+        with BadResumeGuard(self), own_settings(self.config.task.threads):
+            yield agent
 
     @property
     def model(self) -> ActorCritic | nn.Module:
@@ -248,52 +269,13 @@ class PPO:
             BadResume: the task failed before.
         """
         epochs = check_value("task", "epochs", epochs)
-        agent, config = self.agent, self.config
-        if epochs > config.max_epochs:
-            raise UserError(
-                f"`epochs <= task.max_epochs` must hold, since schedules end there, but got {epochs} "
-                f"and {config.max_epochs}. Make the task with task={{'max_epochs': {epochs}}}."
-            )
-        # Overflows are looked for after each rollout, where they end the trial.
-        quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-        with BadResumeGuard(self), limited_threads(config.task.threads), quiet:
-            self.events.emit("start_fit", self, epochs=epochs, context=context)
-            self._environments.open()
-            if not self.metrics.curve:
-                self.metrics.curve.append(self._environments.evaluate_untrained(agent))
-                self._save()
+        with self._at_work(epochs):
+            self._loop.emit("start_fit", epochs=epochs, context=context)
+            self._loop.evaluate_untrained()
             stop = self.diverged
             while self.epoch < epochs and not stop:
-                stop = self._run_epoch(agent)
-            self.events.emit("end_fit", self, epochs=epochs, context=context)
-
-    def _run_epoch(self, agent: Agent) -> bool:
-        """Train, evaluate and save one epoch; return whether it is the last one of `fit`."""
-        self.events.emit("start_epoch", self, epoch=self.epoch)
-        started = time.perf_counter()
-        try:
-            row = self._environments.train(agent, self.epoch, self._on_rollout, self.before_step)
-        except Diverged as reason:
-            self.diverged, self._diverged_steps = True, reason.env_steps
-            self._log.warning("diverged in %s. The trial stops and scores as its worst evaluation.", reason)
-            self.events.emit("diverged", self, reason=str(reason))
-            return True
-        seconds = time.perf_counter() - started
-        self.epoch += 1
-        self.metrics.curve.append(row)
-        self.metrics.seconds[self.epoch] = seconds
-        stop = self.should_stop(self.metrics.curve)
-        self._save()
-        self._log.info(
-            "epoch %d/%d  %s steps  return %.1f +- %.1f  %s steps/s",
-            self.epoch, self.config.max_epochs, f"{row['env_steps']:,}",
-            row["return_mean"], row["return_std"], f"{self.config.task.steps_per_epoch / seconds:,.0f}",
-        )  # fmt: skip
-        self.events.emit("end_epoch", self, epoch=self.epoch, row=self.metrics.latest)
-        return stop
-
-    def _on_rollout(self, index: int, rollout: Rollout) -> None:
-        self.events.emit("end_rollout", self, epoch=self.epoch, index=index, rollout=rollout)
+                stop = self._loop.run_epoch()
+            self._loop.emit("end_fit", epochs=epochs, context=context)
 
     @property
     def vectorization(self) -> str:
@@ -303,7 +285,7 @@ class PPO:
     @property
     def env_steps(self) -> int:
         """Environment steps of training in the whole life of the trial, without those of evaluations."""
-        return self.epoch * self.config.task.steps_per_epoch + self._diverged_steps
+        return self.epoch * self.config.task.steps_per_epoch + self._loop.diverged_steps
 
     @property
     def seconds(self) -> float:
@@ -322,26 +304,31 @@ class PPO:
         return advantages(actions, value, self.config.ppo) + actions.value
 
     def ppo(self, current_state: NDArray[Any], replay_vector: Rollout) -> dict[str, float]:
-        """Update the network once: advantages, then epochs of clipped minibatch steps.
+        """Update the network once: advantages, then epochs of clipped minibatch steps. `fit` does the same.
+
+        An epoch takes ``config.rollouts_per_epoch`` calls; the last of them evaluates and saves it. `fit`
+        trains an epoch that was begun here from its first rollout again.
 
         Args:
             current_state: ``[N, D]`` normalised observations that follow the rollout.
             replay_vector: the rollout.
 
         Returns:
-            Means over the minibatches; see `ppo_hpo.ppo.learner.UpdateStats`.
+            Means over the minibatches (see `ppo_hpo.ppo.learner.UpdateStats`), and the rates of the update.
+
+        Raises:
+            UserError: the task has diverged, or is at the end of its schedules.
         """
-        with BadResumeGuard(self):
-            learner, config, rollout = self.agent.learner, self.config, replay_vector
-            advantage = advantages(rollout, learner.values(current_state), config.ppo)
-            samples = rollout.samples(advantage, advantage + rollout.value)
-            rng = randomness.make_rng(config.task.seed, "shuffle", self.epoch)
-            rates = scheduled_rates(config, self.epoch)
-            return vars(learner.update(samples, rng, *rates)).copy()
+        if self.diverged:
+            raise UserError("The task has diverged, so it cannot learn any more. Look at `task.diverged`.")
+        with self._at_work(self.epoch + 1):
+            return self._loop.update(replay_vector, current_state)
 
     def eval_loss(self, batch: Samples) -> float:
         """The loss of a batch of samples (see `Rollout.samples`), without learning from it."""
-        return self.agent.learner.loss(batch, self.config.ppo.clip_range)
+        learner = self.agent.learner
+        with own_settings(self.config.task.threads):
+            return learner.loss(batch, self._loop.rates.clip_range)
 
     # -------------------------------------------------------------------- state
 
@@ -384,14 +371,17 @@ class PPO:
         Raises:
             CheckpointError: the state does not belong to this task.
         """
-        with BadResumeGuard(self):
-            progress, skipped = load_state(state, self.agent, self.config, strict=strict)
+        with self._at_work() as agent:
+            progress, skipped = load_state(state, agent, self.config, strict=strict)
             self._continue_from(progress)
             return skipped
 
     def _continue_from(self, progress: Progress) -> None:
         self.epoch, self.metrics.curve, self.lineage = progress.epoch, progress.curve, progress.lineage
-        self._seconds_before = progress.seconds
+        # Nothing that this process has done before belongs to what was loaded.
+        self._seconds_before, self.metrics.seconds = progress.seconds, {}
+        self.diverged = False
+        self._loop.forget()
 
     def resumed(self) -> bool:
         """Whether `init` resumed from a checkpoint."""
@@ -413,7 +403,7 @@ class PPO:
         if progress is not None:
             self._continue_from(progress)
             self._resumed = True
-            self.events.emit("resumed", self, epoch=self.epoch)
+            self._loop.emit("resumed", epoch=self.epoch)
 
     def report(self, epochs: int | None = None) -> dict[str, float]:
         """The objective, to be minimised, and the statistics of the evaluation it rests on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ppo_hpo.envs.make import EnvInfo
@@ -11,8 +11,8 @@ from ppo_hpo.envs.step import VectorEnv
 from ppo_hpo.envs.vector import vectorize
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.evaluate import Evaluation, Evaluator
-from ppo_hpo.ppo.rollout import Rollout
-from ppo_hpo.ppo.train import Diverged, train_epoch
+from ppo_hpo.ppo.rollout import Episodes
+from ppo_hpo.ppo.train import Diverged, Updates
 from ppo_hpo.spec import randomness, results
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
@@ -37,20 +37,12 @@ class Environments:
             self._evaluator = Evaluator(config.env, self._info, seeds, limit)
         return self._training
 
-    def train(
-        self,
-        agent: Agent,
-        epoch: int,
-        on_rollout: Callable[[int, Rollout], None],
-        before_step: Callable[[], None],
-    ) -> dict[str, Any]:
-        """Train an agent for one epoch (see `train_epoch`), evaluate it, and return its row of the curve."""
-        config = self._config
-        summary = train_epoch(agent, self.open(), self._info, config, epoch, on_rollout, before_step)
-        evaluation = self._evaluation(agent, epoch + 1)
+    def evaluate(self, updates: Updates, episodes: Episodes) -> dict[str, Any]:
+        """Evaluate an agent after all updates of an epoch, and return the epoch's row of the curve."""
+        evaluation = self._evaluation(updates.agent, updates.epoch + 1)
         if not evaluation.finite:
-            raise Diverged("the evaluation: a return is not finite", config.task.steps_per_epoch)
-        return self._row(epoch + 1, evaluation, summary)
+            raise Diverged("the evaluation: a return is not finite", self._config.task.steps_per_epoch)
+        return self._row(updates.epoch + 1, evaluation, updates.summary(episodes))
 
     def evaluate_untrained(self, agent: Agent) -> dict[str, Any]:
         """Evaluate an agent before its first epoch, and return the first row of the curve."""

@@ -17,6 +17,7 @@ from ppo_hpo.ppo.gae import explained_variance, gae
 from ppo_hpo.ppo.rollout import Episodes, Float32, Rollout
 from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import PPOConfig, TrialConfig
+from ppo_hpo.spec.errors import UserError
 
 
 class Diverged(Exception):
@@ -34,40 +35,84 @@ class Rates(NamedTuple):
     clip_range: float
 
 
-def train_epoch(
-    agent: Agent,
-    envs: VectorEnv,
-    info: EnvInfo,
-    config: TrialConfig,
-    epoch: int,
-    on_rollout: Callable[[int, Rollout], None] = lambda index, rollout: None,
-    before_step: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Train an agent for one epoch, and return the epoch's part of the learning curve (see `_summary`).
+class Updates:
+    """The updates of one epoch, one for each of its rollouts.
 
-    The seed and ``epoch``, the number of epochs done before, determine every random number. The environments
-    are reset with this epoch's seeds. ``on_rollout`` is called after each rollout's update, with its index.
+    The seed and ``epoch``, the number of epochs done before, determine every random number.
     """
-    ppo, seed = config.ppo, config.task.seed
-    shuffle_rng = randomness.make_rng(seed, "shuffle", epoch)
-    env_seeds = randomness.training_seeds(seed, epoch, config.env.n_envs)
-    action_rng = randomness.make_rng(seed, "action", epoch)
-    collector = Collector(agent, envs, info, env_seeds, action_rng, before_step)
-    rows: list[dict[str, float]] = []
-    for index in range(config.rollouts_per_epoch):
-        rates = scheduled_rates(config, epoch + index / config.rollouts_per_epoch)
-        rollout = collector.collect(ppo.n_steps)
-        advantage = advantages(rollout, agent.learner.values(collector.obs), ppo)
+
+    def __init__(self, agent: Agent, config: TrialConfig, epoch: int) -> None:
+        self.agent, self.config, self.epoch = agent, config, epoch
+        self.rows: list[dict[str, float]] = []  # statistics of each update
+        self._rng = randomness.make_rng(config.task.seed, "shuffle", epoch)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rollout of the epoch had its update."""
+        return len(self.rows) == self.config.rollouts_per_epoch
+
+    @property
+    def rates(self) -> Rates:
+        """The rates of the next update."""
+        done = len(self.rows) / self.config.rollouts_per_epoch
+        return scheduled_rates(self.config, self.epoch + done)
+
+    def update(self, rollout: Rollout, next_obs: NDArray[Any]) -> None:
+        """Update the network on the next rollout; ``next_obs [N, D]`` are the observations that follow it."""
+        agent, rates = self.agent, self.rates
+        advantage = advantages(rollout, agent.learner.values(next_obs), self.config.ppo)
         returns = advantage + rollout.value
         # Epochs of shuffled minibatches, with one optimizer step for each.
-        stats = agent.learner.update(rollout.samples(advantage, returns), shuffle_rng, *rates)
+        stats = agent.learner.update(rollout.samples(advantage, returns), self._rng, *rates)
 
+        self.rows.append(asdict(stats) | rates._asdict())
         if not (stats.finite() and agent.finite()):
-            raise Diverged(f"rollout {index + 1} of epoch {epoch + 1}", (index + 1) * config.rollout_steps)
-        variance = {"explained_variance": explained_variance(rollout.value, returns)}
-        rows.append(asdict(stats) | rates._asdict() | variance)
+            place = f"rollout {len(self.rows)} of epoch {self.epoch + 1}"
+            raise Diverged(place, len(self.rows) * self.config.rollout_steps)
+        self.rows[-1]["explained_variance"] = explained_variance(rollout.value, returns)
+
+    def summary(self, episodes: Episodes) -> dict[str, Any]:
+        """One row of the learning curve: means over rollouts, the last rates, and the training episodes."""
+        rows = self.rows
+        summary: dict[str, Any] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
+        summary |= {key: rows[-1][key] for key in Rates._fields}
+        summary["n_updates"] = int(sum(row["n_updates"] for row in rows))
+        summary["train_episodes"] = len(episodes.returns)
+        summary["train_return"] = _mean(episodes.returns)
+        summary["train_length"] = _mean(episodes.lengths)
+        return summary
+
+
+def train_epoch(
+    updates: Updates,
+    envs: VectorEnv,
+    info: EnvInfo,
+    on_rollout: Callable[[int, Rollout], None] = lambda index, rollout: None,
+    before_step: Callable[[], None] = lambda: None,
+) -> Episodes:
+    """Train for one epoch, and return the episodes that ended in it.
+
+    The environments are reset with this epoch's seeds. ``on_rollout`` is called after each rollout's update,
+    with its index.
+    """
+    config, seed, epoch = updates.config, updates.config.task.seed, updates.epoch
+    env_seeds = randomness.training_seeds(seed, epoch, config.env.n_envs)
+    action_rng = randomness.make_rng(seed, "action", epoch)
+    collector = Collector(updates.agent, envs, info, env_seeds, action_rng, before_step)
+    for index in range(config.rollouts_per_epoch):
+        rollout = collector.collect(config.ppo.n_steps)
+        updates.update(rollout, collector.obs)
         on_rollout(index, rollout)
-    return _summary(rows, collector.episodes)
+    return collector.episodes
+
+
+def refuse_beyond_schedules(config: TrialConfig, epochs: int) -> None:
+    """A UserError where the schedules end before so many epochs."""
+    if epochs > config.max_epochs:
+        raise UserError(
+            f"`epochs <= task.max_epochs` must hold, since schedules end there, but got {epochs} "
+            f"and {config.max_epochs}. Make the task with task={{'max_epochs': {epochs}}}."
+        )
 
 
 def scheduled_rates(config: TrialConfig, epochs: float) -> Rates:
@@ -91,17 +136,6 @@ def advantages(rollout: Rollout, last_value: Float32, ppo: PPOConfig) -> NDArray
         rollout.reward, rollout.value, rollout.next_value(last_value),
         rollout.terminated, rollout.done, ppo.gamma, ppo.gae_lambda,
     )  # fmt: skip
-
-
-def _summary(rows: list[dict[str, float]], episodes: Episodes) -> dict[str, Any]:
-    """One row of the learning curve: means over rollouts, the last rates, and the training episodes."""
-    summary: dict[str, Any] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
-    summary |= {key: rows[-1][key] for key in Rates._fields}
-    summary["n_updates"] = int(sum(row["n_updates"] for row in rows))
-    summary["train_episodes"] = len(episodes.returns)
-    summary["train_return"] = _mean(episodes.returns)
-    summary["train_length"] = _mean(episodes.lengths)
-    return summary
 
 
 def _mean(values: Sequence[float]) -> float | None:

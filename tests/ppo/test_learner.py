@@ -22,7 +22,7 @@ from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler
 from ppo_hpo.ppo.rollout import Rollout, Samples
-from ppo_hpo.ppo.train import Diverged, advantages, scheduled, train_epoch
+from ppo_hpo.ppo.train import Diverged, Updates, advantages, scheduled, train_epoch
 from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import ModelConfig, OptimizerConfig, PPOConfig
 from tests.envs import Target
@@ -380,7 +380,7 @@ def test_nan_is_found_in_the_rollout_in_which_it_appears(part: str, engine: str)
         RewardScaler(2, 0.9, enabled=False, clip=10.0),
     )
     with pytest.raises(Diverged, match="rollout 3 of epoch 1") as caught:
-        train_epoch(agent, SyncEnvs(config.env, info), info, config, 0)
+        train_epoch(Updates(agent, config, 0), SyncEnvs(config.env, info), info)
     assert caught.value.env_steps == 96
 
 

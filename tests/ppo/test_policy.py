@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,29 @@ def test_a_loaded_policy_saves_the_same_file(trained: Callable[[str], Trained], 
     one, other = (from_bytes((tmp_path / name).read_bytes(), name) for name in ("one", "other"))
     assert (one.epoch, one.meta) == (other.epoch, other.meta)
     assert arrays_digest(one.arrays) == arrays_digest(other.arrays)
+
+
+@pytest.mark.parametrize("case", ["continuous", "image"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+def test_a_copied_policy_acts_by_its_own_weights(
+    how: Callable[[Any], Any], case: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    one = trained(case)
+    policy = export_policy(one.directory, tmp_path / "p")
+    observations = one.observations(50)
+    before = policy.act(observations)
+    other = how(policy)
+    np.testing.assert_array_equal(other.act(observations), before)
+    with torch.no_grad():
+        for parameter in other.network.parameters():
+            parameter.zero_()
+    assert len(np.unique(other.act(observations))) == 1
+    np.testing.assert_array_equal(policy.act(observations), before)
+    other.load_state_dict(policy.state_dict())
+    np.testing.assert_array_equal(other.act(observations), before)
+    for parameter in policy.network.parameters():  # as `Policy.to` does for another device
+        parameter.data = torch.zeros_like(parameter)
+    assert len(np.unique(policy.act(observations))) == 1
 
 
 def test_unbounded_actions_are_kept(tmp_path: Path, trained: Callable[[str], Trained]) -> None:

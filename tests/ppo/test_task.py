@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +33,8 @@ from ppo_hpo import (
 from ppo_hpo.ppo.rollout import Rollout
 from ppo_hpo.state.checkpoint import Storage, arrays_digest, read
 
-SMALL = {
+REPOSITORY = Path(__file__).parents[2]
+SMALL: dict[str, dict[str, Any]] = {
     "env": {"id": "CartPole-v1", "n_envs": 2},
     "task": {"epochs": 4, "steps_per_epoch": 256, "eval_episodes": 2},
     "model": {"width": 8, "depth": 1},
@@ -349,6 +352,99 @@ def test_ppo_lowers_the_loss_that_eval_loss_shows() -> None:
     assert task.eval_loss(batch) < before
 
 
+def own_loop(task: PPO, epochs: int) -> list[dict[str, float]]:
+    """Train by `PPO.ppo`, with rollouts collected as `fit` collects them."""
+    from ppo_hpo.envs.vector import SyncEnvs
+    from ppo_hpo.ppo.collect import Collector
+    from ppo_hpo.spec import randomness
+
+    envs, rows = SyncEnvs(task.config.env, task.info), []
+    for epoch in range(task.epoch, task.epoch + epochs):
+        seeds, rng = randomness.training_seeds(0, epoch, 2), randomness.make_rng(0, "action", epoch)
+        collector = Collector(task.agent, envs, task.info, seeds, rng)
+        for _ in range(task.config.rollouts_per_epoch):
+            rollout = collector.collect(64)
+            rows.append(task.ppo(collector.obs, rollout))
+    envs.close()
+    return rows
+
+
+LINEAR = {
+    "lr_schedule": {"name": "linear"},
+    "ppo": {"clip_range": 0.4, "clip_range_schedule": "linear"},
+    "task": {"epochs": 2, "max_epochs": 2},
+}
+
+
+def test_a_loop_of_single_steps_is_the_same_as_fit(tmp_path: Path) -> None:
+    fitted, stepped = small(tmp_path / "fitted", **LINEAR), small(tmp_path / "stepped", **LINEAR)
+    seen: dict[PPO, list[Any]] = {fitted: [], stepped: []}
+    for task in seen:
+        for event in ("start_epoch", "end_rollout", "end_epoch"):
+            task.events.subscribe(event, lambda t, event=event, **d: seen[t].append((event, d["epoch"])))
+    fitted.fit(2)
+    rows = own_loop(stepped, 2)
+    for name, first in (("lr", 3e-4), ("clip_range", 0.4)):
+        assert [row[name] for row in rows] == pytest.approx([first * part for part in (1.0, 0.75, 0.5, 0.25)])
+    assert stepped.epoch == 2
+    assert [row["epoch"] for row in stepped.metrics.curve] == [0, 1, 2]
+    for task in (fitted, stepped):
+        # The first row is of a normaliser that the caller's first rollout has changed already.
+        task.metrics.curve[0] = {"epoch": 0}
+        for row in task.metrics.curve:  # the task saw no episodes of the caller's environments
+            for key in ("train_episodes", "train_return", "train_length"):
+                row.pop(key, None)
+    assert same(fitted, stepped)
+    assert seen[fitted] == seen[stepped]
+    assert small(tmp_path / "stepped", **LINEAR).epoch == 2  # each epoch was saved
+    with pytest.raises(UserError, match=r"`epochs <= task.max_epochs` must hold"):
+        own_loop(stepped, 1)
+    assert not stepped.bad_state
+    fitted.finish()
+    stepped.finish()
+
+
+def test_fit_trains_an_epoch_begun_by_single_steps_from_its_first_rollout() -> None:
+    task = small()
+    rollout, after = rollout_of(task)
+    task.ppo(after, rollout)
+    assert task.epoch == 0
+    updates: list[int] = []
+    task.events.subscribe("end_rollout", lambda task, index, **details: updates.append(index))
+    task.fit(1)
+    task.finish()
+    assert updates == [0, 1]
+
+
+def test_eval_loss_uses_the_scheduled_clip_range() -> None:
+    task = small(**LINEAR)
+    own_loop(task, 1)
+    rollout, after = rollout_of(task)
+    learner = task.agent.learner
+    returns = task.compute_returns(learner.values(after), rollout)
+    batch = rollout.samples(returns - rollout.value, returns)
+    # Other probabilities than those stored, so that the clip range matters.
+    batch = batch._replace(old_log_prob=batch.old_log_prob + np.linspace(-1, 1, 128, dtype=np.float32))
+    assert task.eval_loss(batch) == learner.loss(batch, 0.2) != learner.loss(batch, 0.4)
+    task.ppo(after, rollout)
+    assert task.eval_loss(batch) == pytest.approx(learner.loss(batch, 0.1), rel=1e-6)
+    task.finish()
+
+
+def test_single_steps_end_where_the_task_diverges() -> None:
+    task = small()
+    rollout, after = rollout_of(task)
+    told: list[str] = []
+    task.events.subscribe("diverged", lambda task, reason: told.append(reason))
+    with torch.no_grad():
+        next(task.parameters()).fill_(float("nan"))
+    assert not np.isfinite(task.ppo(after, rollout)["value_loss"])
+    assert (task.diverged, told, task.env_steps) == (True, ["rollout 1 of epoch 1"], 128)
+    with pytest.raises(UserError, match="has diverged"):
+        task.ppo(after, rollout)
+    task.finish()
+
+
 def test_criterion_takes_the_place_of_the_squared_error() -> None:
     def huber(value: Tensor, returns: Tensor) -> Tensor:
         return nn.functional.smooth_l1_loss(value, returns)
@@ -616,6 +712,184 @@ def test_an_invalid_state_is_refused_and_nothing_is_loaded(spoil: Any) -> None:
     task.bad_state = False  # only to look at it
     after = task.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if k != "progress")
+
+
+# ------------------------------------------------ what observers and callers do to a task
+
+
+def zero_grad(module: nn.Module) -> None:
+    module.zero_grad()
+
+
+def move_and_back(module: nn.Module) -> None:
+    module.double()
+    module.float()
+
+
+def backward(module: nn.Module) -> None:
+    sum(parameter.sum() for parameter in module.parameters()).backward()
+
+
+def new_data(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def train_mode(module: nn.Module) -> None:
+    module.train()
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("act", [zero_grad, move_and_back, backward, new_data, train_mode])
+def test_what_an_observer_does_to_the_network_does_not_stop_it_from_learning(act: Any, engine: Any) -> None:
+    config = TrialConfig.from_mapping(SMALL)
+    disturbed, alone = (PPO.from_config(config, "cpu", engine=engine) for _ in range(2))
+    for event in ("start_fit", "start_epoch", "end_rollout", "end_epoch"):
+        disturbed.events.subscribe(event, lambda task, **details: act(task.model))
+    calls = iter(range(10**6))
+    # The environment and `before_step` come in the middle of a rollout.
+    disturbed.before_step = lambda: act(disturbed.model) if next(calls) % 100 == 7 else None
+    for task in (disturbed, alone):
+        task.fit(2)
+        task.finish()
+    assert same(disturbed, alone)
+    assert disturbed.metrics.latest["grad_norm"] > 0.0
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_weights_that_an_observer_assigns_are_the_ones_that_act_and_learn(engine: Any) -> None:
+    task = PPO.from_config(TrialConfig.from_mapping(SMALL), "cpu", engine=engine)
+    task.fit(1)
+
+    def assign(task: PPO, **details: Any) -> None:
+        for parameter in task.parameters():
+            parameter.data = torch.zeros_like(parameter)
+
+    task.events.subscribe("end_epoch", assign)
+    task.fit(2)
+    assert not task.agent.learner.values(np.ones((3, 4), np.float32)).any()
+    assert not any(tensor.any() for name, tensor in task.state_dict().items() if name.startswith("model."))
+    task.finish()
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_parameters_that_would_not_be_trained_are_refused(engine: Any) -> None:
+    def freeze(module: Any) -> None:
+        module.actor[0].weight.requires_grad_(False)
+
+    def replace(module: Any) -> None:
+        module.actor[0] = nn.Linear(4, 8)
+
+    for change in (freeze, replace):
+        task = PPO.from_config(TrialConfig.from_mapping(SMALL), "cpu", engine=engine)
+        task.events.subscribe("start_epoch", lambda task, change=change, **details: change(task.model))
+        with pytest.raises(UserError, match="added, removed or frozen after `init`"):
+            task.fit(1)
+        task.finish()
+
+
+def test_a_state_loaded_after_a_divergence_is_as_if_nothing_had_happened() -> None:
+    task, whole = small(), small()
+    task.fit(1)
+    state = task.state_dict()
+
+    def poison(task: PPO, **details: Any) -> None:
+        with torch.no_grad():
+            next(task.parameters()).fill_(float("nan"))
+
+    observer = task.events.subscribe("start_epoch", poison)
+    task.fit(3)
+    assert (task.diverged, task.epoch) == (True, 1)
+    assert task.env_steps > 256
+    task.events.unsubscribe("start_epoch", observer)
+    task.load_state_dict(state)
+    assert (task.diverged, task.env_steps) == (False, 256)
+    for one in (task, whole):
+        one.fit(3)
+        one.finish()
+    assert same(task, whole)
+    assert task.report() == whole.report()
+
+
+def test_seconds_are_those_of_the_state_that_was_loaded() -> None:
+    task = small()
+    task.fit(2)
+    state, seconds = task.state_dict(), task.seconds
+    assert seconds > 0.0
+    for _ in range(2):
+        task.load_state_dict(state)
+        assert task.seconds == seconds
+    assert small().seconds == 0.0
+    task.fit(3)
+    task.finish()
+    assert task.seconds == seconds + task.metrics.seconds[3]
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_copied_agent_acts_and_learns_with_its_own_weights(how: Any, engine: Any) -> None:
+    task = PPO.from_config(TrialConfig.from_mapping(SMALL), "cpu", engine=engine)
+    task.fit(1)
+    task.finish()
+    mine = task.agent
+    yours = how(mine)
+    assert arrays_digest(yours.arrays()) == arrays_digest(mine.arrays())
+    obs = np.ones((3, 4), np.float32)
+    before = mine.learner.values(obs)
+    np.testing.assert_array_equal(yours.learner.values(obs), before)
+    with torch.no_grad():
+        for parameter in yours.learner.module.parameters():
+            parameter.zero_()
+    assert not yours.learner.values(obs).any()
+    np.testing.assert_array_equal(mine.learner.values(obs), before)
+    samples = rollout_of(task)[0].samples(np.ones((64, 2)), np.ones((64, 2)))
+    yours.load(mine.state())
+    for agent in (mine, yours):
+        agent.learner.update(samples, np.random.default_rng(0), 1e-3, 0.2)
+    assert arrays_digest(yours.arrays()) == arrays_digest(mine.arrays())
+
+
+# ------------------------------------------------------------------ Olympus's defaults
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "ppo.clip_range=10, ppo.max_grad_norm=1000"),
+        ({"ppo_clip_param": 0.2}, "ppo.max_grad_norm=1000"),
+        ({"ppo": {"max_grad_norm": 0.5}}, "ppo.clip_range=10"),
+        ({"ppo_clip_param": 0.2, "ppo_max_grad_norm": 0.5}, None),
+        ({"ppo_clip_param": None, "ppo_max_grad_norm": None}, None),
+    ],
+)
+def test_the_log_says_once_which_defaults_are_those_of_olympus(
+    options: dict[str, Any], named: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_task(**options).init()
+    told = [record.getMessage() for record in caplog.records if "Olympus" in record.getMessage()]
+    assert len(told) == (named is not None)
+    if named:
+        assert f"({named})" in told[0]
+        assert "ppo_clip_param=0.2 and ppo_max_grad_norm=0.5" in told[0]
+    caplog.clear()
+    PPO.from_config(TrialConfig.from_mapping({**SMALL, "ppo": {**SMALL["ppo"], "clip_range": 10.0}}), "cpu")
+    assert not caplog.records
+
+
+def test_every_example_sets_the_usual_values() -> None:
+    folders = {"docs": "*.md", "ppo_hpo": "*.py", "experiments": "*.md"}
+    pages = [path for folder, names in folders.items() for path in (REPOSITORY / folder).rglob(names)]
+    pages += REPOSITORY.glob("*.md")
+    examples = [
+        text[found.start() : found.start() + 400]
+        for page in pages
+        for text in [page.read_text(encoding="utf-8")]
+        for found in re.finditer(r"= PPO\(", text)
+    ]
+    assert len(examples) >= 3
+    for example in examples:
+        for name in ("ppo_epoch", "ppo_batch_size", "ppo_clip_param", "ppo_max_grad_norm"):
+            assert f"{name}=" in example, example
 
 
 def test_all_names_are_exported() -> None:
