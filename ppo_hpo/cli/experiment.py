@@ -146,7 +146,7 @@ def _add_doctor(commands: common.Commands) -> None:
     doctor = commands.add_parser("doctor", command=_doctor,
         help="check the installation and a database, and say what to fix",
         description="Print versions, devices and extras, and check a database for broken trials, stuck "
-        "trials and locks that a killed worker left. Each problem is one sentence that says how to fix it. "
+        "trials and locks that a killed worker left. Each problem comes with its fix if one is known. "
         "The exit code is 1 if there is a problem.")  # fmt: skip
     common.add_orion_config(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON, for other programs")

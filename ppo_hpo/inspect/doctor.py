@@ -63,7 +63,7 @@ class Report:
 
     # Labels and texts, in the order of printing. A fact that belongs to the one before it has an empty label.
     facts: list[tuple[str, str]] = field(default_factory=list)
-    # Problems, one sentence each, with what to do about it.
+    # Problems, each with what to do about it, if that is known.
     findings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:

@@ -135,8 +135,8 @@ def _steps_text(summary: Summary) -> list[str]:
         )
         lines.append(
             f"            {missing:,} not trained, because {how} {summary.max_epochs} epochs "
-            f"({missing / summary.steps_in_full:.0%} of the {summary.steps_in_full:,} steps of "
-            f"{summary.configurations} configurations trained in full)"
+            f"({missing / summary.steps_in_full:.0%} of the {summary.steps_in_full:,} steps that "
+            f"{summary.configurations} full trainings would take)"
         )
     if (saved := summary.cost.saved_steps) > 0:
         lines.append(

@@ -295,7 +295,7 @@ def test_promoted_trials_are_counted_once(tmp_path: Path) -> None:
     assert "return 40.0 +- 1.5 after 4 of 4 epochs, 400 steps" in text
     assert (
         "500 not trained, because not every configuration reached 4 epochs "
-        "(42% of the 1,200 steps of 3 configurations trained in full)" in text
+        "(42% of the 1,200 steps that 3 full trainings would take)" in text
     )
     assert "400 not trained again, because promoted trials resumed" in text
 
@@ -343,7 +343,7 @@ def test_what_ending_trials_saved_is_counted_once(tmp_path: Path) -> None:
     assert (summary.steps_in_full, summary.steps) == (1600, 30 + 300 + 400 + 400)
     assert (
         "470 not trained, because not every configuration reached 4 epochs "
-        "(29% of the 1,600 steps of 4 configurations trained in full)" in text
+        "(29% of the 1,600 steps that 4 full trainings would take)" in text
     )
     assert text.count("not trained again") == 1  # by continuing
 
