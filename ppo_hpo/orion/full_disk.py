@@ -23,7 +23,6 @@ _MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 _SQLITE_WORDS = ("disk is full", "disk I/O error")
 _METHODS = ("ensure_index", "index_information", "write", "read", "read_and_write", "count", "remove")
 _log = logging.getLogger("ppo_hpo")
-_seen: set[str] = set()  # databases that this process has used
 
 
 def apply() -> None:
@@ -43,7 +42,8 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
         from orion.core.io.database import DatabaseError
 
         for pause in (*_PAUSES, None):
-            if self.host in _seen and not os.path.exists(self.host):
+            # Each object remembers it: the next one may be for a new database at the same path.
+            if self.__dict__.get("_ppo_hpo_exists") and not os.path.exists(self.host):
                 raise DatabaseError(f"{self.host} was removed while it is in use.")
             try:
                 result = method(self, *args, **kwargs)
@@ -54,7 +54,7 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
                     raise DatabaseError(f"{self.host}: {error.strerror or error}.") from error
                 _log.warning("%s cannot be written: tries again in %g s", self.host, pause)
             else:
-                _seen.add(self.host)
+                self._ppo_hpo_exists = os.path.exists(self.host)
                 return result
             time.sleep(pause)
         raise AssertionError("unreachable")
