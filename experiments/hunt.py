@@ -114,7 +114,9 @@ def run(log: Path, *command: str | Path, show_returns: bool = True) -> None:
     started = time.monotonic()
     with (
         open(log, "a", encoding="utf-8") as file,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
     ):
         assert process.stdout is not None
         try:

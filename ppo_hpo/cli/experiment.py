@@ -49,6 +49,9 @@ def _add_best(commands: common.Commands) -> None:
     test.add_argument("--test-seeds", type=common.non_negative, default=0, metavar="N",
         help="retrain each configuration on N fresh seeds; 10 is a good choice (default: 0, which retrains "
         "nothing)")  # fmt: skip
+    test.add_argument("--test-episodes", type=common.positive, default=100, metavar="N",
+        help="evaluate each retrained policy on N fresh episodes, which no trial was evaluated on (default: "
+        "100)")  # fmt: skip
     test.add_argument("--against", metavar="PRESET",
         help="what to compare with: a preset (shipped), a trial file, `default` (the defaults of ppo_hpo) or "
         "`none` (default: the environment's preset, else `default`)")  # fmt: skip
@@ -73,8 +76,8 @@ def _best(arguments: argparse.Namespace) -> int:
     if arguments.test_seeds:
         process.raise_on_signals()
         retraining = Retraining(
-            arguments.test_seeds, arguments.against, arguments.workers, arguments.device, arguments.test_dir,
-            arguments.html, progress=sys.stderr,
+            arguments.test_seeds, arguments.test_episodes, arguments.against, arguments.workers,
+            arguments.device, arguments.test_dir, arguments.html, progress=sys.stderr,
         )  # fmt: skip
     elif arguments.html is not None:
         raise UserError("`--html` draws test scores. Add --test-seeds N.")

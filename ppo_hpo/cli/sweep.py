@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from ppo_hpo.cli import common
-from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.errors import UserError, named_as
 from ppo_hpo.trial import process
 
 
@@ -86,6 +86,24 @@ def _epochs(text: str) -> int | str:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     process.find_modules_here()
+    with named_as(_typed(arguments)):
+        return _run(arguments)
+
+
+def _typed(arguments: argparse.Namespace) -> dict[str, str]:
+    """The options of the arguments of `ppo_hpo.sweep`, and of hyperparameters that have an option here."""
+    names = {
+        name: f"--{name.replace('_', '-')}"
+        for name in ("env", "space", "algorithm", "max_trials", "seeds", "warm_start", "executor", "device",
+                     "trials_per_device", "stop_poor", "name", "storage", "checkpoint_store")
+    }  # fmt: skip
+    names |= {"n_workers": "--workers", "overrides": "--set", "directory": "--dir", "progress": "--quiet"}
+    names["epochs"] = "--fidelity" if isinstance(arguments.epochs, str) else "--epochs"
+    given = {"task.seeds": arguments.seeds, "task.epochs": arguments.epochs}
+    return names | {name: names[name[5:]] for name, value in given.items() if value is not None}
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from ppo_hpo.sweeps.run import SweepInterrupted, sweep
     from ppo_hpo.trial.run_command import parse_setting
 

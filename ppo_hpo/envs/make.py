@@ -114,7 +114,8 @@ def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]
     except (error.UnregisteredEnv, error.Error) as failure:
         raise MachineError(
             f"`env.id: {config.id}` cannot be made ({_line(failure)}). Name an environment of your own as "
-            f"module:EnvId, where importing the module registers it."
+            f"module:EnvId, where importing the module registers it. What a script or a notebook registers "
+            f"exists only there."
         ) from None
     except ModuleNotFoundError as failure:
         # For a `module:EnvId` gymnasium raises an error without a name from the one that has it.

@@ -19,14 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_hpo.spec import yamlio
+from ppo_hpo.orion import hunt_file
 from ppo_hpo.spec.canonical import configuration_key
-from ppo_hpo.spec.errors import UserError, hide_passwords
+from ppo_hpo.spec.errors import UserError, hide_secrets
 from ppo_hpo.spec.prior import highest_fidelity
 from ppo_hpo.spec.space import flatten_params
 
-# Types of databases that are one file.
-_FILES = ("pickleddb", "sqlitedb")
 _VARIABLES = ("ORION_DB_TYPE", "ORION_DB_ADDRESS")
 # How many names of experiments an error lists.
 _SHOWN_NAMES = 8
@@ -38,6 +36,7 @@ class Database:
 
     storage: Any  # Orion's configuration of the storage; None if Orion finds it by itself.
     named_by: str  # The place that names the database, for messages.
+    place: Path | None = None  # The directory of the configuration file that names it.
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -50,13 +49,13 @@ class Database:
 
     def __str__(self) -> str:
         words = [str(self.settings.get(key) or "") for key in ("type", "host")]
-        text = hide_passwords(" ".join(word for word in words if word))
+        text = hide_secrets(" ".join(word for word in words if word))
         return f"{text} (from {self.named_by})" if text else f"of {self.named_by}"
 
     def open(self) -> Any:
         """Open the database, and return Orion's storage. A file that does not exist raises UserError."""
         host = self.settings.get("host")
-        is_file = str(self.settings.get("type")).lower() in _FILES
+        is_file = str(self.settings.get("type")).lower() in hunt_file.FILES
         # Orion would create the file of a mistyped name, and its directories, and find nothing in it.
         # An empty host is Orion's default file, which Orion may create.
         if is_file and isinstance(host, str) and host and not Path(host).exists():
@@ -68,20 +67,19 @@ class Database:
             # Orion imports pkg_resources, which warns that it is deprecated.
             warnings.simplefilter("ignore")
             from orion.storage.base import setup_storage
-        return setup_storage(self.storage)
+        storage = setup_storage(self.storage)
+        if self.place is not None:
+            hunt_file.settle(storage, self.place)
+        return storage
 
 
 def find_database(config: str | None = None, name: str | None = None) -> Database:
     """Find the database of an experiment or a sweep's directory, in the order of this module's docstring."""
     file = Path(config) if config is not None else Path(name or "") / "orion.yaml"
     if config is not None or (name and file.is_file()):
-        content = yamlio.load(file)
-        found = content if isinstance(content, Mapping) else {}
-        storage = found.get("storage")
-        if storage is None and "database" in found:
-            storage = {"type": "legacy", "database": found["database"]}
+        storage = hunt_file.storage_in(file)
         if storage is not None:
-            return Database(storage, str(file))
+            return Database(storage, str(file), file.absolute().parent)
     if any(os.environ.get(variable) for variable in _VARIABLES):
         return Database(None, " and ".join(_VARIABLES))
     return Database(None, "Orion's own configuration")
@@ -117,7 +115,7 @@ def open_experiment(name: str, config: str | None = None, mode: str = "r") -> An
 
 def in_short(error: BaseException) -> str:
     """An error in one line of limited length, without passwords."""
-    return hide_passwords(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+    return hide_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
 
 
 def _name_in(names: list[str], name: str, database: Database) -> str | None:

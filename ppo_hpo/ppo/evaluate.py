@@ -37,22 +37,36 @@ class Actor(Protocol):
 
 
 class Evaluator:
-    """Evaluates policies, with one environment for each episode: all that still run share a forward pass.
+    """Evaluates policies: episodes that run at the same time share a forward pass.
 
-    An episode stops after ``max_steps`` steps, for environments without a time limit.
+    An episode stops after ``max_steps`` steps, for environments without a time limit. There are as many
+    environments as episodes, or ``at_once`` of them, which then run one block of episodes after the other.
     """
 
-    def __init__(self, config: EnvConfig, info: EnvInfo, seeds: list[int], max_steps: int) -> None:
-        self._envs = [make(config, evaluation=True) for _ in seeds]
+    def __init__(
+        self, config: EnvConfig, info: EnvInfo, seeds: list[int], max_steps: int, at_once: int | None = None
+    ) -> None:
+        self._envs = [make(config, evaluation=True) for _ in seeds[:at_once]]
         self._info, self._seeds, self._max_steps = info, seeds, max_steps
 
     def __call__(
         self, policy: Actor, normalizer: ObservationNormalizer, rng: np.random.Generator | None
     ) -> Evaluation:
         """Run every episode to its end, with sampled actions, or without ``rng`` the most probable ones."""
-        n = len(self._envs)
+        returns: tuple[float, ...] = ()
+        lengths: tuple[int, ...] = ()
+        for start in range(0, len(self._seeds), len(self._envs)):
+            block = self._run(self._seeds[start : start + len(self._envs)], policy, normalizer, rng)
+            returns, lengths = returns + block.returns, lengths + block.lengths
+        return Evaluation(returns, lengths)
+
+    def _run(
+        self, seeds: list[int], policy: Actor, normalizer: ObservationNormalizer,
+        rng: np.random.Generator | None,
+    ) -> Evaluation:  # fmt: skip
+        n = len(seeds)
         obs = np.zeros((n, *self._info.obs_shape), self._info.obs_dtype)
-        for index, (env, seed) in enumerate(zip(self._envs, self._seeds, strict=True)):
+        for index, (env, seed) in enumerate(zip(self._envs, seeds, strict=False)):
             first, _ = env.reset(seed=seed)
             put_obs(self._info.id, first, obs[index])
         returns, lengths = np.zeros(n), np.zeros(n, np.int64)

@@ -33,9 +33,12 @@ class Environments:
             self._training = vectorize(config.env, self._info, config.task.threads)
         if self._evaluator is None:
             seeds = randomness.evaluation_seeds(config.task.eval_episodes)
-            limit = self._info.time_limit or config.task.steps_per_epoch
-            self._evaluator = Evaluator(config.env, self._info, seeds, limit)
+            self._evaluator = Evaluator(config.env, self._info, seeds, self._longest_episode)
         return self._training
+
+    @property
+    def _longest_episode(self) -> int:
+        return self._info.time_limit or self._config.task.steps_per_epoch
 
     def evaluate(self, updates: Updates, episodes: Episodes) -> dict[str, Any]:
         """Evaluate an agent after all updates of an epoch, and return the epoch's row of the curve."""
@@ -60,6 +63,22 @@ class Environments:
         task = self._config.task
         rng = None if task.eval_deterministic else randomness.make_rng(task.seed, "eval", epoch)
         return self._evaluator(agent.learner, agent.normalizer, rng)
+
+    def evaluate_fresh(self, agent: Agent, episodes: int) -> Evaluation:
+        """Evaluate an agent on fresh episodes (`randomness.fresh_episode_seeds`).
+
+        At most ``task.eval_episodes`` of them run at a time, so this needs no more environments than tuning.
+        """
+        task = self._config.task
+        seeds = randomness.fresh_episode_seeds(task.seed, episodes)
+        evaluator = Evaluator(
+            self._config.env, self._info, seeds, self._longest_episode, at_once=task.eval_episodes
+        )
+        try:
+            rng = None if task.eval_deterministic else randomness.make_rng(task.seed, "judge", 1)
+            return evaluator(agent.learner, agent.normalizer, rng)
+        finally:
+            evaluator.close()
 
     def _row(self, epoch: int, evaluation: Evaluation, summary: Mapping[str, Any]) -> dict[str, Any]:
         row = {

@@ -29,6 +29,8 @@ Schedule = Literal["constant", "linear"]
 
 #: Most epochs of a trial. A checkpoint holds its learning curve, with one row for each epoch.
 MAX_EPOCHS = 10_000
+#: Most episodes of an evaluation. So many seeds are kept for it, and never used by a test on fresh episodes.
+MAX_EVAL_EPISODES = 100_000
 _MAX_WEIGHTS = 1 << 27  # of one network, so that a checkpoint with Adam's two moments stays below 4 GiB
 _MAX_SAMPLES = 1 << 27  # of one rollout
 _VECTORIZATION, _WRAPPER = OneOf(get_args(Vectorization)), OneOf(get_args(Wrapper))
@@ -75,7 +77,7 @@ class TaskConfig(Checked):
         "mean", _AGGREGATE, "statistic that turns the returns of several seeds into one objective"
     )
     threads: int = field(1, Integer(1, 1024), "number of threads of torch and BLAS")
-    eval_episodes: int = field(10, Integer(1, 100_000), "episodes of each evaluation")
+    eval_episodes: int = field(10, Integer(1, MAX_EVAL_EPISODES), "episodes of each evaluation")
     eval_deterministic: bool = field(True, flag, "evaluate the most probable action instead of a sample")
 
 

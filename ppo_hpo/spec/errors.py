@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Mapping
 
 _LONGEST = 2000
 
@@ -12,10 +14,11 @@ class UserError(ValueError):
 
     The command line prints the message as one line and exits with code 2. Parts of a message may come from
     somebody else's file. So control characters are escaped, and the middle of an overlong message is left
-    out.
+    out. Secrets in it are hidden.
     """
 
     def __init__(self, message: str) -> None:
+        message = hide_secrets(message)
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
         if not message.isprintable():
@@ -70,6 +73,43 @@ class LostLock(BaseException):
         self.asked = asked  # whether the other process asked first, as one that sees this one alive does
 
 
-def hide_passwords(text: str) -> str:
-    """Replace the user name and password of every URL in ``text`` by ``***``, for messages."""
-    return re.sub(r"(?<=://)[^/\s']+@", "***@", text)
+@contextlib.contextmanager
+def named_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Replace names between backticks in the message of a `UserError` by those that the user typed."""
+    try:
+        yield
+    except UserError as error:
+        if not names:
+            raise
+        pattern = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, names))})(?![\w.-])")
+        quoted = re.sub(
+            r"`[^`]*`", lambda part: pattern.sub(lambda name: names[name[0]], part[0]), str(error)
+        )
+        error.args = (quoted,)
+        raise
+
+
+_SECRETS = (
+    # A password may have a slash or an @ in it, which a URL should have escaped.
+    (re.compile(r"(://)[^\s'\"]*@"), r"\1***@"),
+    # Everything that is asked of a server: tokens, signatures, passwords.
+    (re.compile(r"(://[^\s'\"?]*\?)[^\s'\"]+"), r"\1***"),
+    # Settings as YAML, Python and shells write them.
+    (
+        re.compile(
+            r"(?i)((?:password|passwd|pwd|secret|token|credential|api_?key|access_?key)[a-z_]*['\"]?\s*[:=]\s*)"
+            r"(?:'[^']*'|\"[^\"]*\"|[^\s'\",;&}\])]+)"
+        ),
+        r"\1***",
+    ),
+)
+
+
+def hide_secrets(text: str) -> str:
+    """Replace by ``***`` what nobody but the user should read: passwords, tokens and queries of URLs.
+
+    This is for everything that is printed or logged. A file with such a text is readable by its owner only.
+    """
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text

@@ -10,11 +10,13 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["init", "train", "action", "shuffle", "eval", "tune", "test"]
+from ppo_hpo.spec.config import MAX_EVAL_EPISODES
+
+Purpose = Literal["init", "train", "action", "shuffle", "eval", "tune", "test", "judge"]
 
 # These numbers are part of every result: changing one changes every trial.
 _PURPOSES: dict[Purpose, int] = {
-    "init": 0, "train": 1, "action": 2, "shuffle": 3, "eval": 4, "tune": 5, "test": 6,
+    "init": 0, "train": 1, "action": 2, "shuffle": 3, "eval": 4, "tune": 5, "test": 6, "judge": 7,
 }  # fmt: skip
 
 # Environments take one integer as seed. Training seeds are below this bound and evaluation seeds are not, so
@@ -49,3 +51,19 @@ def evaluation_seeds(n: int) -> list[int]:
     """
     words = _sequence(0, "eval", 0).generate_state(n, np.uint32)
     return [_EVALUATION_SEEDS_FROM + int(word) % _EVALUATION_SEEDS_FROM for word in words]
+
+
+def fresh_episode_seeds(seed: int, n: int) -> list[int]:
+    """``n`` different seeds in ``[2**30, 2**31)``, for episodes that test what was trained with ``seed``.
+
+    Tuning uses none of them, whatever `task.eval_episodes` is. Each training seed has episodes of its own, so
+    the scores of several runs vary by their training seeds and by their episodes. All configurations have the
+    same ones. A longer list begins like a shorter one.
+    """
+    tuning, rng = set(evaluation_seeds(MAX_EVAL_EPISODES)), make_rng(seed, "judge")
+    found: dict[int, None] = {}
+    while len(found) < n:
+        number = int(rng.integers(_EVALUATION_SEEDS_FROM, 2 * _EVALUATION_SEEDS_FROM))
+        if number not in tuning:
+            found[number] = None
+    return list(found)

@@ -117,7 +117,7 @@ def with_fidelities(space: Space, fidelities: Mapping[str, Any]) -> Space:
         if name not in ("epochs", "task.epochs"):
             raise UserError(
                 f"The space {space.name!r} has no fidelity {name!r}. It has `epochs`, "
-                f'as in epochs="fidelity(1, 16, base=4)".'
+                f'as in `epochs="fidelity(1, 16, base=4)"`.'
             )
         fixed.get("task", {}).pop("epochs", None)
         priors.get("task", {}).pop("epochs", None)
@@ -126,7 +126,7 @@ def with_fidelities(space: Space, fidelities: Mapping[str, Any]) -> Space:
             if not prior.startswith("fidelity"):
                 raise UserError(
                     f"`epochs` must be a fidelity or a whole number, but got {value!r}. "
-                    f'Write it as epochs="fidelity(1, 16, base=4)".'
+                    f'Write it as `epochs="fidelity(1, 16, base=4)"`.'
                 )
             check_prior("task", "epochs", prior)
             priors.setdefault("task", {})["epochs"] = prior

@@ -40,6 +40,11 @@ def bootstrap(
     Each of R ``resamples`` draws from every group as many runs as it has, with replacement. The interval is
     the middle 95 % of the statistic over all resamples. It is too narrow for few runs (ten or more are
     advised), and a point for one run. The ``seed`` gives the same runs the same interval always.
+
+    The interval covers every kind of chance that was drawn anew for each run. In a test on fresh seeds these
+    are the training seed and the evaluation episodes (`randomness.fresh_episode_seeds`): the score of a run
+    varies by both, and so do resampled runs. Resampling the episodes of each run as well would count their
+    chance twice. If runs shared their episodes, as in tuning, the interval would miss the chance of episodes.
     """
     rng = np.random.default_rng(seed)
     arrays = [np.asarray(values, np.float64) for values in groups]

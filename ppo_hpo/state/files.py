@@ -39,7 +39,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {reason}.") from None
 
 
-def write_atomically(path: Path, content: bytes, stage: Path | None = None) -> None:
+def write_atomically(path: Path, content: bytes, stage: Path | None = None, *, private: bool = False) -> None:
     """Write a file so that at any instant either the old or the new content is there, complete.
 
     The content goes into a temporary file, which is flushed to disk and renamed. Then the directory is
@@ -49,13 +49,15 @@ def write_atomically(path: Path, content: bytes, stage: Path | None = None) -> N
         path: the file to write.
         content: its complete content.
         stage: directory of the temporary file, on the same file system; default: the directory of ``path``.
+        private: whether only the user may read the file, because it holds a secret.
     """
     with explain_write_errors(path):
         temporary = (stage or path.parent) / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}.tmp"
         # The file is created inside the `try`, because a signal may raise as soon as the file exists.
         try:
             # Files of mkstemp are readable by their owner only. These follow the umask.
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            mode = 0o600 if private else 0o666
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()

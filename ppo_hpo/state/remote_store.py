@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError, hide_passwords
+from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError, hide_secrets
 from ppo_hpo.state.files import read_bytes, write_atomically
 
 #: Environment variable that holds the store's URL if no other is given.
@@ -62,7 +62,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Open a store: a directory, or a URL that `fsspec` can open. Nothing is read yet."""
-        self.name = hide_passwords(url)
+        self.name = hide_secrets(url)
         self._overdue: Future[Any] | None = None  # an operation that took too long
         scheme = _SCHEME.match(url)
         if "::" in url:

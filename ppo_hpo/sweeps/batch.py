@@ -1,5 +1,7 @@
 """Trains a list of trials on the processes of `ppo_hpo.orion.workers`, and skips those that are done.
 
+With ``fresh_episodes`` each policy is then tested on so many episodes that no trial is evaluated on.
+
 Each trial is an ordinary one in a directory of its own, so it resumes when the same list is run again.
 """
 
@@ -9,18 +11,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.state.files import read_bytes
 from ppo_hpo.sweeps.progress import BatchProgress
-
-if TYPE_CHECKING:
-    from ppo_hpo.trial.options import RunOptions
+from ppo_hpo.trial import fresh_test
+from ppo_hpo.trial.options import RETRIES, RunOptions
 
 _MOST_RESULTS = 1 << 20  # bytes, far above what results take
 _DEATHS = 2  # how often a worker that was killed, as for lack of memory, is replaced for one trial
@@ -40,14 +41,17 @@ class Job:
 class Result:
     """The result of a trial."""
 
-    score: float  # mean return of the last evaluation, or of the worst one if the trial diverged
+    # mean return of the fresh episodes, or of the last evaluation if there are none; if the trial diverged,
+    # that of its worst evaluation
+    score: float
     statistics: Mapping[str, float]  # of its result file
     read: bool = False  # whether the result was there already
 
 
 def run_all(
-    jobs: Sequence[Job], *, n_workers: int = 2, device: str = "auto", progress: BatchProgress | None = None
-) -> list[Result]:
+    jobs: Sequence[Job], *, n_workers: int = 2, device: str = "auto", progress: BatchProgress | None = None,
+    fresh_episodes: int = 0,
+) -> list[Result]:  # fmt: skip
     """Train trials, as many at a time as there are workers. Results come in the order of the jobs.
 
     Jobs with the same directory must be the same trial, which is trained once. If a trial fails, or its
@@ -59,27 +63,26 @@ def run_all(
     results: dict[Path, Result] = {}
     waiting = []
     for job in {job.directory: job for job in jobs}.values():
-        if (found := result_of(job)) is None:
+        if (found := result_of(job, fresh_episodes)) is None:
             waiting.append(job)
         else:
             results[job.directory] = found
             progress.ended(job, found)
     if waiting:
-        for job, found in _trained(waiting, min(n_workers, len(waiting)), device, progress):
+        # A store is for machines that share no file system, but these trials are all trained here.
+        options = RunOptions(device, checkpoint_store="", retries=RETRIES, fresh_episodes=fresh_episodes)
+        for job, found in _trained(waiting, min(n_workers, len(waiting)), options, progress):
             results[job.directory] = found
             progress.ended(job, found)
     return [results[job.directory] for job in jobs]
 
 
 def _trained(
-    jobs: Sequence[Job], n_workers: int, device: str, progress: BatchProgress
+    jobs: Sequence[Job], n_workers: int, options: RunOptions, progress: BatchProgress
 ) -> Iterator[tuple[Job, Result]]:
     """Yield the jobs with their results, as they end."""
     from ppo_hpo.orion.workers import WorkerDied, Workers
-    from ppo_hpo.trial.options import RETRIES, RunOptions
 
-    # A store is for machines that share no file system, but these trials are all trained here.
-    options = RunOptions(device, checkpoint_store="", retries=RETRIES)
     waiting = list(reversed(jobs))
     running: dict[Any, Job] = {}
     with Workers(n_workers, retries=_DEATHS) as workers:
@@ -95,18 +98,19 @@ def _trained(
             for one in ended:
                 job = running.pop(one.future)
                 try:
-                    answer = one.future.get()
+                    failed = one.future.get()
                 except WorkerDied as error:
-                    answer = {"failed": str(error)}
-                if "failed" in answer:
-                    failure = answer["failed"].rstrip(".")
-                    raise UserError(f"The trial in {job.directory} failed: {failure}. {_KEPT}")
-                yield job, Result(-answer["objective"], answer["statistics"])
+                    failed = str(error)
+                found = None if failed else result_of(job, options.fresh_episodes)
+                if found is None:
+                    failed = (failed or "its result cannot be read").rstrip(".")
+                    raise UserError(f"The trial in {job.directory} failed: {failed}. {_KEPT}")
+                yield job, replace(found, read=False)
             progress.tick(list(running.values()))
 
 
-def _train(mapping: Mapping[str, Any], directory: str, options: RunOptions) -> dict[str, Any]:
-    """Train a trial in a worker; return its result, or the text of its failure."""
+def _train(mapping: Mapping[str, Any], directory: str, options: RunOptions) -> str:
+    """Train a trial in a worker; return why it failed, or an empty text."""
     from ppo_hpo.trial import failure
     from ppo_hpo.trial.runner import run
 
@@ -117,16 +121,16 @@ def _train(mapping: Mapping[str, Any], directory: str, options: RunOptions) -> d
         del os.environ[name]
     config = TrialConfig.from_mapping(mapping)
     try:
-        outcome = run(config, Path(directory), options, console=False)
+        run(config, Path(directory), options, console=False)
     except UserError as error:
-        return {"failed": str(error)}
+        return str(error)
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        return {"failed": failure.one_line(error)}
-    return {"objective": outcome.objective, "statistics": dict(outcome.statistics)}
+        return failure.one_line(error)
+    return ""
 
 
-def result_of(job: Job) -> Result | None:
+def result_of(job: Job, fresh_episodes: int = 0) -> Result | None:
     """The result of a job that is done; None if it is not, or if its directory belongs to another trial."""
     try:
         config = TrialConfig.from_mapping(yamlio.load(job.directory / "config.yaml"))
@@ -137,4 +141,10 @@ def result_of(job: Job) -> Result | None:
         return None
     if config.identity() != job.config.identity() or not done:
         return None
-    return Result(-values.pop("objective"), values, read=True)
+    score = -values.pop("objective")
+    if fresh_episodes:
+        test = fresh_test.read(job.directory, job.config, fresh_episodes)
+        if test is None:
+            return None
+        score, values["diverged"] = test.score, float(not test.returns)
+    return Result(score, values, read=True)

@@ -41,11 +41,15 @@ def _retrained(client: Any, found: Sequence[Candidate], title: str, retraining: 
     place = Path(retraining.directory or Path(client.working_dir) / "best").absolute()
     rival = baseline(found[0].config, retraining.against)
     tested = retrain([*found, *([] if rival is None else [rival])], place, retraining)
-    lines = [f"experiment  {title}: the best trials on {retraining.seeds} fresh seeds", ""]
+    lines = [
+        f"experiment  {title}: the best trials on {retraining.seeds} fresh seeds",
+        f"            each evaluated on {retraining.episodes} fresh episodes",
+        "",
+    ]
     lines += [*table(tested), "", *conclusions(tested), *_warnings(found), f"directory   {place}"]
     about = {
         "experiment": f"{client.name}-v{client.version}", "test_seeds": retraining.seeds,
-        "tested": [asdict(item) for item in tested],
+        "test_episodes": retraining.episodes, "tested": [asdict(item) for item in tested],
     }  # fmt: skip
     write_atomically(place / "best.json", (json.dumps(about, indent=1) + "\n").encode())
     if retraining.html is not None:

@@ -24,6 +24,9 @@ class Candidate:
     trial: str | None = None
     directory: Path | None = None
     forked: bool = False  # whether hyperparameters changed during the trial's life, as PBT does
+    # How long the trial took for one environment step, and steps of its episodes. 0 means unknown.
+    seconds_per_step: float = 0.0
+    episode_length: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -57,7 +60,11 @@ def _candidate(trial: Any, number: int) -> Candidate:
         # It was scored and saved before the last epoch that was asked for.
         config = config.replace(task={"epochs": int(statistics["epochs"]), "max_epochs": config.max_epochs})
     label, claimed = f"{number}. {trial.id[:8]}", -float(trial.objective.value)
-    return Candidate(label, config, claimed, trial.id, path.parent, bool(statistics.get("forked")))
+    steps = statistics.get("env_steps_here", 0.0)
+    return Candidate(
+        label, config, claimed, trial.id, path.parent, bool(statistics.get("forked")),
+        statistics.get("wall_seconds", 0.0) / steps if steps else 0.0, statistics.get("episode_length", 0.0),
+    )  # fmt: skip
 
 
 def changed_values(config: TrialConfig) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppo_hpo.orion import hunt_file
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import GROUPS, check_key
-from ppo_hpo.spec.errors import UserError, hide_passwords
+from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.space import MARK, Space, read_space, with_fidelities
 from ppo_hpo.state.files import write_atomically
 from ppo_hpo.trial.options import RunOptions
@@ -126,13 +127,15 @@ class Plan:
             raise UserError(f"The sweep's directory {place} cannot be made: {error.strerror}.") from None
         storage = storage_of(request.storage, place)
         try:
-            stored = ExperimentBuilder(storage).fetch_config_from_db(name) or None
+            builder = ExperimentBuilder(storage)
+            hunt_file.settle(builder.storage, place)
+            stored = builder.fetch_config_from_db(name) or None
         except NotImplementedError as error:
             raise UserError(f"Orion has no such storage: {str(error).splitlines()[0]}.") from None
         except (OSError, DatabaseError, *_NO_PICKLE) as error:
             why, database = " ".join(str(error).split()).rstrip("."), storage.get("database") or {}
             text = f"{database.get('host') or storage} ({database.get('type')}) cannot be used: {why}."
-            raise UserError(f"The database {hide_passwords(text)}") from None
+            raise UserError(f"The database {text}") from None
         plan = cls(request, name, place, storage, stored)
         if stored is not None and wanted is not None:
             plan._refuse_another_algorithm(wanted, stored["algorithm"])
@@ -237,8 +240,13 @@ class Plan:
         # A hunt with this file runs each trial in a process of its own. Threads are enough to wait for them.
         threads = {"executor": "joblib", "executor_configuration": {"backend": "threading"}}
         worker = {"n_workers": self.request.n_workers or usable_cores(), **threads}
-        hunt = yamlio.dump({"storage": dict(self.storage), "worker": worker})
-        _write_if_changed(self.place / "orion.yaml", hunt)
+        hunt_file.write(self.place, self.storage, worker)
+        database = self.storage.get("database") or {}
+        if str(database.get("type")).lower() in hunt_file.FILES:
+            # Orion keeps the command of a trial in the database, and with it the URL of a checkpoint store.
+            hunt_file.keep_private(
+                Path(database["host"]), " ".join(self.request.run_command(self.space_file))
+            )
         return client
 
     def _client(self, space: Space) -> ExperimentClient:
@@ -246,6 +254,7 @@ class Plan:
         from orion.core.io import resolve_config
         from orion.core.io.experiment_builder import ExperimentBuilder
 
+        of_hunts = hunt_file.settings(self.place)
         settings: dict[str, Any] = {"max_trials": self.request.max_trials}
         if self.stored is None:
             default: dict[str, dict[str, Any]] = {"asha" if space.max_epochs else "random": {}}
@@ -259,14 +268,16 @@ class Plan:
                 "working_dir": str(self.place / "trials"),
             }
         try:
-            experiment = ExperimentBuilder(self.storage).build(self.name, **settings)
+            experiment = ExperimentBuilder(self.storage).build(
+                self.name, max_broken=of_hunts.get("experiment.max_broken"), **settings
+            )
         except NotImplementedError as error:
             raise UserError(f"Orion has no such algorithm: {str(error).splitlines()[0]}.") from None
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"Orion refuses this algorithm on this space: {' '.join(str(error).split())}"
             ) from error
-        return ExperimentClient(experiment)
+        return ExperimentClient(experiment, heartbeat=of_hunts.get("worker.heartbeat"))
 
 
 def _to_document(space: Space) -> Document:
@@ -299,10 +310,10 @@ def storage_of(storage: str | Mapping[str, Any] | None, place: Path) -> dict[str
     if isinstance(storage, Mapping):
         content = dict(storage)
         return content if "database" in content else {"type": "legacy", "database": content}
-    if storage is None and (place / "orion.yaml").is_file():
-        content = yamlio.load(place / "orion.yaml")
-        if isinstance(content, Mapping) and isinstance(content.get("storage"), Mapping):
-            return dict(content["storage"])
+    if storage is None and (place / hunt_file.NAME).is_file():
+        named = hunt_file.storage_in(place / hunt_file.NAME)
+        if isinstance(named, Mapping):
+            return dict(named)
     address = str(storage) if storage is not None else str(place / "orion.sqlite")
     scheme, separator, rest = address.partition("://")
     if not separator:

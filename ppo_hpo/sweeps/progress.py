@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ppo_hpo.orion.experiment import params_of
+from ppo_hpo.orion.experiment import params_of, statistics_of
+from ppo_hpo.spec.errors import hide_secrets
+from ppo_hpo.spec.printing import encodable
 
 if TYPE_CHECKING:
     from ppo_hpo.sweeps.batch import Job, Result
@@ -41,7 +43,12 @@ class _Display:
     def status(self, text: str) -> None:
         """Overwrite the status line of a terminal."""
         if self.terminal:
-            self._write(f"{_ERASE}{text[: shutil.get_terminal_size().columns - 1]}")
+            self._write(f"{_ERASE}{text}")
+
+    @property
+    def columns(self) -> int:
+        """How many characters a status line may have. Where it is no terminal, there is no limit."""
+        return shutil.get_terminal_size().columns - 1 if self.terminal else 1 << 20
 
     def close(self) -> None:
         """Erase the status line."""
@@ -50,8 +57,25 @@ class _Display:
 
     def _write(self, text: str) -> None:
         if self.stream is not None:
-            self.stream.write(text)
+            self.stream.write(encodable(text, self.stream))
             self.stream.flush()
+
+
+def fitted(head: str, running: Sequence[tuple[str, int, int]], columns: int) -> str:
+    """A status line of ``head`` and the running trials: name, epoch and last epoch of each.
+
+    If it is longer than ``columns``, the epochs are abbreviated, and then trials are only counted.
+    """
+    text = head + ", ".join(f"{name} (epoch {epoch} of {of})" for name, epoch, of in running)
+    if len(text) <= columns:
+        return text
+    short = [f"{name} {epoch}/{of}" for name, epoch, of in running]
+    for shown in range(len(short), 0, -1):
+        more = f", {len(short) - shown} more" if shown < len(short) else ""
+        text = head + ", ".join(short[:shown]) + more
+        if len(text) <= columns:
+            return text
+    return head.rstrip(": ")[:columns]
 
 
 class SweepProgress:
@@ -65,6 +89,9 @@ class SweepProgress:
     ) -> None:
         self.total, self.done, self.best, self.epochs = total, done, best, epochs
         self.errors: list[str] = []
+        self.speed_before = (
+            0.0  # steps per second of earlier calls, shown until this one has trained an epoch
+        )
         self._display = _Display(stream)
         self._done_before, self._steps, self._shown = done, 0.0, time.monotonic()
         self._running: dict[str, Any] = {}
@@ -98,11 +125,11 @@ class SweepProgress:
     def _failed(self, trial: Any, error: Exception, traceback: str) -> None:
         if getattr(error, "return_code", None) is not None:
             return  # an interruption
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = hide_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
         self.errors.append(f"trial {trial.id[:8]}: {text}; {trial.working_dir}")
         self._line(f"trial {trial.id[:8]}  broken: {text[:200]}")
         if traceback:
-            self._display.line(traceback.rstrip())
+            self._display.line(hide_secrets(traceback.rstrip()))
 
     def tick(self) -> None:
         """Print the status line: each second on a terminal, else each half minute."""
@@ -119,18 +146,19 @@ class SweepProgress:
         for name, trial in self._running.items():
             epoch, of, now = self._position(trial)
             steps += now
-            running.append(f"{name[:8]} (epoch {epoch} of {of})")
+            running.append((name[:8], epoch, of))
         parts = [f"{self.done}/{self.total} trials"]
         if self.errors:
             parts.append(f"{len(self.errors)} broken")
         if self.best is not None:
             parts.append(f"best {self.best:.1f}")
-        parts.append(f"{steps / max(elapsed, 1e-9):,.0f} steps/s")
+        speed = steps / max(elapsed, 1e-9)
+        parts.append(f"{speed if steps else self.speed_before:,.0f} steps/s")
         here = self.done - self._done_before
         if here and self.total > self.done:
             parts.append(f"{duration(elapsed / here * (self.total - self.done))} left")
-        parts.append(f"{len(running)} running" + (f": {', '.join(running)}" if running else ""))
-        return "  ".join(parts)
+        parts.append(f"{len(running)} running" + (": " if running else ""))
+        return fitted("  ".join(parts), running, self._display.columns)
 
     def _position(self, trial: Any) -> tuple[int, int, float]:
         """A running trial's epoch, its last epoch, and the steps that it took since it started here."""
@@ -155,18 +183,23 @@ class BatchProgress:
     `batch.run_all` calls its methods. Without a stream it prints nothing.
     """
 
-    def __init__(self, stream: TextIO | None, jobs: Sequence[Job]) -> None:
+    def __init__(self, stream: TextIO | None, jobs: Sequence[Job], plan: str = "") -> None:
         self._display = _Display(stream)
         self._epochs = {job.directory: job.config.task.epochs for job in jobs}
+        self._steps_per_epoch = {job.directory: job.config.task.steps_per_epoch for job in jobs}
         self._ended: set[Path] = set()
-        self._found = self._epochs_found = 0
+        self._found = 0
+        # Epochs that each trial had when this began. They were not trained here.
+        self._epochs_before = {job.directory: epochs_of(job) for job in jobs}
+        if plan:
+            self._display.line(plan)
 
     def ended(self, job: Job, result: Result) -> None:
         """Note that a job ended, or that its result was found."""
         self._ended.add(job.directory)
         if result.read:
             self._found += 1
-            self._epochs_found += self._epochs[job.directory]
+            self._epochs_before[job.directory] = self._epochs[job.directory]
             return
         self._print_found()
         self._display.timed_line(
@@ -179,12 +212,18 @@ class BatchProgress:
         self._print_found()
         if not self._display.terminal:
             return
-        now = [(job.label, epochs_of(job), job.config.task.epochs) for job in running]
-        done = sum(self._epochs[place] for place in self._ended) + sum(epoch for _, epoch, _ in now)
-        new, left = done - self._epochs_found, sum(self._epochs.values()) - done
-        text = "; ".join(f"{label}: epoch {epoch} of {of}" for label, epoch, of in now)
-        rest = f"{duration(self._display.elapsed / new * left)} left  " if new > 0 else ""
-        self._display.status(rest + text)
+        now = {job.directory: epochs_of(job) for job in running}
+        done = self._epochs_before | {place: self._epochs[place] for place in self._ended} | now
+        new = left = 0
+        for place, steps in self._steps_per_epoch.items():
+            new += steps * (done[place] - self._epochs_before[place])
+            left += steps * (self._epochs[place] - done[place])
+        head = f"{len(self._ended)}/{len(self._epochs)} trials  "
+        if new:
+            speed = new / max(self._display.elapsed, 1e-9)
+            head += f"{speed:,.0f} steps/s  {duration(left / speed)} left  "
+        trials = [(job.label, now[job.directory], job.config.task.epochs) for job in running]
+        self._display.status(fitted(head, trials, self._display.columns))
 
     def close(self) -> None:
         """Erase the status line."""
@@ -195,6 +234,13 @@ class BatchProgress:
         if self._found:
             self._display.line(f"{self._found} of {len(self._epochs)} trials were done before")
             self._found = 0
+
+
+def speed_of(trials: Sequence[Any]) -> float:
+    """Environment steps per second of one worker, in trials that are completed; 0 if there are none."""
+    each = [statistics_of(trial) for trial in trials]
+    seconds = sum(found.get("wall_seconds", 0.0) for found in each)
+    return sum(found.get("env_steps_here", 0.0) for found in each) / seconds if seconds else 0.0
 
 
 def epochs_of(job: Job) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_hpo.inspect.cost import Cost, cost_of, costs_of
 from ppo_hpo.orion.experiment import completed_trials, params_of, ranking_key, statistics_of
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.printing import encodable
 
 if TYPE_CHECKING:
     import pandas
@@ -64,7 +65,8 @@ class SweepResult:
         label, (sweep, hunt, report) = "resume", self.commands
         if self.client.is_done:  # Without more trials the commands would do nothing.
             label, sweep, hunt = "more trials", f"{sweep} --max-trials N", f"{hunt} --exp-max-trials N"
-        return "\n".join([*lines, f"{label:12}{sweep}", f"            or {hunt}", f"report      {report}"])
+        lines += [f"{label:12}{sweep}", f"            or {hunt}", f"report      {report}"]
+        return encodable("\n".join(lines))
 
 
 def result_of(client: ExperimentClient, place: Path) -> SweepResult:

@@ -1,7 +1,8 @@
 """Retrains configurations on fresh seeds, beside a baseline, and describes what that found.
 
 The best of many noisy scores is too good: it won by its configuration and by its luck (the winner's curse).
-What remains of its score shows when it is trained from scratch on seeds that tuning has not seen.
+What remains of its score shows when it is trained from scratch on seeds that tuning has not seen, and then
+evaluated on episodes that tuning has not seen either.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any, TextIO
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.space import fill, list_spaces, read_space
-from ppo_hpo.sweeps.batch import Job, Result, run_all
+from ppo_hpo.sweeps.batch import Job, Result, result_of, run_all
 from ppo_hpo.sweeps.candidates import Candidate
-from ppo_hpo.sweeps.progress import BatchProgress
+from ppo_hpo.sweeps.progress import BatchProgress, duration
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Retraining:
     """How to retrain the best trials from scratch."""
 
     seeds: int  # how many fresh seeds
+    episodes: int = 100  # how many fresh episodes evaluate the policy of each seed
     against: str | None = None  # what to compare with; see `baseline`
     n_workers: int | None = None  # None means the number of usable cores.
     device: str = "auto"
@@ -40,7 +42,7 @@ class Tested:
     trial: str | None
     steps: int  # environment steps of each run
     claimed: float | None
-    scores: list[float]  # for each fresh seed, the mean return of the run's last evaluation
+    scores: list[float]  # for each fresh seed, the mean return of its fresh episodes
     diverged: int  # how many runs diverged
     iqm: float  # interquartile mean of the scores
     interval: tuple[float, float]  # of `iqm`
@@ -114,6 +116,28 @@ def jobs_of(candidate: Candidate, seeds: int, place: Path) -> list[Job]:
     return found
 
 
+def plan_of(everybody: Sequence[Candidate], jobs: Sequence[Job], episodes: int, n_workers: int) -> str:
+    """What `retrain` is about to do, and about how long it takes; empty if all of it is done.
+
+    The baseline was not trained yet, so it is taken to be as fast as the winner.
+    """
+    each = len(jobs) // len(everybody)
+    seconds = steps = runs = 0.0
+    for candidate, first in zip(everybody, range(0, len(jobs), each), strict=True):
+        left = sum(result_of(job, episodes) is None for job in jobs[first : first + each])
+        known = candidate if candidate.seconds_per_step else everybody[0]
+        runs, steps = runs + left, steps + left * candidate.steps
+        seconds += left * (candidate.steps + episodes * known.episode_length) * known.seconds_per_step
+    if not runs:
+        return ""
+    n_workers = min(n_workers, int(runs))
+    time = f", about {duration(seconds / n_workers)}" if seconds else ""
+    return (
+        f"plan        {runs:.0f} runs ({len(everybody)} configurations, {each} fresh seeds), {n_workers} at "
+        f"a time{time}\n            {steps:,.0f} environment steps, then {episodes} fresh episodes a run"
+    )
+
+
 def retrain(everybody: Sequence[Candidate], place: Path, how: Retraining) -> list[Tested]:
     """Train every configuration on fresh seeds, in directories below ``place``.
 
@@ -123,9 +147,11 @@ def retrain(everybody: Sequence[Candidate], place: Path, how: Retraining) -> lis
 
     seeds, n_workers = how.seeds, how.n_workers or usable_cores()
     jobs = [job for candidate in everybody for job in jobs_of(candidate, seeds, place)]
-    show = BatchProgress(how.progress, jobs)
+    show = BatchProgress(how.progress, jobs, plan_of(everybody, jobs, how.episodes, n_workers))
     try:
-        results = run_all(jobs, n_workers=n_workers, device=how.device, progress=show)
+        results = run_all(
+            jobs, n_workers=n_workers, device=how.device, progress=show, fresh_episodes=how.episodes
+        )
     finally:
         show.close()
     runs = [results[index * seeds : (index + 1) * seeds] for index in range(len(everybody))]

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.inspect import retry
+from ppo_hpo.orion import hunt_file
 from ppo_hpo.orion.objective import Objective, prepare_trial
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.errors import UserError, named_as
 from ppo_hpo.spec.space import Space, read_space
 from ppo_hpo.sweeps.executors import StopSignal, WatchedExecutor, make
 from ppo_hpo.sweeps.plan import Plan, SweepRequest
-from ppo_hpo.sweeps.progress import SweepProgress
+from ppo_hpo.sweeps.progress import SweepProgress, speed_of
+from ppo_hpo.sweeps.registered import with_registration
 from ppo_hpo.sweeps.result import SweepResult, orion_yaml, result_of
 from ppo_hpo.trial.gpu_detection import device_name
 from ppo_hpo.trial.options import RETRIES, RunOptions
@@ -102,7 +104,8 @@ def sweep(
 
 
 def _sweep(request: SweepRequest) -> SweepResult:
-    with _quiet(), StopSignal().in_charge() as stop:
+    names = {"--checkpoint-store": "checkpoint_store", "--stop-poor": "stop_poor"}
+    with named_as(names), _quiet(), StopSignal().in_charge() as stop:
         with _script_on_path():
             plan = Plan.of(request)
             document = plan.document()
@@ -227,7 +230,11 @@ def _run(
     stream = sys.stderr if request.progress else None
     progress = SweepProgress(client.max_trials, len(completed), best, epochs, stream)
     try:
-        inner = make(request.executor, request.n_workers, request.options, threads=task.get("threads", 1))
+        n_workers = request.n_workers
+        if n_workers is None and request.executor is None:
+            n_workers = hunt_file.settings(place).get("worker.n_workers")
+        inner = make(request.executor, n_workers, request.options, threads=task.get("threads", 1))
+        progress.speed_before = inner.n_workers * speed_of(completed)
         executor = WatchedExecutor(inner, stop, progress)
         with _explained_errors(client, executor, place):
             with client.tmp_executor(executor):
@@ -242,13 +249,16 @@ def _run(
 def _work(client: ExperimentClient, function: Objective, executor: WatchedExecutor, place: Path) -> None:
     from orion.core.utils.exceptions import LazyWorkers
 
+    of_hunts = hunt_file.settings(place)
     while not client.is_done and not executor.stop.signum:
         # Only as many trials as are missing: Orion would exceed them by the number of workers.
         missing = max(1, client.max_trials - len(client.fetch_trials_by_status("completed")))
         try:
             client.workon(
-                function, n_workers=min(executor.n_workers, missing), max_trials_per_worker=missing,
+                with_registration(function),
+                n_workers=min(executor.n_workers, missing), max_trials_per_worker=missing,
                 trial_arg="trial", prepare_trial=prepare_trial,
+                max_broken=of_hunts.get("worker.max_broken"),
                 on_error=lambda *_: False,  # `SweepProgress` reports errors.
             )  # fmt: skip
         except LazyWorkers:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_hpo.spec.errors import CheckpointError, MachineError, OutOfMemory, UserError
+from ppo_hpo.spec.errors import CheckpointError, MachineError, OutOfMemory, UserError, hide_secrets
 from ppo_hpo.state.files import read_bytes, write_atomically
 
 #: ``transient`` may pass. ``machine`` is what this machine lacks. ``permanent`` is a mistake in the input.
@@ -90,7 +90,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def one_line(error: BaseException) -> str:
     """An error in one line. The type of the error is left out if its text is written for users."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    text = hide_secrets(" ".join("".join(c if c.isprintable() else " " for c in str(error)).split()))
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 

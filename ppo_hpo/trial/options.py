@@ -29,6 +29,8 @@ class RunOptions:
     takeover: bool = False  # whether to end a process that trains this trial, instead of waiting for it
     # how often the trial resumes from its last checkpoint after a failure that may pass, anew for each epoch
     retries: int = 0
+    # how many fresh episodes test the policy after the last epoch (`ppo_hpo.trial.fresh_test`)
+    fresh_episodes: int = 0
     stop_poor: bool = False  # whether the trial stops early if it is poor among its siblings (`median_stop`)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from ppo_hpo.spec.errors import DeterministicFailure, Interrupted, UserError
+from ppo_hpo.spec.errors import DeterministicFailure, Interrupted, UserError, hide_secrets
+from ppo_hpo.spec.printing import print_anything
 
 # Numerical libraries read these variables when they are first imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -70,6 +71,7 @@ def exit_code(
     `interrupt_code` for a signal. ``stops_the_hunt`` says for a user's error whether `orion hunt` should
     stop, because other trials would fail in the same way.
     """
+    print_anything()
     try:
         code = int(command())
         sys.stdout.flush()
@@ -88,7 +90,7 @@ def exit_code(
         if not type(error).__module__.startswith("orion."):
             raise
         # For example, a database was locked for longer than Orion waits.
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = hide_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
         print(f"ppo-hpo: error: Orion failed: {text}", file=sys.stderr)
         return 2
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.errors import UserError, named_as
 from ppo_hpo.trial import process
 
 
@@ -42,6 +42,14 @@ def run_and_exit_code(request: RunRequest, refuse: Callable[[int], None] = lambd
 
 
 def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
+    given = {"task.epochs": request.epochs, "task.seed": request.seed, "retries": request.retries}
+    with named_as(
+        {name: f"--{name[name.find('.') + 1 :]}" for name, value in given.items() if value is not None}
+    ):
+        return _run_as_asked(request, refuse)
+
+
+def _run_as_asked(request: RunRequest, refuse: Callable[[int], None]) -> int:
     process.raise_on_signals()
     from ppo_hpo.spec.config import TrialConfig
 
@@ -55,7 +63,9 @@ def _run(request: RunRequest, refuse: Callable[[int], None]) -> int:
     gpu_slots.own_process()
     orion = OrionContext.from_environ(os.environ, request.parent)
     under_orion = orion.trial_id is not None
-    asked = {field.name: getattr(request, field.name) for field in fields(RunOptions)}
+    # A test on fresh episodes is for `ppo-hpo best`.
+    names = {field.name for field in fields(RunOptions)} - {"fresh_episodes"}
+    asked = {name: getattr(request, name) for name in names}
     if request.retries is None:
         asked["retries"] = RETRIES if under_orion else 0
     options = RunOptions(**asked)

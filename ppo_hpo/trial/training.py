@@ -20,7 +20,7 @@ from ppo_hpo.spec.results import Row
 from ppo_hpo.state import worklog
 from ppo_hpo.state.files import explain_write_errors
 from ppo_hpo.state.remote_store import Store
-from ppo_hpo.trial import median_stop, trial_files
+from ppo_hpo.trial import fresh_test, median_stop, trial_files
 from ppo_hpo.trial.options import OrionContext, RunOptions
 from ppo_hpo.trial.restore import TrialStorage
 from ppo_hpo.trial.retries import Work, with_retries
@@ -150,9 +150,18 @@ class SeedTraining:
                 task.finish()
             raise
         task.finish()
+        self._test(task)
         storage.finish()
         trial_files.write_curve(directory, task.metrics.curve, self.write)
         return task, resumed_from
+
+    def _test(self, task: PPO) -> None:
+        """Test the policy on fresh episodes, if that was asked for and is not done yet."""
+        episodes = self.trial.options.fresh_episodes
+        if episodes and fresh_test.read(self.directory, self.config, episodes) is None:
+            test = fresh_test.take(task, episodes)
+            self.work.eval_steps += test.steps
+            self.write(self.directory / fresh_test.FILE, fresh_test.to_bytes(test, self.config))
 
     def _tick(self) -> None:
         self.tick()

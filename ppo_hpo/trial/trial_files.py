@@ -18,7 +18,7 @@ from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.state import worklog
 from ppo_hpo.state.files import append_line
-from ppo_hpo.trial import failure, median_stop
+from ppo_hpo.trial import failure, fresh_test, median_stop
 
 if TYPE_CHECKING:
     from ppo_hpo.ppo.task import PPO
@@ -28,7 +28,7 @@ Write = Callable[[Path, bytes], None]
 LOG, TIMING, CURVE, RESULTS, CONFIG = "log.txt", "timing.jsonl", "curve.jsonl", "results.json", "config.yaml"
 WRITTEN_IN_PLACE = (LOG, TIMING, worklog.FILE, "lock")  # appended to, locked or emptied
 WRITER = "writer"  # directory in which the lock names the trial's writer
-REPLACED = (failure.RECORD, CURVE, RESULTS, CONFIG, median_stop.RECORD)
+REPLACED = (failure.RECORD, CURVE, RESULTS, CONFIG, median_stop.RECORD, fresh_test.FILE)
 
 
 def default_directory(config: TrialConfig) -> Path:

@@ -56,6 +56,13 @@ def test_returns_and_lengths_equal_those_of_the_loop_by_hand() -> None:
     assert len(set(zip(returns, lengths, strict=True))) > 4
 
 
+def test_blocks_of_episodes_give_the_same_as_all_at_once() -> None:
+    seeds, config = randomness.evaluation_seeds(7), EnvConfig(id="tests.envs:RandomWalk-v0")
+    whole, blocks = (Evaluator(config, probe(config), seeds, 10**6, at_once=n) for n in (None, 3))
+    assert (len(whole._envs), len(blocks._envs)) == (7, 3)
+    assert run(blocks) == run(whole)
+
+
 def test_evaluating_again_gives_the_same_episodes() -> None:
     evaluate = evaluator("RandomWalk", randomness.evaluation_seeds(6))
     assert run(evaluate) == run(evaluate)

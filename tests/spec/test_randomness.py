@@ -6,6 +6,7 @@ import itertools
 from typing import get_args
 
 import numpy as np
+import pytest
 
 from ppo_hpo import PPO, TrialConfig
 from ppo_hpo.spec import randomness
@@ -13,6 +14,7 @@ from ppo_hpo.spec import randomness
 PURPOSES = get_args(randomness.Purpose)
 GOLDEN_TRAINING = [732106493, 539331303, 122122342]
 GOLDEN_EVALUATION = [1905993885, 1135776812, 1659394325]
+GOLDEN_FRESH = [1938150007, 1422630668, 2049509045]
 GOLDEN_INIT = 1317536309490288386
 
 
@@ -54,6 +56,26 @@ def test_evaluation_seeds_are_disjoint_from_all_training_seeds() -> None:
     # Seeds fill their half: both ends of it are reached.
     assert max(training) > 0.99 * 2**30
     assert min(training) < 0.01 * 2**30
+
+
+def test_fresh_episodes_are_none_of_tuning_and_none_of_training() -> None:
+    tuning = set(randomness.evaluation_seeds(100_000))  # as many as `task.eval_episodes` may be
+    lists = {seed: randomness.fresh_episode_seeds(seed, 500) for seed in (0, 1, 2**32, 2**63 - 1)}
+    every = [number for found in lists.values() for number in found]
+    assert not tuning & set(every)
+    assert min(every) >= 2**30
+    assert max(every) < 2**31
+    # Of their own for each training seed, and each once: some of 2,000 draws of 2**30 may meet by chance.
+    assert all(len(set(found)) == 500 for found in lists.values())
+    assert len(set(every)) > 1990
+    assert randomness.fresh_episode_seeds(1, 20) == lists[1][:20]
+    assert lists[0][:3] == GOLDEN_FRESH
+
+
+def test_a_fresh_episode_that_tuning_has_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = GOLDEN_FRESH
+    monkeypatch.setattr(randomness, "evaluation_seeds", lambda n: [second])
+    assert randomness.fresh_episode_seeds(0, 2) == [first, third]
 
 
 def test_the_numbers_are_part_of_every_result() -> None:

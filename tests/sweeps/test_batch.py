@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,44 @@ def test_what_counts_as_done(tmp_path: Path) -> None:
     for content in (b"", b"[", b"{}", b'[{"name": "objective", "value": "x"}]', b"[" * 100_000):
         (one.directory / "results.json").write_bytes(content)
         assert result_of(one) is None, content[:20]
+
+
+def test_a_test_on_fresh_episodes_trains_nothing_again(tmp_path: Path) -> None:
+    one = job(tmp_path, task={"max_epochs": 4})
+    outcome = run_quietly(one.config, one.directory)
+    assert result_of(one, 3) is None
+    before = curve(one)
+    for episodes in (3, 5):
+        tested = run_quietly(one.config, one.directory, fresh_episodes=episodes)
+        assert tested.objective == outcome.objective
+        assert tested.statistics["env_steps_here"] == 0
+        content = json.loads((one.directory / "test.json").read_text())
+        assert tested.statistics["eval_steps_here"] == sum(content["returns"])  # each step pays 1
+        found = result_of(one, episodes)
+        assert found is not None
+        assert found.score == content["score"] == pytest.approx(sum(content["returns"]) / episodes)
+        assert result_of(one, episodes + 1) is None
+        assert result_of(one) == replace(found, score=-outcome.objective)
+    assert curve(one) == before
+    # Another epoch's policy is not the one that is to be tested.
+    run_quietly(one.config.replace(task={"epochs": 3}), one.directory)
+    with pytest.raises(
+        UserError, match="needs the policy after epoch 2, but this directory has that of epoch 3"
+    ):
+        run_quietly(one.config, one.directory, fresh_episodes=4)
+    for text in ("", "[]", "{}", '{"score": 1, "returns": "x"}'):
+        (one.directory / "test.json").write_text(text)
+        assert result_of(one, 5) is None
+
+
+def test_a_trial_that_diverged_is_tested_by_its_worst_evaluation(tmp_path: Path) -> None:
+    env = {"id": "tests.envs:BecomesNaN-v0", "kwargs": {"after": 150}, "max_episode_steps": 50}
+    one = job(tmp_path, env=env)
+    outcome = run_quietly(one.config, one.directory, fresh_episodes=3)
+    found = result_of(one, 3)
+    assert found is not None
+    assert (found.score, found.statistics["diverged"]) == (-outcome.objective, 1.0)
+    assert json.loads((one.directory / "test.json").read_text())["returns"] == []
 
 
 def fails(place: Path, how: str, notes: Path, at: int = 300) -> Job:

@@ -12,14 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
-from ppo_hpo import TrialConfig, UserError, load_policy
+from ppo_hpo import TrialConfig, UserError, export_policy, load_policy
 from ppo_hpo.cli.main import main
 from ppo_hpo.orion.experiment import open_experiment, params_of
 from ppo_hpo.orion.objective import objective
+from ppo_hpo.ppo.policy import Policy
 from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.randomness import fresh_episode_seeds
 from ppo_hpo.spec.results import entries
 from ppo_hpo.spec.space import fill, get_space, read_space
 from ppo_hpo.spec.stats import advantage_interval, iqm_interval
@@ -104,7 +107,8 @@ def test_the_best_and_how_to_train_them_again(hunted: Path, capsys: pytest.Captu
 
 def test_on_fresh_seeds(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, place = tmp_path / "page.html", tmp_path / "best"
-    options = ["--top", "2", "--test-seeds", "4", "--dir", place, "--html", page, "--device", "cpu"]
+    options = ["--top", "2", "--test-seeds", "4", "--test-episodes", "6", "--dir", place, "--html", page]
+    options += ["--device", "cpu", "--workers", "2"]
     assert ask(hunted, *options) == 0
     said = capsys.readouterr()
     first, second, _ = trials_of(hunted)
@@ -122,25 +126,25 @@ def test_on_fresh_seeds(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert {config.task.seed for config in found} == set(fresh_seeds(found[0].replace(task={"seed": 3}), 4))
     assert {config.task.epochs for config in found} == {2}
     config = TrialConfig.from_mapping(yamlio.load(Path(first.working_dir) / "config.yaml"))
-    scores = []
-    for seed in fresh_seeds(config, 4):
-        own = config.replace(task={"seed": seed})
-        outcome = run_quietly(own, tmp_path / "alone" / str(seed))
-        scores.append(-outcome.objective)
-    assert one["scores"] == scores
-    assert len(set(scores)) > 1
+    assert one["scores"] == pytest.approx(by_hand(config, 4, place, tmp_path))
+    assert len(set(one["scores"])) > 1
 
     # What is told of them.
-    assert one["interval"] == list(iqm_interval(scores))
-    assert one["iqm"] == pytest.approx(np.mean(sorted(scores)[1:3]))
+    assert one["interval"] == list(iqm_interval(one["scores"]))
+    assert one["iqm"] == pytest.approx(np.mean(sorted(one["scores"])[1:3]))
     assert one["kept"] == pytest.approx(one["iqm"] - rival["iqm"])
-    assert one["kept_interval"] == list(advantage_interval(scores, rival["scores"]))
+    assert one["kept_interval"] == list(advantage_interval(one["scores"], rival["scores"]))
     assert rival["kept"] is None
     row = next(line for line in said.out.splitlines() if line.startswith(one["label"]))
     assert row.split()[2:5] == ["1,024", f"{one['claimed']:.1f}", f"{one['iqm']:.1f}"]
     assert row.split()[-1] == f"{one['claimed'] - one['iqm']:.1f}"
     assert f"over preset cartpole: claimed {one['claimed'] - rival['iqm']:+.1f}, measured" in said.out
-    assert len(said.err.splitlines()) == 12
+    plan, steps, *runs = said.err.splitlines()
+    assert re.fullmatch(
+        r"plan        12 runs \(3 configurations, 4 fresh seeds\), 2 at a time, about \d+ s", plan
+    )
+    assert steps == "            12,288 environment steps, then 6 fresh episodes a run"
+    assert len(runs) == 12
     html = page.read_text(encoding="utf-8")
     assert "<h1>tiny&lt;i&gt; (version 1)</h1>" in html
     assert "<script src" not in html
@@ -153,13 +157,42 @@ def test_on_fresh_seeds(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     again = capsys.readouterr()
     assert again.out == said.out
     assert again.err == "12 of 12 trials were done before\n"
-    more = ["--top", "1", "--test-seeds", "5", "--dir", place, "--against", "none", "--device", "cpu"]
-    assert ask(hunted, *more) == 0
+    more = ["--top", "1", "--test-seeds", "5", "--test-episodes", "6", "--dir", place, "--against", "none"]
+    assert ask(hunted, *more, "--device", "cpu") == 0
     text = capsys.readouterr()
-    assert text.err.startswith("4 of 5 trials were done before\n")
+    assert text.err.startswith("plan        1 runs (1 configurations, 5 fresh seeds), 1 at a time")
+    assert text.err.splitlines()[2] == "4 of 5 trials were done before"
     assert "advantage" not in text.out
-    assert json.loads((place / "best.json").read_text())["tested"][0]["scores"][:4] == scores
+    assert json.loads((place / "best.json").read_text())["tested"][0]["scores"][:4] == one["scores"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+def by_hand(config: TrialConfig, seeds: int, place: Path, tmp_path: Path) -> list[float]:
+    """Scores of trials that are trained as ever, and played on episodes that tuning does not have."""
+    scores, in_tuning = [], []
+    for seed in fresh_seeds(config, seeds):
+        own, alone = config.replace(task={"seed": seed}), tmp_path / "alone" / str(seed)
+        tested = place / own.identity()[:32]
+        in_tuning.append(-run_quietly(own, alone).objective)
+        assert (tested / "curve.jsonl").read_bytes() == (alone / "curve.jsonl").read_bytes()
+        returns = played(export_policy(tested, tmp_path / "policy"), fresh_episode_seeds(seed, 6))
+        assert json.loads((tested / "test.json").read_text())["returns"] == returns
+        scores.append(sum(returns) / 6)
+    assert scores != in_tuning
+    return scores
+
+
+def played(policy: Policy, seeds: list[int]) -> list[float]:
+    """The returns of a policy on episodes of CartPole, one after the other."""
+    env, returns = gymnasium.make("CartPole-v1", max_episode_steps=300), []
+    for seed in seeds:
+        obs, _ = env.reset(seed=seed)
+        total, over = 0.0, False
+        while not over:
+            obs, reward, terminated, truncated, _ = env.step(policy.act(obs))
+            total, over = total + float(reward), terminated or truncated
+        returns.append(total)
+    return returns
 
 
 def test_stopped_it_goes_on(hunted: Path, tmp_path: Path) -> None:
@@ -172,7 +205,8 @@ def test_stopped_it_goes_on(hunted: Path, tmp_path: Path) -> None:
     place = tmp_path / "best"
     command = [
         sys.executable, "-m", "ppo_hpo", "best", NAME, "-c", str(hunted / "orion.yaml"), "--top", "1",
-        "--test-seeds", "2", "--against", "none", "--device", "cpu", "--dir", str(place),
+        "--test-seeds", "2", "--test-episodes", "1", "--against", "none", "--device", "cpu",
+        "--dir", str(place),
     ]  # fmt: skip
     try:
         (first / "config.yaml").write_text(yamlio.dump(config))
