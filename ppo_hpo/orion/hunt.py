@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from ppo_hpo.spec.errors import hide_passwords
+from ppo_hpo.spec.errors import hide_secrets
 
 _OUR_COMMANDS = ("ppo-hpo", "ppo_hpo")
 _log = logging.getLogger("ppo_hpo")
@@ -142,7 +142,7 @@ def _file_error(error: BaseException | None) -> str:
 
     while error is not None:
         if isinstance(error, DatabaseError):
-            return hide_passwords(str(error)).rstrip(".")
+            return hide_secrets(str(error)).rstrip(".")
         if isinstance(error, OSError) and error.strerror:
             return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         error = error.__cause__ or error.__context__
