@@ -326,10 +326,11 @@ class Arcade(gymnasium.Env[Obs, int]):
         none_at: int = 10**6,
         over_at: int = 10**6,
         max_num_frames_per_episode: int = 10**6,
-        pays: dict[int, float] | None = None,
+        pays: dict[str, float] | None = None,
     ) -> None:
+        earned = {int(frame): pay for frame, pay in (pays or {}).items()}
         assert (frameskip, obs_type) == (1, "ram")
-        self.ale = Console(list(lose_at), none_at, over_at, max_num_frames_per_episode, pays or {})
+        self.ale = Console(list(lose_at), none_at, over_at, max_num_frames_per_episode, earned)
         self._meanings = ["NOOP", "FIRE", "UP"] if fire else ["NOOP", "UP", "DOWN"]
 
     def get_action_meanings(self) -> list[str]:
@@ -390,6 +391,215 @@ class Fails(RandomWalk):
         return obs, reward, terminated, truncated, info
 
 
+class Odd(gymnasium.Env[Obs, int]):
+    """Returns something odd from the step `at` of its whole life on, or from its first reset if that is 0.
+
+    Args:
+        what: a key of `ODD`.
+        at: step of its life from which on it is odd.
+    """
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, what: str = "nothing", at: int = 0) -> None:
+        space, self._odd = ODD[what]
+        self.observation_space = space or _box(2)
+        self._what, self._at, self._life = what, at, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Obs, dict[str, Any]]:
+        super().reset(seed=seed)
+        odd = self._odd.get("obs") if self._at == 0 else None
+        return (self._obs() if odd is None else odd), {}
+
+    def step(self, action: int) -> StepResult:
+        self._life += 1
+        odd = self._odd if self._life >= self._at else {}
+        return (
+            odd.get("obs", self._obs()), odd.get("reward", 1.0), odd.get("terminated", False),
+            odd.get("truncated", False), {},
+        )  # fmt: skip
+
+    def _obs(self) -> Obs:
+        return np.ones(self.observation_space.shape, self.observation_space.dtype)
+
+
+_DOUBLE = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+#: Name to an observation space (None is a Box of two) and to what is returned.
+ODD: dict[str, tuple[Any, dict[str, Any]]] = {
+    "nothing": (None, {}),
+    "fractions in integers": (spaces.Box(0, 1, (2,), np.int64), {"obs": np.array([0.9, 0.1])}),
+    "beyond bytes": (spaces.Box(0, 255, (3,), np.uint8), {"obs": np.array([300, -1, 256.5])}),
+    "negative bytes": (spaces.Box(0, 255, (2,), np.uint8), {"obs": np.array([-1, 0])}),
+    "words": (None, {"obs": np.array(["1", "2"])}),
+    "objects": (None, {"obs": np.array([1.0, "2"], object)}),
+    "ragged": (None, {"obs": [1.0, [2.0]]}),
+    "one number": (None, {"obs": 1.0}),
+    "nan": (None, {"obs": np.array([np.nan, 0.0], np.float32)}),
+    "infinity": (_DOUBLE, {"obs": np.array([0.0, -np.inf])}),
+    "1e39": (_DOUBLE, {"obs": np.array([1e39, 0.0])}),
+    "reward nan": (None, {"reward": float("nan")}),
+    "reward 1e39": (None, {"reward": 1e39}),
+    "reward word": (None, {"reward": "1.0"}),
+    "reward none": (None, {"reward": None}),
+    "rewards": (None, {"reward": np.array([1.0, 2.0])}),
+    "reward huge": (None, {"reward": 10**400}),
+    "flag word": (None, {"terminated": "False"}),
+    "flag none": (None, {"truncated": None}),
+    "flag number": (None, {"terminated": 2}),
+    # These are taken.
+    "double": (None, {"obs": np.array([0.1, 0.2])}),
+    "list": (None, {"obs": [0.5, True]}),
+    "whole fractions": (spaces.Box(0, 9, (2,), np.int64), {"obs": np.array([3.0, 4.0])}),
+    "large": (_DOUBLE, {"obs": np.array([1e38, -1e30])}),
+    "reward array": (None, {"reward": np.array([2.0])}),
+    "reward scalar": (None, {"reward": np.float32(2.0)}),
+    "reward truth": (None, {"reward": True}),
+    "flag array": (None, {"terminated": np.array([True])}),
+    "flag scalar": (None, {"truncated": np.bool_(True)}),
+    "flag one": (None, {"terminated": 1}),
+}
+
+
+class OldReset(EndlessReward):
+    """Returns the observation alone, as in gym before 0.26."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return super().reset(seed=seed)[0]
+
+
+class OldSeed(EndlessReward):
+    """Has no argument `seed`."""
+
+    def reset(self) -> Any:  # type: ignore[override]
+        return np.ones(1, np.float32)
+
+
+class OldStep(EndlessReward):
+    """Returns four values, as in gym before 0.26."""
+
+    def step(self, action: int) -> Any:
+        return (*super().step(action)[:3], {})
+
+
+class Empty(EndlessReward):
+    """Has a space of no numbers.
+
+    Args:
+        part: which one, ``observation`` or ``action``.
+    """
+
+    def __init__(self, part: str = "observation") -> None:
+        if part == "observation":
+            self.observation_space = _box(0)
+        else:
+            self.action_space = _box(0)  # type: ignore[assignment]
+
+
+class Far(EndlessReward):
+    """Has actions far from those of an untrained policy."""
+
+    action_space = spaces.Box(500.0, 1000.0, (1,), np.float32)  # type: ignore[assignment]
+
+
+class Fallible(EndlessReward):
+    """Fails in one of its methods.
+
+    Args:
+        where: ``init``, ``reset``, ``step`` or ``close``.
+        how: name of what is raised: an exception, or ``exit`` for SystemExit(0), or ``keyboard``.
+    """
+
+    def __init__(self, where: str = "init", how: str = "TypeError") -> None:
+        self._where, self._how = where, how
+        self._fail("init")
+
+    def _fail(self, where: str) -> None:
+        if where == self._where:
+            raise {
+                "exit": SystemExit(0), "keyboard": KeyboardInterrupt(), "TypeError": TypeError("of its own"),
+                "RuntimeError": RuntimeError("of its own"),
+            }[self._how]  # fmt: skip
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Obs, dict[str, Any]]:
+        self._fail("reset")
+        return super().reset(seed=seed)
+
+    def step(self, action: int) -> StepResult:
+        self._fail("step")
+        return super().step(action)
+
+    def close(self) -> None:
+        self._fail("close")
+
+
+class Watches(EndlessReward):
+    """Sees what is done to it: the reward is 1 if its action space and its arguments are its own, else -1."""
+
+    def __init__(self, things: list[int] | None = None) -> None:
+        self.action_space = spaces.Discrete(2)
+        self._own = things is None or things == [1]
+        if things is not None:
+            things.append(2)
+
+    def step(self, action: int) -> StepResult:
+        obs, _, *rest = super().step(action)
+        own = self._own and type(self.action_space) is spaces.Discrete and type(action) is np.int64
+        return obs, 1.0 if own else -1.0, *rest
+
+
+class OnlyAWrapper(gymnasium.Wrapper[Obs, int, Obs, int]):
+    """Defines the spaces, which the environment in it has not."""
+
+    def __init__(self) -> None:
+        super().__init__(_Bare())
+        self.action_space, self.observation_space = spaces.Discrete(2), _box(1)
+
+
+class _Bare(EndlessReward):
+    observation_space = None  # type: ignore[assignment]
+    action_space = None  # type: ignore[assignment]
+
+
+class Remembers(RandomWalk):
+    """Does not repeat itself.
+
+    Args:
+        how: ``state`` survives resets, or the ``seed`` is ignored.
+    """
+
+    def __init__(self, how: str = "state") -> None:
+        self._how, self._seen = how, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Obs, dict[str, Any]]:
+        if self._how == "seed":
+            return super().reset(seed=None)
+        return super().reset(seed=seed)
+
+    def _obs(self) -> Obs:
+        self._seen += self._how == "state"
+        return super()._obs() / (1.0 + self._seen)
+
+
+class OnlyOne(EndlessReward):
+    """May exist once at a time, as a robot does.
+
+    Attributes:
+        made: how many were made.
+    """
+
+    alive: ClassVar[int] = 0
+    made: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        if OnlyOne.alive:
+            raise RuntimeError("the robot is in use")
+        OnlyOne.alive += 1
+        OnlyOne.made += 1
+
+    def close(self) -> None:
+        OnlyOne.alive -= 1
+
+
 def _address_space() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
@@ -412,3 +622,7 @@ gymnasium.register("Sleeps-v0", Sleeps, max_episode_steps=5)
 gymnasium.register("Fails-v0", Fails, max_episode_steps=10)
 gymnasium.register("Walks-v0", RandomWalk, vector_entry_point=Walks)
 gymnasium.register("Late-v0", RandomWalk, vector_entry_point=Late)
+for _class in (OldReset, OldSeed, OldStep, Empty, Far, Fallible, Watches, Remembers, OnlyOne):
+    gymnasium.register(f"{_class.__name__}-v0", _class, max_episode_steps=5)
+gymnasium.register("Odd-v0", Odd, max_episode_steps=50)
+gymnasium.register("OnlyAWrapper-v0", OnlyAWrapper)

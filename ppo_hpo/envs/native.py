@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo, make, options_of
 from ppo_hpo.envs.step import Step
+from ppo_hpo.envs.take import Intake
 from ppo_hpo.spec.config import EnvConfig
 from ppo_hpo.spec.errors import MachineError, UserError
 
@@ -57,19 +58,20 @@ class NativeEnvs:
                 f"episode, but the native version of `env.id: {config.id}` has autoreset mode {mode}. "
                 f"Choose auto."
             )
-        self._info = info
+        self._info, self._n, self._intake = info, config.n_envs, Intake(info)
         self._result = Step.empty(config.n_envs, info)
 
     def reset(self, seeds: list[int]) -> NDArray[Any]:
         """Reset every environment; the first seed determines the one rng that they share."""
         obs, _ = self._envs.reset(seed=seeds[0])
-        return np.asarray(obs, self._info.obs_dtype)
+        return self._intake.first_batch(obs, self._n)
 
     def step(self, actions: NDArray[Any]) -> Step:
         """Take one action in each environment: ``[N]`` integers or ``[N, A]`` reals."""
         obs, reward, terminated, truncated, infos = self._envs.step(
             self._info.clipped(actions) if self._info.continuous else actions + self._info.first_action
         )
+        obs, reward, terminated, truncated = self._intake.batch(self._n, obs, reward, terminated, truncated)
         done = terminated | truncated
         result = self._result
         result.ended = bool(done.any())
@@ -79,9 +81,9 @@ class NativeEnvs:
                 obs = self._reset_cartpoles(done)
             else:
                 for index in np.flatnonzero(done):
-                    result.final_obs[index] = infos["final_obs"][index]
-        result.obs, result.terminated, result.truncated = obs, terminated, truncated
-        result.reward[:] = reward
+                    result.final_obs[index] = self._intake.observation(infos["final_obs"][index])
+                self._intake.check_finite(result.final_obs[done])
+        result.obs, result.reward, result.terminated, result.truncated = obs, reward, terminated, truncated
         return result
 
     def _reset_cartpoles(self, done: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -110,6 +112,7 @@ class EnvPoolEnvs:
 
     def __init__(self, config: EnvConfig, info: EnvInfo, threads: int = 1) -> None:
         self._config, self._info, self._threads = config, info, threads
+        self._intake = Intake(info)
         self._pool: Any = None
         self._result = Step.empty(config.n_envs, info)
         self._open([0] * config.n_envs)
@@ -122,7 +125,7 @@ class EnvPoolEnvs:
         self.close()
         self._open(seeds)
         obs, _ = self._pool.reset()
-        return np.asarray(obs, self._info.obs_dtype)
+        return self._intake.first_batch(obs, self._config.n_envs)
 
     def step(self, actions: NDArray[Any]) -> Step:
         """Take one action in each environment: ``[N]`` integers or ``[N, A]`` reals."""
@@ -131,8 +134,9 @@ class EnvPoolEnvs:
             chosen = info.clipped(actions)
         else:
             chosen = (actions + info.first_action).astype(np.int32)
-        result.obs, reward, result.terminated, result.truncated, _ = self._pool.step(chosen)
-        result.reward[:] = reward
+        result.obs, result.reward, result.terminated, result.truncated = self._intake.batch(
+            self._config.n_envs, *self._pool.step(chosen)[:4]
+        )
         done = result.terminated | result.truncated
         result.ended = bool(done.any())
         if result.ended:

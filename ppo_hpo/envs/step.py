@@ -1,8 +1,7 @@
-"""What all vector environments share: the result of a step, and checks of what environments return."""
+"""What all vector environments share: their interface, and the result of a step."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo
-from ppo_hpo.spec.errors import UserError
 
 
 @dataclass(slots=True)
@@ -45,32 +43,3 @@ class VectorEnv(Protocol):
 
     def close(self) -> None:
         """Close every environment."""
-
-
-def put_obs(name: str, obs: Any, row: NDArray[Any]) -> None:
-    """Copy an observation of the environment ``name`` into its row, which has the shape of its space.
-
-    A UserError says where the observation has another shape, or holds something that is not a number.
-    """
-    try:
-        if np.shape(obs) == row.shape:
-            row[...] = obs
-            return
-    except (TypeError, ValueError):
-        pass
-    found = f"the observation {obs!r:.200}"
-    with contextlib.suppress(ValueError):
-        found = f"an observation of shape {np.shape(obs)}"
-    raise _malformed(name, found, f"{row.dtype} of shape {row.shape}")
-
-
-def to_number(name: str, reward: Any) -> float:
-    """A reward of the environment ``name`` as a number; a UserError where it is none."""
-    try:
-        return float(reward)
-    except (TypeError, ValueError):
-        raise _malformed(name, f"the reward {reward!r:.200}", "a number") from None
-
-
-def _malformed(name: str, found: str, promised: str) -> UserError:
-    return UserError(f"`env.id: {name}` returned {found}, but it must be {promised}. Fix the environment.")

@@ -10,6 +10,7 @@ and `envpool` see `ppo_hpo.envs.native`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import multiprocessing
 import signal
@@ -18,13 +19,13 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from numpy.typing import NDArray
 
-from ppo_hpo.envs.make import EnvInfo, make
+from ppo_hpo.envs.make import EnvInfo, close_all, make, make_several
 from ppo_hpo.envs.native import EnvPoolEnvs, NativeEnvs
-from ppo_hpo.envs.step import Step, VectorEnv, put_obs, to_number
+from ppo_hpo.envs.step import Step, VectorEnv
+from ppo_hpo.envs.take import FLAGS, FLOATS, SMALL_SQUARES, Intake
 from ppo_hpo.spec.config import EnvConfig
 from ppo_hpo.spec.errors import UserError
 
@@ -51,16 +52,17 @@ def _async_pays(config: EnvConfig, info: EnvInfo, threads: int) -> bool:
         return False
     env = make(config)
     env.reset(seed=0)
-    env.action_space.seed(0)
+    space = copy.deepcopy(env.action_space)  # the environment may use its own, or share it with others
+    space.seed(0)
     n = 30
-    actions = [env.action_space.sample() for _ in range(n)]
+    actions = [space.sample() for _ in range(n)]
     started = time.perf_counter()
     for action in actions:
         _, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
             env.reset()
     seconds = (time.perf_counter() - started) / n
-    env.close()
+    close_all([env])
     return seconds / processes + _ASYNC_SECONDS < seconds
 
 
@@ -74,69 +76,58 @@ class SyncEnvs:
     name = "sync"
 
     def __init__(self, config: EnvConfig, info: EnvInfo, threads: int = 1) -> None:
-        self._envs = [make(config) for _ in range(config.n_envs)]
-        for env in self._envs:
-            _speed_up_contains(env.unwrapped.action_space)
+        self._envs = make_several(config, config.n_envs)
         self._steps: list[Any] = [env.step for env in self._envs]
-        self._info = info
+        self._info, self._intake = info, Intake(info)
         self._step = Step.empty(config.n_envs, info)
+        self._flat_obs = self._step.obs.reshape(-1) if info.obs_dtype.kind == "f" else np.zeros(0)
 
     def reset(self, seeds: list[int]) -> NDArray[Any]:
         """Reset every environment, with one seed for each; return the observations ``[N, D]``."""
         for index, (env, seed) in enumerate(zip(self._envs, seeds, strict=True)):
-            obs, _ = env.reset(seed=seed)
-            put_obs(self._info.id, obs, self._step.obs[index])
+            self._step.obs[index] = self._intake.reset(env.reset(seed=seed))
+        self._intake.check_finite(self._step.obs)
         return self._step.obs
 
     def step(self, actions: NDArray[Any]) -> Step:
         """Take one action in each environment: ``[N]`` integers or ``[N, A]`` reals."""
-        result = self._step
-        all_obs, rewards, terminations, truncations = (
-            result.obs, result.reward, result.terminated, result.truncated
-        )  # fmt: skip
-        ended = False
-        length = len(all_obs[0])
+        result, intake, ended = self._step, self._intake, False
+        all_obs, rewards, steps = result.obs, result.reward, self._steps
+        dtype, shape = self._info.obs_dtype, self._info.obs_shape
+        if result.ended:
+            result.terminated[:] = result.truncated[:] = False
         for index, action in enumerate(self._info.to_env(actions)):
-            obs, reward, terminated, truncated, _ = self._steps[index](action)
+            returned = steps[index](action)
             try:
-                rewards[index] = reward + 0.0  # numpy makes None a NaN
-                terminations[index], truncations[index] = terminated, truncated
-                if terminated or truncated:
-                    ended = True
-                    put_obs(self._info.id, obs, result.final_obs[index])
-                    obs, _ = self._envs[index].reset()
-                all_obs[index] = obs
-                # numpy would silently spread a single number over the whole row.
-                if len(obs) != length:
-                    raise ValueError
+                obs, reward, terminated, truncated, _ = returned
             except (TypeError, ValueError):
-                to_number(self._info.id, reward)
-                put_obs(self._info.id, obs, all_obs[index])
+                intake.step(returned)  # says what is wrong
                 raise
+            # Most steps have these types. `intake` takes them too, but its call costs more than the look.
+            if not (
+                type(reward) in FLOATS and type(terminated) in FLAGS and type(truncated) in FLAGS
+                and type(obs) is np.ndarray and obs.dtype is dtype and obs.shape == shape
+            ):  # fmt: skip
+                obs, reward, terminated, truncated = intake.step(returned)
+            if terminated or truncated:
+                ended = True
+                result.terminated[index], result.truncated[index] = terminated, truncated
+                result.final_obs[index] = obs
+                if truncated:  # where the task itself ended, nothing is computed from it
+                    intake.check_finite(result.final_obs[index])
+                obs = intake.reset(self._envs[index].reset())
+            all_obs[index] = obs
+            rewards[index] = reward
+        flat = self._flat_obs
+        if not flat.dot(flat) < SMALL_SQUARES:  # as `is_finite` does it, without its calls
+            intake.check_finite(all_obs)
         result.ended = ended
         return result
 
     def close(self) -> None:
-        """Close every environment."""
-        for env in self._envs:
-            env.close()
-
-
-def _speed_up_contains(space: Any) -> None:
-    """Make the method `contains` of a `Discrete` space faster; its answers stay the same.
-
-    Environments assert in each step that the space contains the action. gymnasium's own method takes a
-    quarter of a step of CartPole. The object is kept, because it has an rng of its own.
-    """
-    if type(space) is Discrete:
-        space.__class__ = _QuickDiscrete
-
-
-class _QuickDiscrete(Discrete):
-    def contains(self, x: Any) -> bool:
-        if type(x) is np.int64 and self.start <= x < self.start + self.n:
-            return True
-        return super().contains(x)
+        """Close every environment; raise what the first one raised that failed to close."""
+        if failure := close_all(self._envs):
+            raise failure
 
 
 class AsyncEnvs:
@@ -156,10 +147,10 @@ class AsyncEnvs:
         # The processes are not forks of this one. It has threads (torch's, Orion's), which a fork would leave
         # in the middle of whatever they do, and pipes, whose open copies would outlive it.
         self._envs = AsyncVectorEnv(
-            [functools.partial(_make_in_worker, config)] * config.n_envs, context="spawn",
+            [functools.partial(_make_in_worker, config, info)] * config.n_envs, context="spawn",
             autoreset_mode=AutoresetMode.SAME_STEP, copy=False,
         )  # fmt: skip
-        self._info, self._n = info, config.n_envs
+        self._info, self._n, self._intake = info, config.n_envs, Intake(info)
         self._final_obs = np.zeros((config.n_envs, *info.obs_shape), info.obs_dtype)
 
     def reset(self, seeds: list[int]) -> NDArray[Any]:
@@ -167,6 +158,7 @@ class AsyncEnvs:
         if len(seeds) != self._n:
             raise ValueError(f"{self._n} environments need as many seeds, but got {len(seeds)}.")
         obs, _ = self._envs.reset(seed=[*seeds])
+        self._intake.check_finite(obs)
         return np.asarray(obs)
 
     def step(self, actions: NDArray[Any]) -> Step:
@@ -176,6 +168,8 @@ class AsyncEnvs:
         if ended:
             for index in np.flatnonzero(terminated | truncated):
                 self._final_obs[index] = infos["final_obs"][index]
+                self._intake.check_finite(self._final_obs[index])
+        self._intake.check_finite(obs)
         return Step(obs, self._final_obs, reward, terminated, truncated, ended)
 
     def close(self) -> None:
@@ -183,24 +177,24 @@ class AsyncEnvs:
         self._envs.close()
 
 
-def _make_in_worker(config: EnvConfig) -> gymnasium.Env[Any, Any]:
+def _make_in_worker(config: EnvConfig, info: EnvInfo) -> gymnasium.Env[Any, Any]:
     # Ctrl-C in a terminal reaches every process. The trial's own process ends the workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    intake = Intake(info)
 
-    class Copied(gymnasium.ObservationWrapper[Any, Any, Any]):
+    class Taken(gymnasium.Wrapper[Any, Any, Any, Any]):
         """Returns copies, because the worker keeps the final observation while it resets."""
 
-        def observation(self, observation: Any) -> Any:
-            space = self.observation_space
-            copy: NDArray[Any] = np.empty(space.shape or (), space.dtype)
-            put_obs(config.id, observation, copy)
-            return copy
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+            result = self.env.reset(seed=seed, options=options)
+            return np.array(intake.reset(result), info.obs_dtype), result[1]
 
-        def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-            obs, reward, *rest = super().step(action)
-            return obs, to_number(config.id, reward), *rest
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            result = self.env.step(action)
+            obs, reward, terminated, truncated = intake.step(result)
+            return np.array(obs, info.obs_dtype), reward, terminated, truncated, result[4]
 
-    return Copied(make(config))
+    return Taken(make(config))
 
 
 _KINDS: dict[str, Any] = {"sync": SyncEnvs, "async": AsyncEnvs, "native": NativeEnvs, "envpool": EnvPoolEnvs}

@@ -32,6 +32,8 @@ class Summary:
     max_epochs: int  # The highest fidelity, or the epochs of every trial.
     reached: int  # The most epochs of a completed trial.
     cost: Cost  # Of all trials, however they ended.
+    completed: int  # Number of completed trials, promotions included.
+    diverged: int  # Number of those that diverged.
 
 
 def report(name: str, config: str | None = None, html: str | None = None) -> str:
@@ -81,6 +83,8 @@ def summarise(client: Any, trials: Sequence[Any]) -> Summary:
         max_epochs=max_epochs,
         reached=reached,
         cost=cost_of(trials),
+        completed=len(completed),
+        diverged=sum(bool(experiment.statistics_of(trial)["diverged"]) for trial in completed),
     )
 
 
@@ -108,6 +112,11 @@ def to_text(summary: Summary) -> str:
         f"            return {stats['return_mean']:.1f} +- {stats['return_std']:.1f} after "
         f"{stats['epochs']:.0f} of {summary.max_epochs} epochs, {stats['env_steps']:,.0f} steps",
     ]
+    if summary.diverged:
+        how_many = "all" if summary.diverged == summary.completed else f"{summary.diverged} of"
+        lines.insert(
+            1, f"diverged    {how_many} {summary.completed} completed trials; log.txt of each says why"
+        )
     if seeds := seeds_text(stats):
         lines.append(f"            {seeds}")
     curve = read_curve(Path(best.working_dir))

@@ -18,7 +18,7 @@ from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import MLPActorCritic, NatureCNN
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler, RunningMoments
 from ppo_hpo.spec import randomness
-from ppo_hpo.spec.config import TrialConfig
+from ppo_hpo.spec.config import TrialConfig, no_bound_is_infinite
 from ppo_hpo.spec.errors import UserError
 
 
@@ -92,8 +92,9 @@ def build_agent(
     learner.draws = draws
     rules = config.normalize
     scaler = RewardScaler(
-        config.env.n_envs, config.ppo.gamma, enabled=rules.norm_reward, clip=rules.clip_reward
-    )
+        config.env.n_envs, config.ppo.gamma, enabled=rules.norm_reward,
+        clip=no_bound_is_infinite(rules.clip_reward),
+    )  # fmt: skip
     return Agent(learner, build_normalizer(config, info), scaler)
 
 
@@ -101,7 +102,7 @@ def build_normalizer(config: TrialConfig, info: EnvInfo) -> ObservationNormalize
     """The normaliser of observations, without statistics. Images pass it unchanged."""
     rules = config.normalize
     dim = 0 if info.images else info.obs_dim
-    return ObservationNormalizer(dim, enabled=rules.norm_obs, clip=rules.clip_obs)
+    return ObservationNormalizer(dim, enabled=rules.norm_obs, clip=no_bound_is_infinite(rules.clip_obs))
 
 
 def build_network(config: TrialConfig, info: EnvInfo, *, blank: bool = False) -> nn.Module:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ppo_hpo.envs.make import EnvInfo
 from ppo_hpo.envs.step import VectorEnv
+from ppo_hpo.envs.take import Intake
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.rollout import Episodes, Float32, Rollout, sampling_noise
 
@@ -31,7 +32,7 @@ class Collector:
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
         self._agent, self._envs, self._info = agent, envs, info
-        self._rng, self._before_step = rng, before_step
+        self._rng, self._before_step, self._intake = rng, before_step, Intake(info)
         self.episodes = Episodes(len(seeds))
         agent.scaler.reset()
         raw_obs = envs.reset(seeds)
@@ -76,6 +77,7 @@ class Collector:
                 for n in np.flatnonzero(truncated[t]):
                     cut_at.append((t, int(n)))
                     cut_obs.append(np.array(normalizer(step.final_obs[n])))  # the next step reuses it
+        self._intake.check_finite(reward=raw_reward)
         self.obs = np.array(obs)  # the environments reuse it
         self.episodes.add(raw_reward, done)
         log_prob, value = self._evaluate(all_obs, actions, outputs)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ppo_hpo.envs.make import EnvInfo, make
-from ppo_hpo.envs.step import put_obs, to_number
+from ppo_hpo.envs.make import EnvInfo, close_all, make_several
+from ppo_hpo.envs.take import Intake
 from ppo_hpo.ppo.normalize import ObservationNormalizer
 from ppo_hpo.ppo.rollout import Float32, sampling_noise
 from ppo_hpo.spec.config import EnvConfig
@@ -21,12 +21,6 @@ class Evaluation:
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
-
-    @property
-    def finite(self) -> bool:
-        """Whether every return is a finite number, and so is their variance."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return bool(np.isfinite(self.returns).all() and np.isfinite(np.var(self.returns)))
 
 
 class Actor(Protocol):
@@ -46,8 +40,9 @@ class Evaluator:
     def __init__(
         self, config: EnvConfig, info: EnvInfo, seeds: list[int], max_steps: int, at_once: int | None = None
     ) -> None:
-        self._envs = [make(config, evaluation=True) for _ in seeds[:at_once]]
-        self._info, self._seeds, self._max_steps = info, seeds, max_steps
+        n_envs = len(seeds) if at_once is None else min(at_once, len(seeds))
+        self._envs = make_several(config, n_envs, evaluation=True)
+        self._info, self._seeds, self._max_steps, self._intake = info, seeds, max_steps, Intake(info)
 
     def __call__(
         self, policy: Actor, normalizer: ObservationNormalizer, rng: np.random.Generator | None
@@ -64,13 +59,13 @@ class Evaluator:
         self, seeds: list[int], policy: Actor, normalizer: ObservationNormalizer,
         rng: np.random.Generator | None,
     ) -> Evaluation:  # fmt: skip
-        n = len(seeds)
+        n, intake = len(seeds), self._intake
         obs = np.zeros((n, *self._info.obs_shape), self._info.obs_dtype)
-        for index, (env, seed) in enumerate(zip(self._envs, seeds, strict=False)):
-            first, _ = env.reset(seed=seed)
-            put_obs(self._info.id, first, obs[index])
-        returns, lengths = np.zeros(n), np.zeros(n, np.int64)
-        running, length = np.arange(n), len(obs[0])
+        for index, seed in enumerate(seeds):
+            obs[index] = intake.reset(self._envs[index].reset(seed=seed))
+        intake.check_finite(obs)
+        returns, rewards, lengths = np.zeros(n), np.zeros(n), np.zeros(n, np.int64)
+        running = np.arange(n)
         while len(running):
             noise = None
             if rng is not None:
@@ -79,24 +74,18 @@ class Evaluator:
             actions = policy.act(normalizer(obs[running]), noise)
             still = []
             for index, action in zip(running.tolist(), self._info.to_env(actions), strict=True):
-                seen, reward, terminated, truncated, _ = self._envs[index].step(action)
-                try:
-                    obs[index] = seen
-                    returns[index] += float(reward)
-                    # numpy would silently spread a single number over the whole row.
-                    if len(seen) != length:
-                        raise ValueError
-                except (TypeError, ValueError):
-                    to_number(self._info.id, reward)
-                    put_obs(self._info.id, seen, obs[index])
-                    raise
+                obs[index], rewards[index], terminated, truncated = intake.step(
+                    self._envs[index].step(action)
+                )
                 lengths[index] += 1
                 if not (terminated or truncated or lengths[index] >= self._max_steps):
                     still.append(index)
+            intake.check_finite(obs, rewards)
+            returns[running] += rewards[running]
             running = np.array(still, np.int64)
         return Evaluation(tuple(returns.tolist()), tuple(lengths.tolist()))
 
     def close(self) -> None:
-        """Close every environment."""
-        for env in self._envs:
-            env.close()
+        """Close every environment; raise what the first one raised that failed to close."""
+        if failure := close_all(self._envs):
+            raise failure

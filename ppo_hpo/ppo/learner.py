@@ -20,7 +20,7 @@ from ppo_hpo.ppo.gradient_engine import Engine, MinibatchStats
 from ppo_hpo.ppo.networks import MLPActorCritic
 from ppo_hpo.ppo.numpy_engine import NumpyEngine, parameter_order
 from ppo_hpo.ppo.rollout import Float32, Samples
-from ppo_hpo.spec.config import OptimizerConfig, PPOConfig
+from ppo_hpo.spec.config import OptimizerConfig, PPOConfig, no_bound_is_infinite
 from ppo_hpo.spec.errors import UserError
 
 
@@ -125,6 +125,7 @@ class Learner:
         self, samples: Samples, rng: np.random.Generator, lr: float, clip_range: float
     ) -> UpdateStats:
         ppo, optimizer, backward = self._ppo, self.optimizer, self._engine.backward
+        max_grad_norm = no_bound_is_infinite(ppo.max_grad_norm)
         optimizer.lr = lr
         taken: list[MinibatchStats] = []
         norms: list[Tensor | float] = []
@@ -135,7 +136,7 @@ class Learner:
                 if not taken:  # the very first minibatch ended the update: it is all there is to report
                     return self._means([stats], [0.0], n_updates=0)
                 break
-            norms.append(optimizer.step(ppo.max_grad_norm))
+            norms.append(optimizer.step(max_grad_norm))
             taken.append(stats)
         return self._means(taken, norms, n_updates=len(taken))
 

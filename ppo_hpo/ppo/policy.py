@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ppo_hpo.envs.make import EnvInfo, probe
+from ppo_hpo.envs.take import Intake
 from ppo_hpo.ppo.agent import build_network, build_normalizer
 from ppo_hpo.ppo.device import resolve_device, torch_threads
 from ppo_hpo.ppo.learner import Learner
 from ppo_hpo.ppo.networks import after_convolutions
 from ppo_hpo.ppo.normalize import EPSILON
-from ppo_hpo.spec.config import TrialConfig
+from ppo_hpo.spec.config import TrialConfig, without_effectless
 from ppo_hpo.spec.errors import CheckpointError, MachineError, UserError
 from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, from_bytes, to_bytes
 from ppo_hpo.state.files import read_bytes, write_atomically
@@ -85,6 +86,7 @@ class Policy(nn.Module):
         """
         super().__init__()
         self.config, self.info, self.epoch = config, info, epoch
+        self._intake = Intake(info)
         self._normalizer = build_normalizer(config, info)
         moments = self._normalizer.moments.state()
         for name, array in moments.items():
@@ -122,13 +124,14 @@ class Policy(nn.Module):
             UserError: the observation has another shape.
         """
         shape = self.info.obs_shape
-        obs = np.asarray(observation, self.info.obs_dtype)
+        obs = np.asarray(observation)
         if obs.shape != shape and obs.shape[1:] != shape:
             raise UserError(
                 f"An observation of {self.info.id} must have the shape {shape}, or in a batch (N, ...) "
                 f"with N of them, but got {obs.shape}."
             )
         one = obs.shape == shape
+        obs = np.asarray(self._intake.observation(obs, None if one else len(obs)), self.info.obs_dtype)
         if not self._learner.optimizer.attached():  # after `Policy.to`, for example
             self._learner = self._learner_of(self.network)
         with torch_threads(self.config.task.threads):
@@ -142,7 +145,7 @@ class Policy(nn.Module):
         obs = observations
         if rules.norm_obs:
             scaled = (obs.double() - self._mean) / self._scale
-            obs = scaled.clamp(-rules.clip_obs, rules.clip_obs)
+            obs = scaled if rules.clip_obs is None else scaled.clamp(-rules.clip_obs, rules.clip_obs)
         output: Tensor = self.network.policy(obs if info.images else obs.float())  # type: ignore[operator]
         if not info.continuous:
             return output.argmax(-1) + info.first_action
@@ -218,7 +221,7 @@ def load_policy(path: str | os.PathLike[str], device: str | torch.device = "cpu"
             f"{path} is a checkpoint, not a policy. Use ppo_hpo.export_policy on the trial's directory."
         )
     try:
-        config = TrialConfig.from_mapping(found.meta["hyperparameters"])
+        config = TrialConfig.from_mapping(without_effectless(found.meta["hyperparameters"]))
         return Policy(config, _from_plain(found.meta["interface"]), found.epoch, found.arrays, device)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError) and not isinstance(error, CheckpointError):
@@ -262,7 +265,7 @@ def _newest_policy(directory: Path, epoch: int | None) -> Policy:
             f"trial again run `ppo-hpo run --config {directory / 'config.yaml'} --dir {directory}`."
         )
     try:
-        config = TrialConfig.from_mapping(found.meta["hyperparameters"])
+        config = TrialConfig.from_mapping(without_effectless(found.meta["hyperparameters"]))
         return Policy(config, probe(config.env), found.epoch, found.arrays)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):

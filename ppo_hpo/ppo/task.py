@@ -221,7 +221,7 @@ class PPO:
             groups = {group: dict(values) for group, values in supplied.items() if values}
             self.config, self._uid = self._hyperparameters.complete(gamma, groups), uid
             self.info = probe(self.config.env)
-            self._environments = Environments(self.config, self.info)
+            self._environments = Environments(self.config, self.info, self._log)
             self._loop = Loop(self, self._environments, self._save, self._log)
             network = self._model if isinstance(self._model, nn.Module) else None
             with own_settings(self.config.task.threads):

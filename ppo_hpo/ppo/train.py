@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ppo_hpo.ppo.gae import explained_variance, gae
 from ppo_hpo.ppo.rollout import Episodes, Float32, Rollout
 from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import PPOConfig, TrialConfig
-from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.errors import NotFinite, UserError
 
 
 class Diverged(Exception):
@@ -98,12 +99,29 @@ def train_epoch(
     config, seed, epoch = updates.config, updates.config.task.seed, updates.epoch
     env_seeds = randomness.training_seeds(seed, epoch, config.env.n_envs)
     action_rng = randomness.make_rng(seed, "action", epoch)
-    collector = Collector(updates.agent, envs, info, env_seeds, action_rng, before_step)
+    with diverging(updates.agent, f"the resets of epoch {epoch + 1}", 0):
+        collector = Collector(updates.agent, envs, info, env_seeds, action_rng, before_step)
     for index in range(config.rollouts_per_epoch):
-        rollout = collector.collect(config.ppo.n_steps)
+        steps = (index + 1) * config.rollout_steps
+        with diverging(updates.agent, f"rollout {index + 1} of epoch {epoch + 1}", steps):
+            rollout = collector.collect(config.ppo.n_steps)
         updates.update(rollout, collector.obs)
         on_rollout(index, rollout)
     return collector.episodes
+
+
+@contextlib.contextmanager
+def diverging(agent: Agent, where: str, env_steps: int) -> Iterator[None]:
+    """Make `NotFinite` a divergence once the agent has learned, since its actions may be the reason then.
+
+    Before its first update nothing but the environment can be. A divergence gives Orion an objective.
+    """
+    try:
+        yield
+    except NotFinite as fault:
+        if agent.learner.optimizer.n_steps == 0:
+            raise
+        raise Diverged(f"{where}: {str(fault).rstrip('.')}", env_steps) from fault
 
 
 def refuse_beyond_schedules(config: TrialConfig, epochs: int) -> None:

@@ -37,7 +37,7 @@ _VECTORIZATION, _WRAPPER = OneOf(get_args(Vectorization)), OneOf(get_args(Wrappe
 _AGGREGATE, _ACTIVATION = OneOf(get_args(Aggregate)), OneOf(get_args(Activation))
 _SCHEDULE = OneOf(get_args(Schedule))
 _POSITIVE = Real(0.0, math.inf, open_low=True)
-_POSITIVE_OR_NONE = Real(0.0, math.inf, open_low=True, optional=True)
+_BOUND = Real(0.0, math.inf, open_low=True, optional=True)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class EnvConfig(Checked):
     )  # fmt: skip
     wrapper: Wrapper = field(
         "none", _WRAPPER, "atari: the preprocessing of the Arcade Learning Environment (details 14 to 20)"
+    )
+    one_at_a_time: bool = field(
+        False, flag, "never make a second environment before the first one is closed; needs n_envs 1"
     )
 
 
@@ -126,8 +129,8 @@ class NormalizeConfig(Checked):
     group: ClassVar[str] = "normalize"
     norm_obs: bool = field(False, flag, "normalise observations by their running mean and variance")
     norm_reward: bool = field(False, flag, "scale rewards by the standard deviation of the discounted return")
-    clip_obs: float = field(10.0, _POSITIVE, "bound of a normalised observation")
-    clip_reward: float = field(10.0, _POSITIVE, "bound of a scaled reward")
+    clip_obs: float | None = field(10.0, _BOUND, "bound of a normalised observation; none: no bound")
+    clip_reward: float | None = field(10.0, _BOUND, "bound of a scaled reward; none: no bound")
 
 
 @dataclass(frozen=True)
@@ -144,14 +147,12 @@ class PPOConfig(Checked):
     clip_range_schedule: Schedule = field(
         "constant", _SCHEDULE, "constant, or linear down to 0 at max_epochs"
     )
-    clip_range_vf: float | None = field(
-        None, _POSITIVE_OR_NONE, "bound of the value's change; none: no bound"
-    )
+    clip_range_vf: float | None = field(None, _BOUND, "bound of the value's change; none: no bound")
     ent_coef: float = field(0.0, Real(0.0, math.inf), "weight of the entropy bonus")
     vf_coef: float = field(0.5, Real(0.0, math.inf), "weight of the squared value error")
-    max_grad_norm: float = field(0.5, _POSITIVE, "bound of the gradient's global norm")
+    max_grad_norm: float | None = field(0.5, _BOUND, "bound of the gradient's global norm; none: no bound")
     target_kl: float | None = field(
-        None, _POSITIVE_OR_NONE,
+        None, _BOUND,
         "KL divergence; updates on a rollout stop at 1.5 times this value; none: they never stop early",
     )  # fmt: skip
     normalize_advantage: bool = field(True, flag, "standardise advantages in each minibatch")
@@ -172,12 +173,24 @@ _SPELLING_RULES: dict[str, Rule] = {
     "n_minibatches": Integer(1, 10**9),
 }  # fmt: skip
 
+#: Hyperparameters that have an effect only where another one of their group has a certain value.
+NEEDS: dict[tuple[str, str], tuple[str, Any]] = {
+    ("lr_schedule", "final"): ("name", "linear"),
+    ("normalize", "clip_obs"): ("norm_obs", True),
+    ("normalize", "clip_reward"): ("norm_reward", True),
+}
+
 # Hyperparameters that a fork of a trial may change. They affect updates, but not the shapes of arrays.
 CHANGEABLE_BY_FORK: dict[str, tuple[str, ...]] = {
     "optimizer": ("lr", "eps"),
     "lr_schedule": ("name", "final"),
     "ppo": tuple(item.name for item in fields(PPOConfig)),
 }
+
+
+def no_bound_is_infinite(bound: float | None) -> float:
+    """A bound as a number: none, which means no bound, is infinity."""
+    return math.inf if bound is None else bound
 
 
 def field_names(group: str) -> list[str]:
@@ -231,6 +244,7 @@ class TrialConfig:
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:
+        self._check_effects()
         self._check_sizes()
         self._check_rollouts()
         if self.env.wrapper == "atari" and self.env.vectorization in ("native", "envpool"):
@@ -238,11 +252,26 @@ class TrialConfig:
                 f"`env.wrapper: atari` wraps gymnasium's environments, but `env.vectorization: "
                 f"{self.env.vectorization}` has others. Choose auto, sync or async."
             )
+        if self.env.one_at_a_time and (self.env.n_envs > 1 or self.env.vectorization not in ("auto", "sync")):
+            raise UserError(
+                f"`env.one_at_a_time` needs `env.n_envs: 1` and `env.vectorization: auto`, but got "
+                f"{self.env.n_envs} and {self.env.vectorization}."
+            )
         if self.task.epochs > self.max_epochs:
             raise UserError(
                 f"`task.epochs <= task.max_epochs` must hold, but got {self.task.epochs} and "
                 f"{self.max_epochs}. Schedules end at max_epochs: set it to the highest fidelity."
             )
+
+    def _check_effects(self) -> None:
+        for (group, key), (other, needed) in NEEDS.items():
+            record = getattr(self, group)
+            value = getattr(record, key)
+            if getattr(record, other) != needed and value != getattr(GROUPS[group], key):
+                raise UserError(
+                    f"`{group}.{key}` has no effect unless `{group}.{other}` is {canonical_json(needed)}, "
+                    f"but got {value!r}. Leave it out, or set {group}.{other}."
+                )
 
     def _check_sizes(self) -> None:
         weights = self.model.width**2 * (self.model.depth - 1)
@@ -258,25 +287,10 @@ class TrialConfig:
             )
 
     def _check_rollouts(self) -> None:
-        rollout, steps, batch_size = self.rollout_steps, self.task.steps_per_epoch, self.ppo.batch_size
-        product = f"env.n_envs * ppo.n_steps = {self.env.n_envs} * {self.ppo.n_steps} = {rollout}"
-        if steps % rollout:
-            lower, upper = steps // rollout * rollout, (steps // rollout + 1) * rollout
-            fitting = f"{lower} or {upper}" if lower else f"{upper}"
-            raise UserError(
-                f"Rollouts must fill an epoch: {product} must divide task.steps_per_epoch, but got "
-                f"{steps}. {fitting} would do."
-            )
-        if rollout % batch_size:
-            raise UserError(
-                f"Minibatches must fill a rollout: ppo.batch_size must divide {product}, but got "
-                f"{batch_size}. Choose a divisor, or set ppo.n_minibatches instead."
-            )
-        if self.ppo.normalize_advantage and batch_size == 1:
-            raise UserError(
-                "`ppo.batch_size >= 2` must hold to normalise advantages, but got 1. "
-                "Enlarge it, or set ppo.normalize_advantage to false."
-            )
+        ppo = self.ppo
+        sizes = self.env.n_envs, ppo.n_steps, self.task.steps_per_epoch, ppo.batch_size
+        if broken := broken_size_rule(*sizes, normalize_advantage=ppo.normalize_advantage):
+            raise UserError(broken)
 
     @property
     def max_epochs(self) -> int:
@@ -331,11 +345,12 @@ class TrialConfig:
 
         Left out are `task.epochs`, because a promoted trial is still the same trial; `task.threads`, because
         it depends on the machine; `task.aggregate`, because it only summarises what was trained; and
-        `env.vectorization` where it changes no result. `env.wrapper`, `model.features_dim` and `task.seeds`
-        are left out at their defaults, so that trials begun before these existed can still be resumed.
+        `env.vectorization` where it changes no result. Those that were added later are left out at their
+        defaults, so that trials begun before they existed can still be resumed.
         """
         mapping = self.to_mapping()
-        for group, key in (("env", "wrapper"), ("model", "features_dim"), ("task", "seeds")):
+        later = (("env", "wrapper"), ("env", "one_at_a_time"), ("model", "features_dim"), ("task", "seeds"))
+        for group, key in later:
             if mapping[group][key] == getattr(GROUPS[group], key):
                 del mapping[group][key]
         if mapping["env"]["vectorization"] in ("auto", "sync", "async"):
@@ -354,6 +369,50 @@ class TrialConfig:
         for group, values in groups.items():
             mapping[group] |= values
         return TrialConfig.from_mapping(mapping)
+
+
+def broken_size_rule(
+    n_envs: int, n_steps: int, steps_per_epoch: int, batch_size: int, *, normalize_advantage: bool
+) -> str | None:
+    """What is wrong with the sizes of rollouts and minibatches together; None if nothing is."""
+    rollout = n_envs * n_steps
+    product = f"env.n_envs * ppo.n_steps = {n_envs} * {n_steps} = {rollout}"
+    if steps_per_epoch % rollout:
+        lower, upper = steps_per_epoch // rollout * rollout, (steps_per_epoch // rollout + 1) * rollout
+        fitting = f"{lower} or {upper}" if lower else f"{upper}"
+        return (
+            f"Rollouts must fill an epoch: {product} must divide task.steps_per_epoch, but got "
+            f"{steps_per_epoch}. {fitting} would do."
+        )
+    if rollout % batch_size:
+        return (
+            f"Minibatches must fill a rollout: ppo.batch_size must divide {product}, but got "
+            f"{batch_size}. Choose a divisor, or set ppo.n_minibatches instead."
+        )
+    if normalize_advantage and batch_size == 1:
+        return (
+            "`ppo.batch_size >= 2` must hold to normalise advantages, but got 1. "
+            "Enlarge it, or set ppo.normalize_advantage to false."
+        )
+    return None
+
+
+def without_effectless(
+    groups: Mapping[str, Mapping[str, Any]], searched: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """A copy without hyperparameters that have no effect beside the others; of ``searched`` ones, if given.
+
+    Orion has no conditional spaces. A space that searches `lr_schedule.name` and `lr_schedule.final` proposes
+    an end of a schedule that is constant.
+    """
+    kept: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in groups.items()}
+    for (group, key), (other, needed) in NEEDS.items():
+        values = kept.get(group)
+        if not isinstance(values, dict) or (searched is not None and key not in searched.get(group, {})):
+            continue
+        if values.get(other, getattr(GROUPS[group], other)) != needed:
+            values.pop(key, None)
+    return kept
 
 
 def _respell(groups: dict[str, dict[str, Any]]) -> None:

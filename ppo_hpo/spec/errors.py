@@ -17,8 +17,9 @@ class UserError(ValueError):
     out. Secrets in it are hidden.
     """
 
-    def __init__(self, message: str) -> None:
-        message = hide_secrets(message)
+    def __init__(self, message: object) -> None:
+        # gymnasium makes an error of its worker's anew, from that error.
+        message = hide_secrets(str(message))
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
         if not message.isprintable():
@@ -30,8 +31,26 @@ class MachineError(UserError):
     """This machine lacks something that every trial needs, such as a package, a device or a store."""
 
 
+class EnvironmentFault(UserError):
+    """The environment breaks a rule of gymnasium's, so that no hyperparameters can help."""
+
+
+class NotFinite(EnvironmentFault):
+    """An observation, a reward or an action is NaN or infinite.
+
+    Once a policy has learned, its own actions may be the reason.
+    """
+
+
 class DeterministicFailure(UserError):
-    """A trial failed twice at the same step. Trials are deterministic, so another retry would fail again."""
+    """A trial failed twice at the same step, or after every retry, so that another one would not help.
+
+    Its cause is the error itself.
+    """
+
+
+class ExitOfEnvironment(RuntimeError):
+    """Code of the user's tried to end the process, as ``sys.exit(0)`` does."""
 
 
 class OutOfMemory(UserError):

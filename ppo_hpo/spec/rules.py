@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,23 +48,28 @@ class Integer:
 
     def __call__(self, name: str, value: Any) -> int | None:
         """Apply the rule."""
+        value = plain_number(value)
         if self.optional and _is_none(value):
             return None
         # Orion's PBT computes fidelities by powers, so that 45 arrives as 44.99999999999997.
         if is_number(value) and abs(value - round(value)) <= 1e-12 * abs(value):
             value = round(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise UserError(f"`{name}` must be a whole number, but got {value!r}.")
+            raise UserError(f"`{name}` must be a whole number{self._or_none}, but got {value!r}.")
         if value < self.low:
             raise UserError(f"`{name} >= {self.low}` must hold, but got {_shown(value)}.")
         if value > self.high:
             raise UserError(f"`{name} <= {self.high}` must hold, but got {_shown(value)}.")
         return int(value)
 
+    @property
+    def _or_none(self) -> str:
+        return " or none" if self.optional else ""
+
 
 @dataclass(frozen=True)
 class Real:
-    """A finite number from ``low`` to ``high``."""
+    """A finite number from ``low`` to ``high``. If none is legal, it means no bound, as infinity does."""
 
     low: float
     high: float  # infinity for no bound
@@ -74,15 +78,17 @@ class Real:
 
     def __call__(self, name: str, value: Any) -> float | None:
         """Apply the rule."""
-        if self.optional and _is_none(value):
-            return None
+        value = plain_number(value)
         if self.optional and isinstance(value, str):
             # Choices that mix 'none' and numbers must all be strings: Orion's EvolutionES turns numbers into
             # strings, and then does not find them among its choices.
             with contextlib.suppress(ValueError):
                 value = float(value)
+        if self.optional and (_is_none(value) or (isinstance(value, float) and value == math.inf)):
+            return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"`{name}` must be a number, but got {value!r}.")
+            or_none = " or none" if self.optional else ""
+            raise UserError(f"`{name}` must be a number{or_none}, but got {value!r}.")
         if not is_number(value):
             raise UserError(f"`{name}` must be finite, but got {_shown(value)}.")
         if value > self.high or value < self.low or (self.open_low and value == self.low):
@@ -94,6 +100,7 @@ class Real:
 
 def flag(name: str, value: Any) -> bool:
     """True or false."""
+    value = plain_number(value)
     if not isinstance(value, bool):
         raise UserError(f"`{name}` must be true or false, but got {value!r}.")
     return value
@@ -107,7 +114,7 @@ class OneOf:
 
     def __call__(self, name: str, value: Any) -> str:
         """Apply the rule."""
-        if value not in self.words:
+        if not isinstance(value, str) or value not in self.words:
             raise UserError(f"`{name}` must be one of {', '.join(self.words)}, but got {value!r}.")
         return str(value)
 
@@ -118,10 +125,16 @@ def environment_id(name: str, value: Any) -> str:
         example = "the id of a gymnasium environment, such as CartPole-v1"
         raise UserError(f"`{name}` must be {example}, but got {value!r}.")
     module, colon, rest = value.rpartition(":")
+    if (module or rest).endswith(".py"):
+        named = (module or rest).removesuffix(".py").replace("/", ".").strip(".")
+        raise UserError(
+            f"`{name}` must name a module as `import` does, without .py, but got {value!r}. "
+            f"Write {named}:{rest if module else 'EnvId'}."
+        )
     # The module is named as in an absolute import statement. Paths and relative names are not legal.
     if not rest or (colon and not all(part.isidentifier() for part in module.split("."))):
         raise UserError(f"`{name}` must be EnvId or module:EnvId, but got {value!r}.")
-    return value
+    return str(value)
 
 
 def environment_kwargs(name: str, value: Any) -> Mapping[str, Any]:
@@ -132,13 +145,41 @@ def environment_kwargs(name: str, value: Any) -> Mapping[str, Any]:
         raise UserError(f"`{name}` must map argument names to values, but got {value!r}.")
     if "max_episode_steps" in value:
         raise UserError(f"The time limit must be `env.max_episode_steps`, but `{name}` has it: {value!r}.")
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        # They are part of config.yaml, of checkpoints and of the trial's identity.
-        plain = "plain data (words, finite numbers, lists, mappings)"
-        raise UserError(f"`{name}` must be {plain}, but got {value!r}.") from None
-    return dict(value)
+    # They are part of config.yaml, of checkpoints and of the trial's identity.
+    plain = _plain_data(value)
+    if plain is _NOT_PLAIN:
+        legal = "plain data (words, finite numbers, lists, mappings)"
+        raise UserError(f"`{name}` must be {legal}, but got {value!r}.")
+    found: Mapping[str, Any] = plain
+    return found
+
+
+_NOT_PLAIN = object()
+
+
+def _plain_data(value: Any) -> Any:
+    """A copy as JSON and YAML give it back, or `_NOT_PLAIN`: lists for tuples, and plain numbers."""
+    value = plain_number(value)
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else _NOT_PLAIN
+    if isinstance(value, list | tuple):
+        items = [_plain_data(item) for item in value]
+        return items if all(item is not _NOT_PLAIN for item in items) else _NOT_PLAIN
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        pairs = {str(key): _plain_data(item) for key, item in value.items()}
+        return pairs if all(item is not _NOT_PLAIN for item in pairs.values()) else _NOT_PLAIN
+    return _NOT_PLAIN
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy's as one of Python's, which can be written down; anything else as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()  # numpy itself is not imported here
+    return value
 
 
 def is_number(value: Any) -> bool:
@@ -156,4 +197,4 @@ def _shown(value: float) -> str:
 
 def _is_none(value: Any) -> bool:
     # In Orion only strings are safe categories, so the string "none" must mean the same as null.
-    return value is None or value == "none"
+    return value is None or (isinstance(value, str) and value == "none")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ppo_hpo.spec import yamlio
-from ppo_hpo.spec.config import GROUPS, check_group, check_key, check_value
+from ppo_hpo.spec.combinations import check_combinations
+from ppo_hpo.spec.config import GROUPS, check_group, check_key, check_value, without_effectless
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.prior import check_prior, highest_fidelity
 
@@ -84,6 +85,7 @@ def read_space(name: str = "default") -> Space:
                 f"`task.max_epochs` must equal the highest fidelity, {space.max_epochs}, but got {horizon}. "
                 f"Schedules end there, in every rung: write max_epochs: {space.max_epochs}."
             )
+        check_combinations(fixed, priors)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return space
@@ -178,7 +180,7 @@ def fill(
                     f"The space {space.name!r} searches `{group}.{key}`, but no value was proposed for it. "
                     f"Build the experiment with get_space({space.name!r})."
                 )
-    return config
+    return without_effectless(config, space.priors)
 
 
 def flatten_params(params: Mapping[str, Any]) -> list[tuple[str, str, Any]]:

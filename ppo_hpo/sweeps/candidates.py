@@ -9,7 +9,7 @@ from typing import Any
 
 from ppo_hpo.orion.experiment import completed_trials, configuration_of, ranking_key, statistics_of
 from ppo_hpo.spec import yamlio
-from ppo_hpo.spec.config import TrialConfig
+from ppo_hpo.spec.config import TrialConfig, without_effectless
 from ppo_hpo.spec.errors import UserError
 
 
@@ -55,7 +55,7 @@ def _candidate(trial: Any, number: int) -> Candidate:
             f"{path} is missing: the files of trial {trial.id} are on another machine, or were removed. Run "
             f"this command where the files are."
         )
-    config, statistics = TrialConfig.from_mapping(yamlio.load(path)), statistics_of(trial)
+    config, statistics = TrialConfig.from_mapping(without_effectless(yamlio.load(path))), statistics_of(trial)
     if statistics.get("stopped"):
         # It was scored and saved before the last epoch that was asked for.
         config = config.replace(task={"epochs": int(statistics["epochs"]), "max_epochs": config.max_epochs})

@@ -23,18 +23,26 @@ import json
 import os
 import socket
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_hpo.spec.errors import CheckpointError, MachineError, OutOfMemory, UserError, hide_secrets
+from ppo_hpo.spec.errors import (
+    CheckpointError,
+    DeterministicFailure,
+    MachineError,
+    OutOfMemory,
+    UserError,
+    hide_secrets,
+)
 from ppo_hpo.state.files import read_bytes, write_atomically
 
 #: ``transient`` may pass. ``machine`` is what this machine lacks. ``permanent`` is a mistake in the input.
 Kind = Literal["transient", "machine", "permanent", "unknown"]
 
-RECORD = "failure.json"
+RECORD, TRACEBACK = "failure.json", "traceback.txt"
 _MAX_RECORD = 1 << 16
 _TRANSIENT = {
     errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOMEM,
@@ -119,7 +127,7 @@ def read_record(directory: Path) -> Record | None:
 
 
 def record_failure(directory: Path, error: Exception, *, stopped: bool = False) -> None:
-    """Write down why a trial failed, and whether that stopped the hunt."""
+    """Write down why a trial failed, with the traceback of a crash, and whether that stopped the hunt."""
     place = getattr(error, "place", None) or getattr(error.__cause__, "place", None)
     content = {
         "error": one_line(error)[:4096],
@@ -132,12 +140,16 @@ def record_failure(directory: Path, error: Exception, *, stopped: bool = False) 
     # The failure may be that the disk is full.
     with contextlib.suppress(UserError):
         write_atomically(directory / RECORD, (json.dumps(content) + "\n").encode())
+        if not isinstance(error, UserError) or error.__cause__ is not None:
+            text = hide_secrets("".join(traceback.format_exception(error)))
+            write_atomically(directory / TRACEBACK, text[-_MAX_RECORD:].encode("utf-8", "replace"))
 
 
 def remove_record(directory: Path) -> None:
     """Remove the record of a trial that has succeeded."""
-    with contextlib.suppress(OSError):
-        (directory / RECORD).unlink(missing_ok=True)
+    for name in (RECORD, TRACEBACK):
+        with contextlib.suppress(OSError):
+            (directory / name).unlink(missing_ok=True)
 
 
 def stops_the_hunt(error: Exception, directory: Path, siblings: Path) -> bool:
@@ -147,7 +159,9 @@ def stops_the_hunt(error: Exception, directory: Path, siblings: Path) -> bool:
     """
     if not isinstance(error, UserError) or isinstance(error, CheckpointError | OutOfMemory):
         stop = False
-    elif isinstance(error, MachineError) or _is_about_files(error):
+    elif isinstance(error, MachineError) or (
+        _is_about_files(error) and not isinstance(error, DeterministicFailure)
+    ):
         stop = True
     else:
         # The trial may be the only one with its mistake. So the second time it is broken.

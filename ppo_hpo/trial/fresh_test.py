@@ -6,7 +6,9 @@ also won by them. A test has more episodes, and other ones for each training see
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ppo_hpo.spec import results
 from ppo_hpo.spec.config import TrialConfig
-from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.errors import NotFinite, UserError
 from ppo_hpo.state.files import read_bytes
 
 if TYPE_CHECKING:
@@ -38,19 +40,18 @@ def take(task: PPO, episodes: int) -> FreshTest:
     from ppo_hpo.ppo.device import limited_threads  # imports torch
     from ppo_hpo.ppo.task_envs import Environments
 
-    config, steps = task.config, 0
+    config = task.config
     if not task.diverged:
         if task.epoch != config.task.epochs:
             raise UserError(
                 f"A test needs the policy after epoch {config.task.epochs}, but this directory has that of "
                 f"epoch {task.epoch}. Choose another directory for the tests."
             )
-        with limited_threads(config.task.threads):
-            found = Environments(config, task.info).evaluate_fresh(task.agent, episodes)
-        steps = sum(found.lengths)
-        if found.finite:
-            return FreshTest(math.fsum(found.returns) / episodes, found.returns, steps)
-    return FreshTest(-results.objective(task.metrics.curve, task.epoch, diverged=True), steps=steps)
+        log = logging.getLogger("ppo_hpo")
+        with contextlib.suppress(NotFinite), limited_threads(config.task.threads):
+            found = Environments(config, task.info, log).evaluate_fresh(task.agent, episodes)
+            return FreshTest(math.fsum(found.returns) / episodes, found.returns, sum(found.lengths))
+    return FreshTest(-results.objective(task.metrics.curve, task.epoch, diverged=True))
 
 
 def to_bytes(test: FreshTest, config: TrialConfig) -> bytes:

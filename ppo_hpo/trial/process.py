@@ -17,12 +17,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from ppo_hpo.spec.errors import DeterministicFailure, Interrupted, UserError, hide_secrets
+from ppo_hpo.spec.errors import DeterministicFailure, EnvironmentFault, Interrupted, UserError, hide_secrets
 from ppo_hpo.spec.printing import print_anything
 
 # Numerical libraries read these variables when they are first imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# Packages that a trial imports. Nobody means to replace one by a file in the current directory.
+_NEEDED = ("gymnasium", "numpy", "torch", "yaml", "safetensors", "orion", "ale_py", "envpool")
 _received: list[int] = []  # the signal that asked this process to stop, once one has
+_handled: list[int] = []  # the signals that raise `Interrupted` here
 
 
 def set_thread_variables(threads: int) -> None:
@@ -32,9 +35,19 @@ def set_thread_variables(threads: int) -> None:
 
 
 def find_modules_here() -> None:
-    """Let environments be modules in the current directory, also where no `python -m` adds it."""
+    """Let environments be modules in the current directory, also where no `python -m` adds it.
+
+    They go before installed packages, but behind Python's own modules, which other libraries import.
+    """
+    for name in _NEEDED:
+        if os.path.isfile(f"{name}.py"):
+            raise UserError(
+                f"The current directory has a file {name}.py, which hides the package {name} from Python. "
+                f"Rename the file."
+            )
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        installed = (index for index, path in enumerate(sys.path) if path.endswith("-packages"))
+        sys.path.insert(next(installed, 0), "")
 
 
 def raise_on_signals() -> None:
@@ -48,6 +61,12 @@ def raise_on_signals() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+        _handled.append(number)
+
+
+def may_be_interrupted_by_keyboard() -> bool:
+    """Whether Ctrl-C may raise KeyboardInterrupt here. If not, whatever raises one is no keyboard."""
+    return not _handled
 
 
 def raise_if_stopped() -> None:
@@ -106,7 +125,7 @@ def _report_signal(signum: int) -> int:
 
 
 def _report_error(error: UserError, stops_the_hunt: bool) -> int:
-    if isinstance(error, DeterministicFailure) and error.__cause__ is not None:
+    if isinstance(error, DeterministicFailure | EnvironmentFault) and error.__cause__ is not None:
         sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
     if not stops_the_hunt:
         print(f"ppo-hpo: error: {error}", file=sys.stderr)

@@ -18,10 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ppo_hpo.spec.errors import DeterministicFailure, OutOfMemory, UserError
+from ppo_hpo.spec.errors import (
+    DeterministicFailure,
+    ExitOfEnvironment,
+    Interrupted,
+    LostLock,
+    OutOfMemory,
+    UserError,
+)
+from ppo_hpo.trial import process
 from ppo_hpo.trial.failure import is_transient, kind, lacks_memory, one_line
 
 T = TypeVar("T")
+
+# Functions that look at an environment before anything is trained in it.
+_FIRST_LOOKS = (("ppo_hpo.envs.make", "probe"), ("ppo_hpo.envs.repeat", "first_difference"))
 
 # Seconds before the first retry, and at most. Each pause is twice as long as the one before.
 _PAUSE, _LONGEST_PAUSE = 1.0, 30.0
@@ -81,14 +92,14 @@ def with_retries(
     made, counted anew once an epoch was finished. ``earlier`` is the place where another process failed.
 
     Raises:
-        DeterministicFailure: an unknown error occurred twice at the very same step.
+        DeterministicFailure: an unknown error occurred twice at the very same step, or no retry is left.
         OutOfMemory: replaces any other error that says so.
     """
     log = log or logging.getLogger("ppo_hpo")
     left, reached, last_place = retries, -1, earlier
     while True:
         try:
-            return attempt()
+            return _without_exits(attempt)
         except Exception as error:
             what, place = one_line(error), place_of(error, work)
             error.__dict__["place"] = place
@@ -108,6 +119,10 @@ def with_retries(
                         f"at a time, or make the network, its batches or env.n_envs smaller. Then rerun the "
                         f"trial: it resumes."
                     ) from error
+                if retries and not isinstance(error, UserError):
+                    raise DeterministicFailure(
+                        f"{what}: failed again after {retries - left} retries ({place}). Fix the cause."
+                    ) from error
                 raise
             last_place = place
         # Out here the error is gone, and with it the frames that held the attempt's memory.
@@ -120,6 +135,21 @@ def with_retries(
         )  # fmt: skip
         _free_memory()
         sleep(pause)
+
+
+def _without_exits(attempt: Callable[[], T]) -> T:
+    """Attempt something. An exit in the midst of it is a failure, although it looks like a good end."""
+    try:
+        return attempt()
+    except (Exception, Interrupted, LostLock):
+        raise
+    except BaseException as error:  # SystemExit, and what libraries derive from BaseException
+        if isinstance(error, KeyboardInterrupt) and process.may_be_interrupted_by_keyboard():
+            raise
+        raise ExitOfEnvironment(
+            f"the environment, or other code of yours, raised {error!r}, which would end the process as if "
+            f"all were well"
+        ) from error
 
 
 def retrying_write(
@@ -158,12 +188,20 @@ def place_of(error: BaseException, work: Work) -> str:
 
     A trial repeats itself to the bit, so an error of its own occurs again at the very same place.
     """
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
+    if isinstance(error, ExitOfEnvironment) and error.__cause__ is not None:
+        error = error.__cause__
+    when, line, traceback = f"epoch {work.epoch + 1}, step {work.step}", "", error.__traceback__
+    while traceback is not None:
+        module, code = traceback.tb_frame.f_globals.get("__name__"), traceback.tb_frame.f_code
+        if module == "ppo_hpo.ppo.evaluate":
+            done = work.epoch + (work.step > 0)
+            when = f"evaluation after epoch {done}" if done else "evaluation before epoch 1"
+        elif (module, code.co_name) in _FIRST_LOOKS:
+            when = "first look at the environment"
+        line = f", {code.co_filename}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
-    line = "" if traceback is None else f", {traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
     part = f"{work.part}, " if work.part else ""
-    return f"{part}epoch {work.epoch + 1}, step {work.step}, {type(error).__name__}{line}"
+    return f"{part}{when}, {type(error).__name__}{line}"
 
 
 def _free_memory() -> None:

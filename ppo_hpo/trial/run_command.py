@@ -100,7 +100,7 @@ def _stops_the_hunt(error: Exception, request: RunRequest) -> bool:
 def configuration_of(request: RunRequest, *, under_orion: bool) -> dict[str, dict[str, Any]]:
     """Read the file's groups, and apply the values of the command line to them."""
     from ppo_hpo.spec import space, yamlio
-    from ppo_hpo.spec.config import GROUPS, TaskConfig
+    from ppo_hpo.spec.config import GROUPS, TaskConfig, without_effectless
 
     path = space.space_path(request.config)
     content = yamlio.load(path)
@@ -123,7 +123,8 @@ def configuration_of(request: RunRequest, *, under_orion: bool) -> dict[str, dic
         task["epochs"] = request.epochs
     if request.seed is not None:
         task["seed"] = request.seed
-    return mapping
+    # Orion has filled in what was searched, which may have no effect beside the other values.
+    return without_effectless(mapping) if under_orion else mapping
 
 
 def _apply(setting: str, mapping: dict[str, dict[str, Any]]) -> None:

@@ -5,9 +5,10 @@ Where a trial's state comes from is one rule for every algorithm. `ppo_hpo.trial
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from ppo_hpo.state.files import remove_temporary_files, write_atomically
 from ppo_hpo.state.remote_store import open_store
 from ppo_hpo.trial import failure, gpu_slots, median_stop, trial_files
 from ppo_hpo.trial.options import OrionContext, RunOptions
-from ppo_hpo.trial.retries import Work, retrying_write
+from ppo_hpo.trial.retries import Work, retrying_write, with_retries
 from ppo_hpo.trial.training import Outcome, SeedTraining, Trial, combined
 
 if TYPE_CHECKING:
@@ -42,7 +43,11 @@ def run(
     ``log.txt``. ``tick`` is called before each environment step, and what it raises stops the trial there.
     """
     trial = Trial(config, directory, options, orion, open_store(options.checkpoint_store))
-    info = _check(trial)
+    _check(trial)
+    with _recording(trial):
+        earlier = failure.read_record(directory)
+        place = None if earlier is None else earlier.place
+        info = with_retries(lambda: _look(trial), Work(), options.retries, place)
     # A small network on vectors is trained faster by the CPU (`ppo_hpo.ppo.numpy_engine`).
     device = "cpu" if options.device == "auto" and not info.images else options.device
     works = {part: Work(part) for part in trial_seeds.split_by_seed(config)}
@@ -57,7 +62,7 @@ def run(
                 if lost is not None:
                     log.warning("%s; resumes from what is there", lost)
                 remove_temporary_files(directory)
-                _warn_of_short_epochs(config, info, log)
+                _warn(config, info, log)
                 return _run_as_writer(trial, device, works, claim, tick, log)
         except LostLock as error:
             # The process must not end: Orion would stop the hunt, or call a trial broken that is alive.
@@ -65,10 +70,8 @@ def run(
             logging.getLogger("ppo_hpo").warning("%s; waits for the trial to be free again", error)
 
 
-def _check(trial: Trial) -> EnvInfo:
-    """Check everything that can be checked before torch is imported. The directory is made if needed."""
-    from ppo_hpo.envs.make import check_hyperparameters_fit, probe
-
+def _check(trial: Trial) -> None:
+    """Check the options and the directory, which is made if it is missing."""
     config, store = trial.config, trial.store
     if trial.options.stop_poor:
         median_stop.refuse_what_does_not_fit(seeds=config.task.seeds, store=store)
@@ -78,10 +81,16 @@ def _check(trial: Trial) -> EnvInfo:
                 "is run without Orion, or in a directory of its own. Leave the option out."
             )
     _check_directory(config, trial.directory)
-    info = probe(config.env)
-    check_hyperparameters_fit(config, info)
-    if store is not None:
-        store.names()  # This fails if the store cannot be reached.
+
+
+def _look(trial: Trial) -> EnvInfo:
+    """Look at the environment, and at the store: everything that can be checked before torch is imported."""
+    from ppo_hpo.envs.make import check_hyperparameters_fit, probe
+
+    info = probe(trial.config.env)
+    check_hyperparameters_fit(trial.config, info)
+    if trial.store is not None:
+        trial.store.names()  # This fails if the store cannot be reached.
     return info
 
 
@@ -111,8 +120,12 @@ def _check_directory(config: TrialConfig, directory: Path) -> None:
         )
 
 
-def _warn_of_short_epochs(config: TrialConfig, info: EnvInfo, log: logging.Logger) -> None:
-    """Warn if epochs are short. Environments are reset at each epoch, and that hurts if epochs are short."""
+def _warn(config: TrialConfig, info: EnvInfo, log: logging.Logger) -> None:
+    """Warn if epochs are short, since environments are reset at each epoch, or actions out of reach."""
+    from ppo_hpo.envs.make import narrow_reach
+
+    if text := narrow_reach(config, info):
+        log.warning("%s", text)
     limit = info.time_limit
     if limit is None:
         log.warning(
@@ -144,21 +157,18 @@ def _run_as_writer(
         claim.raise_if_lost()
         tick()
 
-    try:
-        with gpu_slots.taken(
+    with (
+        _recording(trial),
+        gpu_slots.taken(
             asked_device, trial.options.trials_per_device, count=_count_gpus, log=log, tick=tick_of_writer
-        ) as device:
-            done = [
-                SeedTraining(trial, own, works[part], device, write, tick_of_writer, log).run(
-                    None if earlier is None else earlier.place
-                )
-                for part, own in trial_seeds.split_by_seed(config).items()
-            ]
-    except Exception as error:
-        # Under Orion it is recorded with what Orion is told. What belongs to another trial is left as it is.
-        if trial.orion.trial_id is None and not isinstance(error, CheckpointError):
-            failure.record_failure(directory, error)
-        raise
+        ) as device,
+    ):
+        done = [
+            SeedTraining(trial, own, works[part], device, write, tick_of_writer, log).run(
+                None if earlier is None else earlier.place
+            )
+            for part, own in trial_seeds.split_by_seed(config).items()
+        ]
     outcome = done[0][0]
     if config.task.seeds > 1:
         outcome = combined([own for own, _ in done], config.task.aggregate, directory)
@@ -173,6 +183,18 @@ def _run_as_writer(
         -outcome.objective, outcome.statistics["return_std"], outcome.statistics["epochs"], directory,
     )  # fmt: skip
     return outcome
+
+
+@contextlib.contextmanager
+def _recording(trial: Trial) -> Iterator[None]:
+    """Record a failure. Under Orion that is done with what Orion is told."""
+    try:
+        yield
+    except Exception as error:
+        # What belongs to another trial is left as it is.
+        if trial.orion.trial_id is None and not isinstance(error, CheckpointError):
+            failure.record_failure(trial.directory, error)
+        raise
 
 
 def _count_gpus() -> int:

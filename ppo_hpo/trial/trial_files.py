@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from ppo_hpo.spec import results, yamlio
 from ppo_hpo.spec.config import TrialConfig
@@ -28,7 +29,9 @@ Write = Callable[[Path, bytes], None]
 LOG, TIMING, CURVE, RESULTS, CONFIG = "log.txt", "timing.jsonl", "curve.jsonl", "results.json", "config.yaml"
 WRITTEN_IN_PLACE = (LOG, TIMING, worklog.FILE, "lock")  # appended to, locked or emptied
 WRITER = "writer"  # directory in which the lock names the trial's writer
-REPLACED = (failure.RECORD, CURVE, RESULTS, CONFIG, median_stop.RECORD, fresh_test.FILE)
+REPLACED = (
+    failure.RECORD, failure.TRACEBACK, CURVE, RESULTS, CONFIG, median_stop.RECORD, fresh_test.FILE,
+)  # fmt: skip
 
 
 def default_directory(config: TrialConfig) -> Path:
@@ -81,6 +84,9 @@ def logging_to(directory: Path, trial_id: str | None, console: bool) -> Iterator
         raise UserError(f"{directory / LOG} cannot be written: {error.strerror}.") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
+    crashes = not faulthandler.is_enabled()
+    if crashes:  # A crash in C then leaves its traceback in the log.
+        faulthandler.enable(cast(TextIO, file.stream))
     if console:
         stream = logging.StreamHandler()
         prefix = f"[{trial_id[:8]}] " if trial_id else ""
@@ -89,6 +95,8 @@ def logging_to(directory: Path, trial_id: str | None, console: bool) -> Iterator
     try:
         yield log
     finally:
+        if crashes:
+            faulthandler.disable()
         # Closing writes what an earlier failure left unwritten, and fails again.
         with contextlib.suppress(OSError):
             file.close()

@@ -340,7 +340,7 @@ def test_an_environment_that_is_broken_from_the_start(config: Path, tmp_path: Pa
     done = run("run", "--config", config, *options, "--dir", "trial", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
-        "ppo-hpo: error: `env.id: tests.envs:BecomesNaN-v0` gives returns"
+        "ppo-hpo: error: `env.id: tests.envs:BecomesNaN-v0` returned the reward nan"
     )
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("checkpoint*"))

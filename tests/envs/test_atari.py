@@ -25,6 +25,8 @@ SEED = 5
 
 
 def arcade(*, evaluation: bool = False, max_episode_steps: int | None = None, **script: Any) -> Atari:
+    if "pays" in script:  # a configuration's keys are strings
+        script["pays"] = {str(frame): pay for frame, pay in script["pays"].items()}
     config = EnvConfig(
         id="tests.envs:Arcade-v0", wrapper="atari", kwargs=script, max_episode_steps=max_episode_steps
     )
@@ -170,7 +172,11 @@ def test_a_game_without_lives_may_continue() -> None:
 
 def test_evaluation_plays_whole_games_for_their_own_rewards() -> None:
     first = no_ops(SEED) + 8
-    script = {"lose_at": [first + 3], "over_at": first + 30, "pays": {first + 1: 2.0, first + 29: 40.0}}
+    script = {
+        "lose_at": [first + 3],
+        "over_at": first + 30,
+        "pays": {f"{first + 1}": 2.0, f"{first + 29}": 40.0},
+    }
     config = EnvConfig(id="tests.envs:Arcade-v0", wrapper="atari", kwargs=script)
 
     class Still:

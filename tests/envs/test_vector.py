@@ -244,7 +244,7 @@ def test_without_envpool(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_faster_contains_gives_the_same_answers() -> None:
     """Environments assert that their space contains each action: the shortcut must not accept a wrong one."""
     plain, quick = gymnasium.spaces.Discrete(3, start=-1), gymnasium.spaces.Discrete(3, start=-1)
-    from ppo_hpo.envs.vector import _speed_up_contains
+    from ppo_hpo.envs.make import _speed_up_contains
 
     _speed_up_contains(quick)
     things = [np.int64(v) for v in range(-3, 5)] + [*range(-3, 5), np.int32(1), np.int32(2), 1.0, None, "1"]

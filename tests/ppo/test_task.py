@@ -656,13 +656,6 @@ def test_statistics_that_overflow_are_divergence(part: str, tmp_path: Path) -> N
     assert small(tmp_path).epoch == 1  # what was saved before can be read
 
 
-def test_returns_whose_deviation_overflows_are_not_finite() -> None:
-    from ppo_hpo.ppo.evaluate import Evaluation
-
-    assert not Evaluation((1e160, -1e160), (1, 1)).finite
-    assert Evaluation((1e30, -1e30), (1, 1)).finite
-
-
 def test_trials_in_threads_equal_trials_that_run_alone() -> None:
     """The trial that ends first must not raise the limit of the others: BLAS has one limit in a process."""
 

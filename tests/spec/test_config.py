@@ -6,8 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
+from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.config import (
     CHANGEABLE_BY_FORK,
     GROUPS,
@@ -17,6 +19,7 @@ from ppo_hpo.spec.config import (
     check_key,
     check_value,
     field_names,
+    without_effectless,
 )
 from ppo_hpo.spec.errors import UserError
 
@@ -42,6 +45,8 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("word", {"optimizer": {"lr": "fast"}}, ["`optimizer.lr` must be a number", "'fast'"]),
     ("nothing", {"optimizer": {"lr": None}}, ["`optimizer.lr` must be a number", "None"]),
     ("list", {"optimizer": {"lr": [1e-3]}}, ["`optimizer.lr` must be a number", "[0.001]"]),
+    ("Python's none", {"ppo": {"target_kl": "None"}}, ["`ppo.target_kl` must be a number or none", "'None'"]),
+    ("Python's none", {"env": {"max_episode_steps": "None"}}, ["must be a whole number or none", "'None'"]),
     ("boolean for a number", {"optimizer": {"lr": True}}, ["must be a number", "True"]),
     # Whole numbers.
     ("fraction", {"ppo": {"n_epochs": 13.57}}, ["`ppo.n_epochs` must be a whole number", "13.57"]),
@@ -68,6 +73,8 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
         {"env": {"id": "../../a:C-v0"}},
         ["must be EnvId or module:EnvId", "'../../a:C-v0'"],
     ),
+    ("file for a module", {"env": {"id": "my_env.py:C-v0"}}, ["without .py", "Write my_env:C-v0."]),
+    ("file", {"env": {"id": "sub/my_env.py"}}, ["without .py", "Write sub.my_env:EnvId."]),
     ("relative module", {"env": {"id": ".a:C-v0"}}, ["must be EnvId or module:EnvId"]),
     ("many environments", {"env": {"n_envs": 2**60}}, ["`env.n_envs <= 65536` must hold", str(2**60)]),
     ("wide", {"model": {"width": 2**14, "depth": 2}}, ["`model.width^2 * (model.depth - 1) <= 134217728`"]),
@@ -147,6 +154,14 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("other spelling", {"ppo": {"one_minus_gamma": 1.5}}, ["`0 <= ppo.one_minus_gamma <= 1`", "1.5"]),
     ("other spelling", {"ppo": {"n_minibatches": 2.5}}, ["`ppo.n_minibatches` must be a whole number"]),
     ("other spelling", {"ppo": {"n_minibatches": 0}}, ["`ppo.n_minibatches >= 1` must hold"]),
+    # No effect.
+    (
+        "end of a constant schedule",
+        {"lr_schedule": {"final": 0.1}},
+        ['`lr_schedule.final` has no effect unless `lr_schedule.name` is "linear"', "0.1", "Leave it out"],
+    ),
+    ("bound of nothing", {"normalize": {"clip_obs": 5}}, ["no effect unless `normalize.norm_obs` is true"]),
+    ("bound of nothing", {"normalize": {"clip_reward": 5}}, ["unless `normalize.norm_reward` is true"]),
     # Holes.
     (
         "open prior",
@@ -235,7 +250,7 @@ def _other_value(group: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "task.steps_per_epoch": 1024,
         "task.aggregate": "iqm",
         "model.activation": "relu",
-        "lr_schedule.name": "linear",
+        "lr_schedule.name": "constant",
         "ppo.clip_range_schedule": "linear",
         "ppo.clip_range_vf": 0.3,
         "ppo.target_kl": 0.05,
@@ -252,10 +267,12 @@ def _other_value(group: str, item: dataclasses.Field[Any], value: Any) -> Any:
 
 BASE = TrialConfig.from_mapping(
     {
-        "env": {"n_envs": 2},
+        "env": {"n_envs": 1},
         "task": {"epochs": 4, "max_epochs": 16, "steps_per_epoch": 512},
         "optimizer": {"eps": 1e-6},
-        "ppo": {"n_steps": 64, "batch_size": 16, "gae_lambda": 0.4},
+        "lr_schedule": {"name": "linear"},
+        "normalize": {"norm_obs": True, "norm_reward": True},
+        "ppo": {"n_steps": 128, "batch_size": 16, "gae_lambda": 0.4},
     }
 )
 VECTORIZATIONS = ("auto", "sync", "async", "native", "envpool")
@@ -357,3 +374,56 @@ def test_a_whole_number_that_was_computed_by_powers() -> None:
     assert type(config.task.epochs) is int
     with pytest.raises(UserError, match=r"must be a whole number, but got 44\.999"):
         TrialConfig.from_mapping({"task": {"epochs": 44.999, "max_epochs": 45}})
+
+
+def test_numbers_of_numpys_are_numbers() -> None:
+    """They become Python's, which can be written to YAML and hashed, inside of `env.kwargs` too."""
+    kwargs = {
+        "g": np.float32(0.5),
+        "sizes": (np.int64(1), [np.float64(2.5)]),
+        "words": {"on": np.bool_(True)},
+    }
+    written = {
+        "env": {"id": np.str_("CartPole-v1"), "n_envs": np.int32(8), "kwargs": kwargs},
+        "task": {"seed": np.uint64(3), "eval_deterministic": np.bool_(False)},
+        "ppo": {"n_steps": np.int64(64), "gamma": np.float32(0.5), "n_epochs": np.float64(3.0)},
+    }
+    config = TrialConfig.from_mapping(written)
+    again = TrialConfig.from_mapping(yamlio.parse(yamlio.dump(config.to_mapping()), "text"))
+    assert again == config
+    assert again.identity() == config.identity()
+    assert (config.ppo.n_steps, config.ppo.gamma, config.task.seed) == (64, 0.5, 3)
+    assert config.env.kwargs == {"g": 0.5, "sizes": [1, [2.5]], "words": {"on": True}}
+    for bad in (np.array([1, 2]), np.datetime64("2020-01-01"), {1: 2}, np.float64("nan")):
+        with pytest.raises(UserError, match="plain data"):
+            TrialConfig.from_mapping({"env": {"kwargs": {"x": bad}}})
+    with pytest.raises(UserError, match="must be a number"):
+        TrialConfig.from_mapping({"optimizer": {"lr": np.array([1e-3])}})
+
+
+@pytest.mark.parametrize("nothing", [None, "none", math.inf, np.inf, "inf"])
+@pytest.mark.parametrize(
+    "key", ["ppo.max_grad_norm", "ppo.target_kl", "normalize.clip_obs", "normalize.clip_reward"]
+)
+def test_no_bound_is_none_or_infinity(key: str, nothing: Any) -> None:
+    group, _, name = key.partition(".")
+    config = BASE.replace(**{group: {name: nothing}})
+    assert getattr(getattr(config, group), name) is None
+    assert TrialConfig.from_mapping(yamlio.parse(yamlio.dump(config.to_mapping()), "text")) == config
+
+
+def test_what_is_searched_may_have_no_effect_in_some_trials() -> None:
+    drawn = {
+        "lr_schedule": {"name": "constant", "final": 0.3},
+        "normalize": {"clip_obs": 3.0},
+        "ppo": {"gamma": 1},
+    }
+    assert without_effectless(drawn) == {
+        "lr_schedule": {"name": "constant"},
+        "normalize": {},
+        "ppo": {"gamma": 1},
+    }
+    # What was written as a fixed value stays, so that it is refused.
+    assert without_effectless(drawn, {"normalize": {"clip_obs": "prior"}})["lr_schedule"]["final"] == 0.3
+    linear = {"lr_schedule": {"name": "linear", "final": 0.3}}
+    assert without_effectless(linear) == linear

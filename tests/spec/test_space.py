@@ -364,6 +364,51 @@ def test_good_priors_are_what_orion_takes_and_draws_legally(tmp_path: Path, key:
         TrialConfig.from_mapping(fill(space, point))
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (
+            "ppo: {n_steps: 'orion~uniform(32, 512, discrete=True)'}",
+            ["of 481 combinations of ppo.n_steps: uniform(32, 512, discrete=True), 472 break a rule",
+             "such as ppo.n_steps=33: Rollouts must fill an epoch",
+             "Write choices([32, 40, 64, 80, 128, 160, 256, 320, 512])"],
+        ),
+        (
+            "env: {n_envs: 'orion~choices([4, 6])'}\nppo: {n_steps: 'orion~choices([64, 128])'}",
+            ["of 4 combinations", "2 break a rule, such as env.n_envs=6, ppo.n_steps=64"],
+        ),
+        ("ppo: {batch_size: 'orion~choices([64, 96])'}", ["1 break a rule", "Write choices([64])."]),
+        ("ppo: {n_minibatches: 'orion~uniform(1, 9, discrete=True)'}", ["5 break", "choices([1, 2, 4, 8])"]),
+        ("ppo: {n_steps: 'orion~uniform(1, 10000000, discrete=True)'}", ["of 20000 combinations"]),
+        ("ppo: {n_steps: 7}", ["Rollouts must fill an epoch"]),
+        ("env: {wrapper: atari, vectorization: \"orion~choices(['auto', 'native'])\"}", ["wraps gym"]),
+        ("model: {width: 'orion~choices([64, 16384])', depth: 'orion~choices([1, 2])'}", ["model.width^2"]),
+        ("lr_schedule: {final: 'orion~uniform(0, 1)'}", ["is searched, but has no effect unless"]),
+        ("lr_schedule: {final: 0.1}", ["`lr_schedule.final` has no effect unless"]),
+    ],
+)  # fmt: skip
+def test_combinations_that_are_illegal_are_refused(tmp_path: Path, text: str, parts: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_space(str(path))
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_what_depends_on_a_searched_value_may_be_searched(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "lr_schedule: {name: \"orion~choices(['constant', 'linear'])\", final: 'orion~uniform(0, 1)'}\n"
+        "normalize: {norm_obs: 'orion~choices([True, False])', clip_obs: 'orion~loguniform(1, 100)'}\n"
+    )
+    space = read_space(str(path))
+    for point in sample(space.priors, 20):
+        config = TrialConfig.from_mapping(fill(space, point))
+        linear = point["lr_schedule"]["name"] == "linear"
+        assert config.lr_schedule.final == (point["lr_schedule"]["final"] if linear else 0.0)
+
+
 def test_priors_run_nothing(tmp_path: Path) -> None:
     victim = tmp_path / "touched"
     with pytest.raises(UserError, match="bad prior"):
