@@ -1,6 +1,6 @@
 """Faults on purpose: does every trial of a sweep end where it would have ended undisturbed, to the bit?
 
-    python benchmarks/faults.py --seed 1    # Linux; four to six minutes on two cores
+    python benchmarks/faults.py --seeds 1 2 3 4 5    # Linux; about MINUTES minutes each on two cores
 
 Thirty trials of PPO on CartPole-v1 under ASHA (1, 3 and 9 epochs), by four workers, each an `orion hunt` of
 its own on one PickledDB, as on a cluster. Meanwhile an adversary with a seed does at random instants what
@@ -18,11 +18,20 @@ which a second process was killed is run once more by hand, so that it tidies up
   hit it, as its logs tell: an epoch counts when it is begun;
 - no temporary file may be left.
 
-Exit code 1 otherwise. Root mounts a tmpfs for the trials and runs everything else without its
-right to override permissions (`setpriv` of util-linux), so that they bite; whoever is not root fills the
-disk by a limit on the size of files (`RLIMIT_FSIZE`) on every running trial instead. A heartbeat of 3
-seconds lets Orion take a trial from its worker after 15, dead or not. `max_broken` is high: faults from
-outside say nothing about the space. Appends to `results/faults.json` and writes `results/faults.md` from it.
+Then `faults_executors.py` disturbs a sweep on each executor: a worker is killed while its peer is busy, and
+the leader is told to stop.
+
+Whenever no trial trains for more than ten seconds, though nobody is stopped and no disk is full, some process
+must have printed why it waits. Each such wait is listed, with what was printed. One without a reason is a
+failure.
+
+Exit code 1 otherwise. `faults.c` is preloaded into every worker and trial. It sets their clock, and kills a
+worker while it copies a directory. Without gcc these kinds are left out. Root gives the sweep a host name of
+its own, mounts a tmpfs for the trials and one for the database, and runs everything else without its right to
+override permissions (`setpriv` of util-linux), so that they bite. Whoever is not root fills the disk by a
+limit on the size of files (`RLIMIT_FSIZE`) on every running trial instead. A heartbeat of 3 seconds lets
+Orion take a trial from its worker after 15, dead or not. `max_broken` is high, because faults from outside
+say nothing about the space. Appends to `results/faults.json` and writes `results/faults.md` from it.
 """
 
 from __future__ import annotations
@@ -30,6 +39,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -37,6 +47,8 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -46,6 +58,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import faults_executors
 import machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -54,7 +67,8 @@ NAME, TRIALS, WORKERS = "faults", 30, 4
 HEARTBEAT = 3
 # Orion frees a trial after five of them; a process that is stopped for longer loses its trial.
 STOPPED = (5 * HEARTBEAT + 1.0, 5 * HEARTBEAT + 4.0)
-DISK_MB = 48
+#: Sizes in MiB of what root mounts.
+DISKS = {"trials": 48, "database": 16}
 PATIENCE = 600.0
 SPACE = """
 env: {id: CartPole-v1, n_envs: 8, max_episode_steps: 200}
@@ -77,7 +91,25 @@ KINDS = {
     "directory unreadable": 2,
     "trial: SIGSTOP past the heartbeat": 2,
     "worker: SIGSTOP past the heartbeat": 1,
+    "worker: SIGTERM": 2,
+    "worker: SIGKILL while it copies a directory": 2,
+    "clock set forward by an hour": 1,
+    "clock set back by two hours": 1,
+    "host name changed": 2,
+    "database's disk full": 2,
+    **faults_executors.KINDS,
 }
+#: Kinds that need `faults.c`, and root.
+LIBRARY_KINDS = (
+    "worker: SIGKILL while it copies a directory",
+    "clock set forward by an hour",
+    "clock set back by two hours",
+)
+ROOT_KINDS = ("host name changed",)
+#: Seconds that a worker may take to end after SIGTERM, and for which all may wait without a printed reason.
+WORKER_ENDS, UNEXPLAINED = 30.0, 10.0
+# What a process prints that says why it waits.
+_REASON = re.compile(r"wait|tries again|stops|locked|in use|requeue|lost", re.I)
 #: What sweeps showed before and while this was written, for the page.
 FINDINGS = """
 What these sweeps and those before them showed:
@@ -89,8 +121,11 @@ What these sweeps and those before them showed:
   completed, and left its empty claim there. Nobody comes to a completed trial again, so that the supervisor
   here runs it once more, as "run again to tidy up" counts.
 - A worker that is killed after it stored a result, before it told the algorithm, leaves Orion's ASHA waiting
-  for that result ("results told again"). Sweeps also stand still for up to half a minute while nothing runs
-  and Orion's lock goes from hand to hand among workers that wait; we did not find out why.
+  for that result ("results told again").
+- Sweeps stood still for up to half a minute while Orion's lock went from hand to hand among workers that
+  waited. A worker without a trial asks the algorithm again at once, and so holds its lock nearly always. One
+  that has a result polls for the lock once in a second, and mostly finds it taken. `ppo_hpo.orion.waiting`
+  changes both, and lets a worker say for what it waits.
 """
 _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) INFO (.*)$", re.M)
 _START = re.compile(r"(?:resumes, and )?trains(?: for \S+)? from epoch (\d+) to (\d+) on ")
@@ -143,11 +178,17 @@ class Sweep:
     #: What is still to be undone, with when.
     pending: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     max_trials: int = TRIALS
+    #: When no trial trained for long: since when, for how long, and what was printed meanwhile.
+    waits: list[dict[str, Any]] = field(default_factory=list)
+    slowest_end: float = 0.0
+    by_executor: list[faults_executors.Disturbed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.trials = self.folder / "trials"
         self.trials.mkdir(exist_ok=True)
-        self.database = self.folder / "orion.pkl"
+        self.database = self.folder / "database" / "orion.pkl"
+        self.database.parent.mkdir(exist_ok=True)
+        self.library = Library(self.folder) if shutil.which("gcc") else None
         self.random = random.Random(self.seed)
         self.started = time.monotonic()
         self.full: Fault | None = None
@@ -156,6 +197,9 @@ class Sweep:
         self.waiting_since = self.started
         self.retrying: subprocess.Popen[bytes] | None = None
         self.retried = self.folder / "retried.txt"
+        self.idle: tuple[float, int] | None = None  # since when nothing trains, and how much was printed then
+        self.copying: Fault | None = None
+        self.ending: dict[int, float] = {}  # workers that were told to end, and when
         (self.folder / "space.yaml").write_text(SPACE)
         (self.folder / "orion.yaml").write_text(
             f"experiment:\n  algorithm: {{asha: {{seed: {self.seed}, num_rungs: 3, num_brackets: 1}}}}\n"
@@ -174,6 +218,7 @@ class Sweep:
             "OMP_NUM_THREADS": "1",
             "HOME": str(self.folder),
             "ORION_HEARTBEAT": str(HEARTBEAT),
+            **(self.library.environment if self.library else {}),
         }
         command = [str(BIN / "orion"), "hunt", "-n", NAME, "-c", "orion.yaml"]
         command += ["--exp-max-trials", str(self.max_trials)]
@@ -208,9 +253,13 @@ class Sweep:
 
     def supervise(self) -> None:
         """What a cluster's supervisor and its user do."""
+        if self.full is not None and "database" in self.full.kind:
+            return  # It would wait for the database as well, and it is this process that makes room again.
         for index, worker in enumerate(self.workers):
             if worker.poll() is None:
                 continue
+            if (since := self.ending.pop(worker.pid, None)) is not None:
+                self.slowest_end = max(self.slowest_end, time.monotonic() - since)
             if self.completed < self.max_trials:
                 self.counts["workers started again"] += 1
                 self.workers[index] = self.start_worker()
@@ -245,6 +294,7 @@ class Sweep:
         self.retrying = subprocess.Popen(
             [BIN / "ppo-hpo", "retry", NAME, "-c", "orion.yaml", "--status", "broken"],
             cwd=self.folder, stdout=self.retried.open("ab"), stderr=subprocess.STDOUT,
+            env={**os.environ, **(self.library.environment if self.library else {})},
         )  # fmt: skip
 
     def count_retried(self) -> None:
@@ -272,7 +322,9 @@ class Sweep:
         self.workers = [first]
         self.wait_for(lambda: bool(self.running()), "the first trial")
         self.workers += [self.start_worker() for _ in range(WORKERS - 1)]
-        deck = [kind for kind, times in KINDS.items() for _ in range(times)]
+        kinds = [kind for kind in KINDS if self.tmpfs or kind not in ROOT_KINDS]
+        kinds = [kind for kind in kinds if self.library or kind not in LIBRARY_KINDS]
+        deck = [kind for kind in kinds if kind not in faults_executors.KINDS for _ in range(KINDS[kind])]
         self.random.shuffle(deck)
         deck = deck[: self.count]
         due = time.monotonic() + self.random.expovariate(1 / self.interval)
@@ -292,8 +344,10 @@ class Sweep:
             if deck and now >= due and self.strike(deck[0]):
                 deck.pop(0)
                 due = now + self.random.expovariate(1 / self.interval)
+            self.see_copying()
             if now >= look:
                 self.supervise()
+                self.see_waits()
                 look = time.monotonic() + 1.0
             time.sleep(0.05)
         self.disturbed = time.monotonic() - self.started
@@ -304,6 +358,9 @@ class Sweep:
         self.wait_for(lambda: all(worker.poll() is not None for worker in self.workers), "the workers")
         self.wait_for(lambda: not self.running(), "the orphans")
         self.count_retried()
+        if self.library:
+            self.library.set_clock(0.0)
+            self.library.kill_copier(0)
         for _ in range(20):
             client = self.client()
             trials = client.fetch_trials()
@@ -353,34 +410,48 @@ class Sweep:
         victim = self.random.choice(running)
         fault = Fault(round(time.monotonic() - self.started, 2), kind, 1, [victim.directory.name], victim.pid)
         try:
-            if kind == "trial: SIGKILL":
-                os.kill(victim.pid, signal.SIGKILL)
-            elif kind == "trial: SIGTERM":
-                os.kill(victim.pid, signal.SIGTERM)
-            elif kind.startswith("worker"):
-                if not self.strike_worker(fault, running):
-                    return False
-            elif kind == "trial: SIGSTOP past the heartbeat":
-                self.stop(victim.pid)
-            elif kind == "disk full":
-                if self.full is not None:
-                    return False
-                self.fill_disk(fault)
-            elif kind == "directory unreadable":
-                fault.process = None
-                self.lock_up(victim.directory)
-            elif not self.tear(victim, kind):
+            if not self.act(fault, victim, running):
                 return False
-            else:
-                fault.faults = 2
         except ProcessLookupError:
             return False
+        if fault is not self.copying:  # Whom that hits shows later.
+            self.note(fault)
+        return True
+
+    def act(self, fault: Fault, victim: Running, running: list[Running]) -> bool:
+        """Do what a fault's kind says; False where that cannot be done now."""
+        kind = fault.kind
+        if kind in ("trial: SIGKILL", "trial: SIGTERM"):
+            os.kill(victim.pid, signal.SIGKILL if "KILL" in kind else signal.SIGTERM)
+        elif kind in (*LIBRARY_KINDS, *ROOT_KINDS):
+            return self.strike_machine(fault)
+        elif kind.startswith("worker"):
+            return self.strike_worker(fault, running)
+        elif kind == "trial: SIGSTOP past the heartbeat":
+            self.stop(victim.pid)
+        elif "full" in kind:
+            if self.full is not None:
+                return False
+            self.fill_disk(fault)
+        elif kind == "directory unreadable":
+            fault.process = None
+            self.lock_up(victim.directory)
+        else:
+            fault.faults = 2
+            return self.tear(victim, kind)
+        return True
+
+    def note(self, fault: Fault) -> None:
         self.faults.append(fault)
         print(fault, flush=True)
-        return True
+
+    def note_executor(self, kind: str, trials: list[str], process: int) -> None:
+        self.note(Fault(round(time.monotonic() - self.started, 2), kind, 1, trials, process))
 
     def strike_worker(self, fault: Fault, running: list[Running]) -> bool:
         """Any worker, whatever it does now: runs a trial, waits, asks the algorithm, copies a directory."""
+        if self.full is not None:
+            return False
         workers = [worker.pid for worker in self.workers if worker.poll() is None]
         workers = [pid for pid in workers if pid not in self.stopped]
         if not workers:
@@ -391,10 +462,60 @@ class Sweep:
         if "SIGSTOP" in fault.kind:
             self.stop(worker)
             return True
+        if "SIGTERM" in fault.kind:
+            self.ending[worker] = time.monotonic()
+            os.kill(worker, signal.SIGTERM)
+            return True
         os.kill(worker, signal.SIGKILL)
         for one in own if "trial" in fault.kind else []:
             os.kill(one.pid, signal.SIGKILL)
         return True
+
+    def strike_machine(self, fault: Fault) -> bool:
+        """What hits the machine, and with it every trial that some worker has."""
+        fault.process = None
+        if self.full is not None:
+            return False
+        if "copies" in fault.kind:
+            assert self.library is not None
+            if self.copying is None:
+                self.library.kill_copier(self.random.randint(1, 6))
+                self.copying = fault
+                return True
+            return False
+        trials = self.client().fetch_trials()
+        fault.trials = sorted(Path(t.working_dir).name for t in trials if t.status == "reserved")
+        if "host name" in fault.kind:
+            socket.sethostname(f"host-{self.random.randrange(10**6)}")
+        else:
+            assert self.library is not None
+            self.library.set_clock(self.library.ahead + (3600.0 if "forward" in fault.kind else -7200.0))
+        return True
+
+    def see_copying(self) -> None:
+        """Write down that a worker was killed while it copied a directory, once one was."""
+        fault = self.copying
+        if self.full is None and fault is not None and self.library and not self.library.copier_lives:
+            fault.at, fault.trials = round(time.monotonic() - self.started, 2), self.reserved()
+            self.copying = None
+            self.note(fault)
+
+    def see_waits(self) -> None:
+        """Note since when nothing trains, and what was printed meanwhile."""
+        now, output = time.monotonic(), self.folder / "output.txt"
+        busy = any(not one.stopped for one in self.running()) or self.completed >= self.max_trials
+        if not busy and not (self.stopped or self.full is not None):
+            self.idle = self.idle or (now, output.stat().st_size)
+            return
+        if self.idle is not None and now - self.idle[0] > UNEXPLAINED:
+            with output.open(errors="replace") as file:
+                file.seek(self.idle[1])
+                lines = [line.strip() for line in file if _REASON.search(line)]
+            since, seconds = round(self.idle[0] - self.started, 1), round(now - self.idle[0], 1)
+            self.waits.append({"at": since, "seconds": seconds, "reason": lines[0][:300] if lines else None})
+            told = lines[0][:200] if lines else "no reason was printed"
+            print(f"{since:7.2f} s  nothing trained for {seconds} s: {told}", flush=True)
+        self.idle = None
 
     def reserved(self) -> list[str]:
         """Directories of the trials that some worker has and no process runs: one of them was hit."""
@@ -420,7 +541,11 @@ class Sweep:
 
     def fill_disk(self, fault: Fault) -> None:
         fault.process, fault.trials, self.full = None, [], fault
-        ballast = self.trials / "ballast"
+        database = "database" in fault.kind
+        ballast = (self.database.parent if database else self.trials) / "ballast"
+
+        def pids() -> list[int]:
+            return [w.pid for w in self.workers] if database else [one.pid for one in self.running()]
 
         def fill() -> None:
             if self.tmpfs:
@@ -431,13 +556,13 @@ class Sweep:
                     except OSError:
                         pass
             else:
-                for running in self.running():
-                    limit_size(running.pid, 1024)
+                for pid in pids():
+                    limit_size(pid, 1024)
 
         def make_room() -> None:
             ballast.unlink(missing_ok=True)
-            for running in self.running() if not self.tmpfs else []:
-                limit_size(running.pid, resource.RLIM_INFINITY)
+            for pid in pids() if not self.tmpfs else []:
+                limit_size(pid, resource.RLIM_INFINITY)
             self.full = None
 
         seconds = self.random.uniform(1.0, 4.0)
@@ -489,6 +614,33 @@ class Sweep:
         arguments = Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")
         path = next(Path(os.fsdecode(a)) for a in arguments if a.endswith(b".conf"))
         return int(yamlio.load(path)["task"]["epochs"])  # type: ignore[index,call-overload]
+
+
+class Library:
+    """`faults.c`, compiled, and the file through which it is told what to do."""
+
+    def __init__(self, folder: Path) -> None:
+        library, path = folder / "faults.so", folder / "faults.bin"
+        source = Path(__file__).with_suffix(".c")
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
+        path.write_bytes(bytes(16))
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 16)
+        self.environment = {"LD_PRELOAD": str(library), "FAULTS_FILE": str(path)}
+
+    @property
+    def ahead(self) -> float:
+        return float(struct.unpack_from("d", self._memory)[0])
+
+    def set_clock(self, ahead: float) -> None:
+        struct.pack_into("d", self._memory, 0, ahead)
+
+    def kill_copier(self, number: int) -> None:
+        struct.pack_into("i", self._memory, 8, number)
+
+    @property
+    def copier_lives(self) -> bool:
+        return int(struct.unpack_from("i", self._memory, 8)[0]) > 0
 
 
 def limit_size(pid: int, soft: int) -> None:
@@ -563,8 +715,11 @@ def judge(sweep: Sweep) -> dict[str, Any]:
     from ppo_hpo.spec.config import TrialConfig
 
     trials = sweep.client().fetch_trials()
+    for one in sweep.by_executor:
+        trials += faults_executors.trials_of(one)
     completed = [trial for trial in trials if trial.status == "completed"]
     complaints = [f"{trial.id} is {trial.status}" for trial in trials if trial.status != "completed"]
+    complaints += [complaint for one in sweep.by_executor for complaint in one.complaints]
     paths = [Path(trial.working_dir) / "config.yaml" for trial in completed]
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         references = pool.map(undisturbed, paths, chunksize=1)
@@ -573,8 +728,9 @@ def judge(sweep: Sweep) -> dict[str, Any]:
     for trial, reference in zip(completed, references, strict=True):
         directory = Path(trial.working_dir)
         config = TrialConfig.from_mapping(yamlio.load(directory / "config.yaml"))
-        lives[config.identity()].append(directory)
-        if config.task.epochs != trial.params["/task/epochs"]:
+        # Each sweep on an executor has lives of its own.
+        lives[f"{directory.parent} {config.identity()}"].append(directory)
+        if config.task.epochs != trial.params.get("/task/epochs", config.task.epochs):
             complaints.append(f"{trial.id} has {config.task.epochs} epochs in its configuration")
         try:
             end = end_of(directory, trial.objective.value)
@@ -592,9 +748,15 @@ def judge(sweep: Sweep) -> dict[str, Any]:
         repeated += twice
         if twice > hits:
             complaints.append(f"{sorted(names)}: {twice} epochs begun twice, {hits} faults")
+    unexplained = [wait for wait in sweep.waits if wait["reason"] is None]
+    complaints += [
+        f"nothing trained for {w['seconds']} s from {w['at']} s, and nobody said why" for w in unexplained
+    ]
+    if sweep.slowest_end > WORKER_ENDS:
+        complaints.append(f"a worker had not ended {sweep.slowest_end:.0f} s after SIGTERM")
     left = [
         path
-        for pattern in (".ppo-hpo-*", "stage-*", ".new-*", ".old-*")
+        for pattern in (".ppo-hpo-*", "stage-*", ".new-*", ".old-*", ".*.copy")
         for path in sweep.trials.rglob(pattern)
     ]
     complaints += [f"left over: {path.relative_to(sweep.trials)}" for path in left]
@@ -612,6 +774,12 @@ def judge(sweep: Sweep) -> dict[str, Any]:
         "equal": equal,
         "epochs_begun_twice": repeated,
         "temporary_files": len(left),
+        "waits_over_ten_seconds": len(sweep.waits),
+        "waits_without_a_reason": len(unexplained),
+        "waits": sweep.waits,
+        "seconds_to_end_after_sigterm": round(
+            max([sweep.slowest_end, *(one.slowest_end for one in sweep.by_executor)]), 1
+        ),
         "reservations_lost": output.count("has been lost"),
         "trials_waited_for": output.count("is in use by"),
         **{name.replace(" ", "_"): count for name, count in sorted(sweep.counts.items())},
@@ -633,7 +801,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         ("broken trials put back", "broken_put_back"), ("locks released", "algorithm_locks_released"),
         ("results told again", "results_told_again"), ("reservations lost", "reservations_lost"),
         ("run again to tidy up", "trials_run_again_to_tidy_up"),
-        ("seconds", "seconds"),
+        ("waits over 10 s", "waits_over_ten_seconds"), ("without a reason", "waits_without_a_reason"),
+        ("slowest end after SIGTERM (s)", "seconds_to_end_after_sigterm"), ("seconds", "seconds"),
     ]  # fmt: skip
     lines = ["| " + " | ".join(title for title, _ in rows) + " | passed |"]
     lines.append("|---" * (len(rows) + 1) + "|")
@@ -668,9 +837,12 @@ def write(result: dict[str, Any]) -> None:
 
 def sweep_in(folder: Path, arguments: argparse.Namespace) -> int:
     """As the user that trials run as."""
-    sweep = Sweep(folder, arguments.seed, arguments.tmpfs, arguments.faults, arguments.interval)
+    sweep = Sweep(folder, arguments.seeds[0], arguments.tmpfs, arguments.faults, arguments.interval)
     try:
         sweep.run()
+        sweep.by_executor = faults_executors.sweeps(
+            folder, folder / "space.yaml", arguments.seeds[0], sweep.note_executor
+        )
         result = judge(sweep)
     finally:
         for running in sweep.running():
@@ -683,7 +855,9 @@ def sweep_in(folder: Path, arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, required=True, metavar="S", help="of the adversary and of ASHA")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", required=True, metavar="S", help="of the adversary and of ASHA"
+    )
     parser.add_argument("--faults", type=int, default=sum(KINDS.values()), metavar="N", help="at most")
     parser.add_argument(
         "--interval", type=float, default=3.0, metavar="SECONDS", help="mean time between two"
@@ -695,25 +869,34 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.inside:
         return sweep_in(arguments.inside, arguments)
+    codes = [one_seed(arguments, seed) for seed in arguments.seeds]
+    return max(codes)
+
+
+def one_seed(arguments: argparse.Namespace, seed: int) -> int:
+    """The sweeps of one seed, in a folder of their own; 0 if all is as it should be."""
     root = os.geteuid() == 0
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    command = [sys.executable, __file__, "--inside", str(folder), "--seed", str(arguments.seed)]
+    command = [sys.executable, __file__, "--inside", str(folder), "--seeds", str(seed)]
     command += ["--faults", str(arguments.faults), "--interval", str(arguments.interval)]
     result = None
     try:
         if root:
-            (folder / "trials").mkdir()
-            options = f"size={DISK_MB}m,mode=755"
-            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", folder / "trials"], check=True)
+            for name in DISKS:
+                (folder / name).mkdir()
+                options = f"size={DISKS[name]}m,mode=755"
+                subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", folder / name], check=True)
             # What root would otherwise do in spite of a mode.
             rights = "-dac_override,-dac_read_search"
             command = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", *command, "--tmpfs"]
+            command = ["unshare", "--uts", *command]
         code = subprocess.run(command).returncode
         if code == 0:
             result = json.loads((folder / "outcome.json").read_text())
     finally:
         if root and not (arguments.keep or result is None):
-            subprocess.run(["umount", folder / "trials"], check=False)
+            for name in DISKS:
+                subprocess.run(["umount", folder / name], check=False)
         if arguments.keep or result is None:
             print(f"the sweep lies in {folder}")
         else:
