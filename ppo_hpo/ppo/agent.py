@@ -79,6 +79,8 @@ def build_agent(
             f"but got {config.ppo.clip_range_vf!r}."
         )
     check_hyperparameters_fit(config, info, own_network=network is not None)
+    if criterion is not None:
+        own_network.check_criterion(criterion, device)
     draws = False
     if network is None:
         network = build_network(config, info)

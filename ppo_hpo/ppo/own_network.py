@@ -1,4 +1,4 @@
-"""A dry run of a network of the user's own, before anything is trained with it."""
+"""Dry runs of a network or a criterion of the user's own, before anything is trained with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_hpo.envs.make import EnvInfo
+from ppo_hpo.ppo.autograd import Criterion
 from ppo_hpo.ppo.device import seeded_rng
 from ppo_hpo.spec.errors import UserError
 
@@ -29,6 +30,22 @@ def check(network: nn.Module, info: EnvInfo, device: torch.device, seed: int) ->
             run.check_repeats()
         run.check_log_std()
         return run.draws_in_train_mode()
+
+
+def check_criterion(criterion: Criterion, device: torch.device) -> None:
+    """Refuse a loss of the critic that gives no scalar."""
+    value = torch.zeros(3, dtype=torch.float32, device=device, requires_grad=True)
+    try:
+        loss = criterion(value, torch.ones_like(value))
+    except Exception as error:
+        raise UserError(
+            f"`criterion` must take values [B] and returns [B], but raised {_line(error)}."
+        ) from error
+    if not isinstance(loss, Tensor) or loss.shape != () or not loss.requires_grad:
+        raise UserError(
+            f"`criterion` must return a scalar that depends on the values, as with reduction='mean', but got "
+            f"{_kind_of(loss)}."
+        )
 
 
 class _DryRun:
@@ -112,14 +129,17 @@ class _DryRun:
         try:
             return method(obs)
         except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
                 f"`model`, a {type(self._network).__name__}, must take observations {_kind_of(obs)} of "
-                f"{self._info.id}, but {name}(obs) raised {text:.300}."
+                f"{self._info.id}, but {name}(obs) raised {_line(error)}."
             ) from error
 
     def _refuse(self, rule: str) -> NoReturn:
         raise UserError(f"`model`, a {type(self._network).__name__}, {rule}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _kind_of(output: Any) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppo_hpo import PPO, TrialConfig, UserError
+from ppo_hpo import PPO, ActorCritic, LRSchedule, Optimizer, RolloutLoader, TrialConfig, UserError
 from ppo_hpo.state.checkpoint import arrays_digest
 from tests.ppo.test_task import SMALL, same
 
@@ -130,6 +130,22 @@ def test_continuous_actions_need_log_std(log_std: Any) -> None:
     assert task.agent.learner.engine == "autograd"
 
 
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (nn.MSELoss(reduction="none"), r"a scalar .*, but got torch.float32 of shape \(3,\)"),
+        (lambda value, returns: 1.0, "a scalar that depends on the values, .*, but got 1.0"),
+        (lambda value, returns: returns.sum(), "depends on the values"),
+        (lambda value: value.sum(), r"must take values \[B\] and returns \[B\], but raised TypeError"),
+    ],
+)
+def test_a_criterion_that_breaks_a_rule(criterion: Any, message: str) -> None:
+    parts = (ActorCritic(), RolloutLoader("CartPole-v1"), Optimizer(), LRSchedule())
+    task = PPO(*parts, "cpu", ppo_clip_param=0.2, ppo_max_grad_norm=0.5, criterion=criterion)
+    with pytest.raises(UserError, match=message):
+        task.init(ppo={"n_steps": 64})
+
+
 def dropout() -> PPO:
     torch.manual_seed(0)
     return task_of(Own(4, 2, nn.Dropout(0.5)))
@@ -144,6 +160,8 @@ def test_dropout_is_off_while_the_policy_acts_and_draws_by_the_seed_of_the_trial
         state = torch.get_rng_state()
         drop = task.model.body[1]  # type: ignore[union-attr, index]
         drop.register_forward_hook(lambda module, *_: modes.append(module.training))  # type: ignore[union-attr]
+        if seed == 2:
+            task.events.subscribe("end_rollout", lambda task, **details: task.model.train())
         task.fit(2)
         task.finish()
         assert torch.equal(torch.get_rng_state(), state)
