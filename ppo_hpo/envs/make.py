@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -196,7 +197,11 @@ def _make(config: EnvConfig, options: dict[str, Any]) -> gymnasium.Env[Any, Any]
     except Exception as failure:
         if not config.kwargs:  # the mistake is the environment's own, so its traceback helps
             raise
-        raise EnvironmentFault(
+        package = os.path.dirname(inspect.getfile(gymnasium))
+        inside = traceback.extract_tb(failure.__traceback__)[-1].filename.startswith(package)
+        # A traceback of somebody else's code helps its author; gymnasium's own has wrong arguments only.
+        kind = UserError if inside else EnvironmentFault
+        raise kind(
             f"`env.id: {config.id}` cannot be made with `env.kwargs: {dict(config.kwargs)}`: "
             f"{type(failure).__name__}: {_line(failure)}."
         ) from failure

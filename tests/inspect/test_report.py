@@ -327,6 +327,17 @@ def test_a_diverged_trial_does_not_say_how_long_an_epoch_is(tmp_path: Path) -> N
     assert summary.best.objective.value == -10.0
 
 
+def test_that_trials_diverged_is_said(tmp_path: Path) -> None:
+    client = experiment(tmp_path, small_space())
+    for n, lr in ((1, 0.9), (2, 0.8)):
+        insert(client, lr, 1, 0.0, diverged=1.0, epochs=0.0)
+        text = to_text(summarise(client, client.fetch_trials()))
+        assert f"diverged    all {n} completed trials" in text
+    insert(client, 0.1, 1, -5.0)
+    text = to_text(summarise(client, client.fetch_trials()))
+    assert "diverged    2 of 3 completed trials; log.txt of each says why" in text
+
+
 def test_what_ending_trials_saved_is_counted_once(tmp_path: Path) -> None:
     client = experiment(tmp_path, small_space(), algorithm={"asha": {"seed": 1, "num_rungs": 3}})
     insert(client, 0.9, 4, 7.0, diverged=1.0, epochs=0.0, env_steps=30.0, env_steps_not_trained=370.0)
