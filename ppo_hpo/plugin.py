@@ -1,4 +1,4 @@
-"""What Orion imports when it makes an algorithm. It installs the patches of `speedups` and `fixes`.
+"""What Orion imports when it makes an algorithm. It installs the patches of the modules that it names.
 
 An entry point of Orion's group ``BaseAlgorithm`` is the only code of ppo_hpo that a plain ``orion hunt``
 loads. An entry point that fails would break every algorithm for every user of Orion, so all errors are logged
@@ -6,7 +6,7 @@ here and go no further.
 """
 
 loaded = True
-for _module in ("speedups", "fixes"):
+for _module in ("speedups", "fixes", "hunt_space"):
     try:
         from importlib import import_module
 

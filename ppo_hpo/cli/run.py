@@ -52,6 +52,9 @@ def _add_run(commands: common.Commands) -> None:
         "each epoch (default: 2 under Orion, else 0)")  # fmt: skip
     common.add_stop_poor(run, "; this works only under `orion hunt`")
     common.add_checkpoint_store(run)
+    run.add_argument("--from", metavar="NAME", dest="start_from",
+        help="only under orion hunt: start a new experiment with the completed trials of experiment NAME "
+        "that lie in the space; NAME may be the directory of a sweep")  # fmt: skip
     run.add_argument("--parent", metavar="ID",
         help="id of the trial that this one resumes from, only needed with --checkpoint-store; under orion "
         "hunt, write --parent '{trial.parent}'")  # fmt: skip
@@ -60,6 +63,8 @@ def _add_run(commands: common.Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from ppo_hpo.trial import run_command
 
+    if arguments.start_from is not None and "ORION_TRIAL_ID" not in os.environ:
+        raise UserError("`--from` is for `orion hunt`: a trial that is run by hand has no experiment.")
     fields = run_command.RunRequest.__dataclass_fields__
     request = run_command.RunRequest(**{name: getattr(arguments, name) for name in fields})
     if arguments.preload or "1" in (os.environ.get("PPO_HPO_PRELOAD"), os.environ.get("PPO_HPO_WARM")):

@@ -53,6 +53,9 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--warm-start", action="append", metavar="PRESET",
         help="a preset (shipped) or a trial's YAML file, whose values a new sweep tries first; "
         "repeatable")  # fmt: skip
+    group.add_argument("--from", metavar="NAME", dest="start_from",
+        help="name or directory of an earlier sweep or experiment: its completed trials that lie in the "
+        "space are added to this one, and count (default space: that of NAME)")  # fmt: skip
 
 
 def _add_execution(group: argparse._ArgumentGroup) -> None:
@@ -97,6 +100,7 @@ def _typed(arguments: argparse.Namespace) -> dict[str, str]:
         for name in ("env", "space", "algorithm", "max_trials", "seeds", "warm_start", "executor", "device",
                      "trials_per_device", "stop_poor", "name", "storage", "checkpoint_store")
     }  # fmt: skip
+    names["start_from"] = "--from"
     names |= {"n_workers": "--workers", "overrides": "--set", "directory": "--dir", "progress": "--quiet"}
     names["epochs"] = "--fidelity" if isinstance(arguments.epochs, str) else "--epochs"
     given = {"task.seeds": arguments.seeds, "task.epochs": arguments.epochs}
@@ -104,19 +108,20 @@ def _typed(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from ppo_hpo.spec.settings import parse_setting
     from ppo_hpo.sweeps.run import SweepInterrupted, sweep
-    from ppo_hpo.trial.run_command import parse_setting
 
     env, space = _env_and_space(arguments)
-    overrides: dict[str, dict[str, Any]] = {}
+    overrides: dict[str, Any] = {}
     for setting in arguments.settings:
         group, key, value = parse_setting(setting)
-        overrides.setdefault(group, {})[key] = value
+        overrides[f"{group}.{key}"] = value
     try:
         result = sweep(
             env, space, _with_options(arguments.algorithm, "--algorithm"), max_trials=arguments.max_trials,
             n_workers=arguments.workers, seeds=arguments.seeds, epochs=arguments.epochs, overrides=overrides,
-            warm_start=arguments.warm_start, executor=_with_options(arguments.executor, "--executor"),
+            warm_start=arguments.warm_start, start_from=arguments.start_from,
+            executor=_with_options(arguments.executor, "--executor"),
             device=arguments.device, trials_per_device=arguments.trials_per_device,
             stop_poor=arguments.stop_poor, name=arguments.name, directory=arguments.dir,
             storage=arguments.storage, checkpoint_store=arguments.checkpoint_store,

@@ -24,7 +24,6 @@ Orion's own package of tasks imports torch if it is installed. This module does 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from orion.benchmark.task.base import BenchmarkTask
@@ -32,6 +31,7 @@ from orion.benchmark.task.base import BenchmarkTask
 from ppo_hpo.orion.objective import Objective, objective
 from ppo_hpo.spec.config import check_value
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.settings import Overrides, settings_of
 from ppo_hpo.spec.space import get_space
 
 
@@ -59,7 +59,7 @@ class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
     def __init__(
         self, max_trials: int = 20, env: str | None = None, space: str = "default",
         epochs: str | int | None = None, seed: int | None = None,
-        overrides: Mapping[str, Mapping[str, Any]] | None = None, device: str = "auto",
+        overrides: Overrides | None = None, device: str = "auto",
         directory: str | None = None,
     ) -> None:  # fmt: skip
         if type(max_trials) is not int or max_trials < 1:
@@ -70,12 +70,11 @@ class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
         }  # fmt: skip
         kept = {name: _in_json(name, value) for name, value in given.items()}
         super().__init__(max_trials, **kept)
-        fixed = {group: dict(values) for group, values in (overrides or {}).items()}
-        for group, values in fixed.items():
-            for key, value in values.items():
-                check_value(group, key, value)
+        fixed: dict[str, Any] = {}
+        for group, key, value in settings_of(overrides):
+            fixed[f"{group}.{key}"] = check_value(group, key, value)
         if seed is not None:
-            fixed.setdefault("task", {})["seed"] = seed
+            fixed["task.seed"] = seed
         fidelities: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
         self._objective: Objective = objective(
             space, env=env, overrides=fixed, directory=directory, device=device, console=False, **fidelities
@@ -84,7 +83,7 @@ class PPOBenchmark(BenchmarkTask):  # type: ignore[misc]
             f"{group}.{key}": prior
             for group, values in get_space(space, **fidelities).items()
             for key, prior in values.items()
-            if key not in fixed.get(group, {})
+            if f"{group}.{key}" not in fixed
         }
         if not self._space:
             raise UserError("This space searches nothing, because every value is fixed.")

@@ -23,7 +23,7 @@ from ppo_hpo.orion import hunt_file
 from ppo_hpo.spec.canonical import configuration_key
 from ppo_hpo.spec.errors import UserError, hide_secrets
 from ppo_hpo.spec.prior import highest_fidelity
-from ppo_hpo.spec.space import flatten_params
+from ppo_hpo.spec.settings import flatten_params
 
 _VARIABLES = ("ORION_DB_TYPE", "ORION_DB_ADDRESS")
 # How many names of experiments an error lists.

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.orion import trial_directory
 from ppo_hpo.orion.experiment import epochs_prior
-from ppo_hpo.ppo.components import merge
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import Interrupted
+from ppo_hpo.spec.settings import Overrides, overridden
 from ppo_hpo.spec.space import Space, fill, read_space, with_fidelities
 from ppo_hpo.trial import failure
 from ppo_hpo.trial.gpu_detection import device_name
@@ -26,8 +26,6 @@ from ppo_hpo.trial.options import RETRIES, OrionContext, RunOptions
 if TYPE_CHECKING:
     from orion.client import ExperimentClient
     from orion.core.worker.trial import Trial
-
-Overrides = Mapping[str, Mapping[str, Any]]
 
 #: Trials that run in threads of this process stop while this is set. Signals do not reach such threads.
 STOPPING = threading.Event()
@@ -130,8 +128,9 @@ def objective(
 
     Args:
         space_or_config: name of a shipped space, path of a space file, or a nested mapping of fixed values.
-        env: id of the environment. The same as ``overrides={"env": {"id": env}}``.
-        overrides: values by group and key, which replace those of the space and of Orion.
+        env: id of the environment. The same as ``overrides={"env.id": env}``.
+        overrides: values that replace those of the space and of Orion, as ``{"ppo": {"n_epochs": 10}}`` or
+            ``{"ppo.n_epochs": 10, "env.kwargs.NAME": 0.5}``.
         directory: parent directory for trials that are called without a ``trial`` argument.
         device: ``cpu``; ``cuda`` for all visible GPUs, shared out among trials; ``cuda:N``, ``cuda:N,M`` or a
             list for these GPUs; ``auto`` for the GPUs if observations are images, else the CPU.
@@ -151,15 +150,14 @@ def objective(
         space = read_space(space_or_config)
     else:
         horizon = TrialConfig.from_mapping(space_or_config).max_epochs
-        fixed = merge(space_or_config, {"task": {"max_epochs": horizon}})
+        fixed = overridden(space_or_config, {"task.max_epochs": horizon})
         space = Space("configuration", Path(), fixed, {})
     space = with_fidelities(space, fidelities)
     options = RunOptions(
         device_name(device), trials_per_device, checkpoint_store, retries=retries, stop_poor=stop_poor
     )
-    chosen = {group: dict(values) for group, values in (overrides or {}).items()}
-    if env is not None:
-        chosen.setdefault("env", {})["id"] = env
+    chosen = {**(overrides or {}), **({} if env is None else {"env.id": env})}
+    overridden({}, chosen)  # An unknown key is an error now, and not in the first trial.
     parent = None if directory is None else Path(directory).absolute()
     return Objective(space, chosen, parent, options, console)
 

@@ -19,12 +19,15 @@ import contextlib
 import json
 import os
 import pickle
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from orion.core.io.database import Database, DatabaseError, DatabaseTimeout, DuplicateKeyError
 from orion.core.io.database.ephemeraldb import EphemeralDocument
 from orion.core.utils.flatten import flatten
+
+from ppo_hpo.orion import hunt_space
 
 if TYPE_CHECKING:
     import sqlite3
@@ -332,3 +335,9 @@ class SQLiteDB(Database):  # type: ignore[misc]
                 for table in ("documents", "large", "uniques"):
                     db.execute(f"DELETE FROM {table} WHERE number = ?", (document.number,))
             return len(found)
+
+
+# Orion imports this module when it opens a database, of whatever type, and `ppo_hpo.plugin` only when it
+# makes an algorithm. By then `orion hunt` has evaluated the priors of the space.
+if "orion.core.io.experiment_builder" in sys.modules:
+    hunt_space.install_quietly()

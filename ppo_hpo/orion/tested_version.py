@@ -12,22 +12,22 @@ from importlib import metadata
 TESTED_ORION = "0.2.7"
 
 _lock = threading.Lock()
-_installed: dict[str, bool] = {}
+_installed: dict[tuple[str, str], bool] = {}
 
 
 def install_once(variable: str, name: str, apply: Callable[[], None]) -> bool:
     """Apply patches to Orion, at most once in a process; whether they are in force.
 
-    They are not if this is not the tested version of Orion, or if the environment variable is ``0``. The
-    variable also identifies the patches.
+    They are not if this is not the tested version of Orion, or if the environment variable is ``0``. Both
+    arguments together identify the patches.
     """
     with _lock:
-        if variable not in _installed:
+        if (variable, name) not in _installed:
             allowed = os.environ.get(variable, "1") != "0" and _is_tested_version(name)
             if allowed:
                 apply()  # If it raises, the next call tries again.
-            _installed[variable] = allowed
-        return _installed[variable]
+            _installed[variable, name] = allowed
+        return _installed[variable, name]
 
 
 def _is_tested_version(name: str) -> bool:

@@ -19,6 +19,7 @@ from ppo_hpo.spec.config import (
 )
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.prior import parse_prior
+from ppo_hpo.spec.settings import put
 
 Groups = Mapping[str, Mapping[str, Any]]
 
@@ -43,7 +44,7 @@ def check_combinations(fixed: Groups, priors: Groups) -> None:
         drawn = {group: dict(values) for group, values in fixed.items()}
         for group, texts in priors.items():
             for key, text in texts.items():
-                drawn.setdefault(group, {})[key] = _draw(text, rng)
+                put(drawn, group, key, _draw(text, rng))
         TrialConfig.from_mapping(without_effectless(drawn, priors))
 
 

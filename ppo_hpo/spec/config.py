@@ -206,6 +206,11 @@ def check_group(group: str, values: Any) -> None:
         raise UserError(f"Group `{group}` must map hyperparameters to values, but got {values!r}.")
 
 
+def is_environment_argument(group: str, key: str) -> bool:
+    """Whether this is one argument of the environment: ``env.kwargs.NAME``, where NAME may have dots."""
+    return group == "env" and str(key).startswith("kwargs.") and all(key.split("."))
+
+
 def check_key(group: str, key: str) -> None:
     """Raise `UserError` unless ``group.key`` is a hyperparameter."""
     check_group(group, {})
@@ -219,6 +224,8 @@ def check_key(group: str, key: str) -> None:
 
 def rule_of(group: str, key: str) -> Rule:
     """The rule of one hyperparameter; `UserError` if there is no such hyperparameter."""
+    if is_environment_argument(group, key):
+        return rules.environment_argument
     check_key(group, key)
     if key in OTHER_SPELLINGS.get(group, {}):
         return _SPELLING_RULES[key]
@@ -325,11 +332,8 @@ class TrialConfig:
             check_group(group, values)
             for key, value in values.items():
                 check_key(group, key)
-                if isinstance(value, str) and value.startswith("orion~"):
-                    raise UserError(
-                        f"`{group}.{key}` is still a prior, {value!r}. Let `orion hunt` fill it in, or "
-                        f"give a value, as with --set {group}.{key}=VALUE."
-                    )
+                if isinstance(value, str) and value.startswith(rules.MARK):
+                    raise rules.still_a_prior(f"{group}.{key}", value)
                 groups[group][key] = check_value(group, key, value)
         _respell(groups)
         if groups["task"].get("max_epochs") is not None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ppo_hpo.spec.config import check_value, rule_of
+from ppo_hpo.spec.config import check_value, is_environment_argument, rule_of
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.rules import Integer, is_number
 
@@ -19,6 +19,10 @@ _NAMES = ("uniform", "loguniform", "choices", "fidelity", "normal")
 _OPTIONS = ("discrete", "precision", "default_value")
 # Python's parser is recursive, so its input must be short. No list of choices is longer than this.
 _MAX_LENGTH = 4000
+# Orion does not evaluate a prior with one of these, because they could lead to code.
+_REFUSED_BY_ORION = ("__", ";")
+# Whole numbers beyond this are no longer exact as floats, as which Orion draws them.
+_MAX_WHOLE = 1 << 53
 _SAME_FOR_EVERY_TRIAL = ("seed", "seeds", "aggregate", "max_epochs", "steps_per_epoch", "threads")
 
 
@@ -34,6 +38,9 @@ def parse_prior(name: str, text: str) -> Prior:
     """Parse the prior ``text`` (without ``orion~``) of the hyperparameter ``name``, without running it."""
     if len(text) > _MAX_LENGTH:
         raise UserError(f"`{name}` has a prior of {len(text)} characters; {_MAX_LENGTH} are read.")
+    for part in _REFUSED_BY_ORION:
+        if part in text:
+            raise UserError(f"`{name}` has the bad prior {text!r}: Orion takes none with {part!r} in it.")
     form = "Write it as loguniform(1e-5, 1e-2), uniform(0, 1), choices([a, b]) or fidelity(1, 16)."
     try:
         call = ast.parse(text.strip(), mode="eval").body
@@ -112,6 +119,8 @@ def _check_choices(group: str, key: str, prior: Prior, text: str) -> None:
         ):
             raise UserError(f"The probabilities in the prior of `{name}` must add up to 1, but got {text!r}.")
     for choice in choices:
+        if is_environment_argument(group, key) and isinstance(choice, (list, tuple, dict, set, bytes)):
+            raise UserError(f"`{name}` needs words, numbers or true and false for choices, but got {text!r}.")
         check_value(group, key, choice)
     if prior.options.get("default_value", next(iter(choices))) not in list(choices):
         raise UserError(f"`default_value` in the prior of `{name}` must be a choice, but got {text!r}.")
@@ -145,6 +154,8 @@ def _check_range_options(name: str, prior: Prior, text: str) -> None:
     if discrete and not (float(low).is_integer() and float(high).is_integer()):
         # Orion rounds down what it draws, so loguniform(0.5, 3, discrete=True) can draw 0.
         raise UserError(f"`{name}` is discrete and needs whole bounds in its prior, but got {text!r}.")
+    if discrete and max(abs(low), abs(high)) > _MAX_WHOLE:
+        raise UserError(f"`{name}` needs bounds between -2^53 and 2^53 in its prior, but got {text!r}.")
     precision = prior.options.get("precision", 4)
     if precision is not None and not (type(precision) is int and 1 <= precision <= 17):
         raise UserError(f"`precision` in the prior of `{name}` must be digits, 1 to 17, but got {text!r}.")

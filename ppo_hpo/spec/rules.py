@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ppo_hpo.spec.errors import UserError
 
 Rule = Callable[[str, Any], Any]
+
+#: Begins a value that is a prior.
+MARK = "orion~"
 
 
 def field(default: Any, rule: Rule, doc: str) -> Any:
@@ -145,13 +148,27 @@ def environment_kwargs(name: str, value: Any) -> Mapping[str, Any]:
         raise UserError(f"`{name}` must map argument names to values, but got {value!r}.")
     if "max_episode_steps" in value:
         raise UserError(f"The time limit must be `env.max_episode_steps`, but `{name}` has it: {value!r}.")
+    found: Mapping[str, Any] = _checked_plain(name, value)
+    for path, leaf in leaves(found):
+        if isinstance(leaf, str) and leaf.startswith(MARK):
+            raise still_a_prior(f"{name}.{path}", leaf)
+    return found
+
+
+def environment_argument(name: str, value: Any) -> Any:
+    """One keyword argument of an environment, as plain data."""
+    if name == "env.kwargs.max_episode_steps":
+        raise UserError(f"The time limit must be `env.max_episode_steps`, but got `{name}`: {value!r}.")
+    return _checked_plain(name, value)
+
+
+def _checked_plain(name: str, value: Any) -> Any:
     # They are part of config.yaml, of checkpoints and of the trial's identity.
     plain = _plain_data(value)
     if plain is _NOT_PLAIN:
         legal = "plain data (words, finite numbers, lists, mappings)"
         raise UserError(f"`{name}` must be {legal}, but got {value!r}.")
-    found: Mapping[str, Any] = plain
-    return found
+    return plain
 
 
 _NOT_PLAIN = object()
@@ -180,6 +197,23 @@ def plain_number(value: Any) -> Any:
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         return value.item()  # numpy itself is not imported here
     return value
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values inside nested mappings and lists, each with its dotted path."""
+    if not isinstance(value, Mapping | list):
+        yield path, value
+        return
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from leaves(item, f"{path}.{key}" if path else str(key))
+
+
+def still_a_prior(name: str, value: Any) -> UserError:
+    """The error of a trial whose hyperparameter has a prior instead of a value."""
+    return UserError(
+        f"`{name}` is still a prior, {value!r}. Let `orion hunt` fill it in, or give a value, as with --set "
+        f"{name}=VALUE."
+    )
 
 
 def is_number(value: Any) -> bool:

@@ -8,19 +8,21 @@ without priors is a preset.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.combinations import check_combinations
-from ppo_hpo.spec.config import GROUPS, check_group, check_key, check_value, without_effectless
+from ppo_hpo.spec.config import GROUPS, TaskConfig, check_group, check_key, check_value, without_effectless
 from ppo_hpo.spec.errors import UserError
-from ppo_hpo.spec.prior import check_prior, highest_fidelity
+from ppo_hpo.spec.prior import check_prior, highest_fidelity, parse_prior
+from ppo_hpo.spec.rules import MARK, leaves
+from ppo_hpo.spec.settings import Overrides, flatten_params, get, parse_setting, put, settings_of
 
-#: Begins a value that is a prior.
-MARK = "orion~"
+#: The content of a file of a space: group to key to a value, or to a prior that begins with `MARK`.
+Document = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Space:
     name: str  # of the space, or the path as it was given
     path: Path
     fixed: Mapping[str, Mapping[str, Any]]  # values that are not searched
-    priors: Mapping[str, Mapping[str, str]]  # without `MARK`, for hyperparameters that are searched
+    # Without `MARK`, for what is searched. The key of an argument of the environment is kwargs.NAME.
+    priors: Mapping[str, Mapping[str, str]]
 
     @property
     def max_epochs(self) -> int | None:
@@ -73,18 +76,28 @@ def space_path(name: str) -> Path:
 def read_space(name: str = "default") -> Space:
     """Read and check a shipped space or preset, or a file; `UserError` says what is wrong with it."""
     path = space_path(name)
-    content = yamlio.load(path)
+    return space_of(yamlio.load(path), name, path)
+
+
+def space_of(content: Any, name: str, path: Path) -> Space:
+    """Check the content of the file at ``path``, and return its space. It is named ``name`` in messages.
+
+    Schedules end at the highest fidelity, so the file may leave `task.max_epochs` out.
+    """
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must map groups ({', '.join(GROUPS)}) to hyperparameters.")
     try:
         fixed, priors = _checked(content)
         space = Space(name, path, fixed, priors)
-        horizon = fixed.get("task", {}).get("max_epochs")
-        if space.max_epochs is not None and horizon != space.max_epochs:
-            raise UserError(
-                f"`task.max_epochs` must equal the highest fidelity, {space.max_epochs}, but got {horizon}. "
-                f"Schedules end there, in every rung: write max_epochs: {space.max_epochs}."
-            )
+        if space.max_epochs is not None:
+            horizon = fixed.setdefault("task", {}).get("max_epochs")
+            if horizon not in (None, space.max_epochs):
+                raise UserError(
+                    f"`task.max_epochs` must equal the highest fidelity, {space.max_epochs}, but got "
+                    f"{horizon}. Schedules end there, in every rung: write max_epochs: {space.max_epochs}, "
+                    "or leave the line out."
+                )
+            fixed["task"]["max_epochs"] = space.max_epochs
         check_combinations(fixed, priors)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -103,10 +116,130 @@ def _checked(content: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dic
                 prior = value.removeprefix(MARK)
                 check_prior(group, key, prior)
                 priors.setdefault(group, {})[key] = prior
-            else:
-                check_value(group, key, value)
-                fixed.setdefault(group, {})[key] = value
+                continue
+            if (group, key) == ("env", "kwargs") and isinstance(value, Mapping):
+                value, searched = _without_priors(value, key)
+                priors.setdefault(group, {}).update(searched)
+            fixed.setdefault(group, {})[key] = check_value(group, key, value)
+    return fixed, {group: values for group, values in priors.items() if values}
+
+
+def _without_priors(arguments: Mapping[str, Any], path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fixed arguments of an environment, and the priors of the others by their key."""
+    fixed: dict[str, Any] = {}
+    priors: dict[str, str] = {}
+    for name, value in arguments.items():
+        key = f"{path}.{name}"
+        if isinstance(value, Mapping):
+            fixed[name], inner = _without_priors(value, key)
+            priors |= inner
+        elif isinstance(value, str) and value.startswith(MARK):
+            if not all(part.isidentifier() for part in key.split(".")):
+                raise UserError(
+                    f"`env.{key}` cannot be searched: its name must be that of a Python variable."
+                )
+            priors[key] = value.removeprefix(MARK)
+            check_prior("env", key, priors[key])
+        elif any(isinstance(leaf, str) and leaf.startswith(MARK) for _, leaf in leaves(value)):
+            raise UserError(
+                f"`env.{key}` has a prior inside a list, {value!r}. Make it an argument of its own."
+            )
+        else:
+            fixed[name] = value
     return fixed, priors
+
+
+def to_document(space: Space) -> Document:
+    """The content of a file of this space. The inverse of `space_of`."""
+    document: Document = {group: dict(values) for group, values in space.fixed.items()}
+    for group, priors in space.priors.items():
+        for key, prior in priors.items():
+            put(document, group, key, MARK + prior)
+    return {group: document[group] for group in GROUPS if group in document}
+
+
+def difference(own: Space, other: Space) -> str | None:
+    """The first difference of two spaces in words, or None if they search and train the same.
+
+    Values that change no result, such as the number of threads, are no difference.
+    """
+    ours, theirs = _values(own), _values(other)
+    groups = list(GROUPS)
+    for name in sorted({*ours, *theirs}, key=lambda name: (groups.index(name.partition(".")[0]), name)):
+        one, two = (side.get(name) or _default(name) for side in (ours, theirs))
+        if one.meaning != two.meaning:
+            return f"`{name}` is {one.text}, but {two.text} was asked for"
+    return None
+
+
+_NOTHING = object()
+
+
+class _Value(NamedTuple):
+    """A value or a prior, as it is compared and as it is shown."""
+
+    meaning: Any
+    text: str
+
+
+def _values(space: Space) -> dict[str, _Value]:
+    found: dict[str, _Value] = {}
+    for group, values in space.fixed.items():
+        for key, value in values.items():
+            if (group, key) == ("env", "kwargs"):
+                found |= {f"env.kwargs.{path}": _Value(leaf, str(leaf)) for path, leaf in leaves(value)}
+            elif (group, key) == ("env", "vectorization") and value in ("auto", "sync", "async"):
+                found["env.vectorization"] = _Value("auto", value)
+            elif (group, key) != ("task", "threads"):
+                found[f"{group}.{key}"] = _Value(value, str(value))
+    for group, priors in space.priors.items():
+        for key, prior in priors.items():
+            found[f"{group}.{key}"] = _Value(parse_prior(f"{group}.{key}", prior), MARK + prior)
+    return found
+
+
+def _default(name: str) -> _Value:
+    group, _, key = name.partition(".")
+    field = GROUPS[group].__dataclass_fields__.get(key)
+    return (
+        _Value(_NOTHING, "not given")
+        if field is None
+        else _Value(field.default, f"{field.default} (the default)")
+    )
+
+
+def read_configuration(
+    name: str, settings: Sequence[str] = (), seed: int | None = None, epochs: int | None = None, *,
+    under_orion: bool = False,
+) -> Document:  # fmt: skip
+    """The groups of a trial's file, with the values of the command line. A setting is ``GROUP.KEY=VALUE``.
+
+    Schedules end at the file's epochs if it does not say otherwise. Under Orion it has to, because its epochs
+    are those of a rung.
+    """
+    path = space_path(name)
+    content = yamlio.load(path)
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise UserError(f"{path} must map groups ({', '.join(GROUPS)}) to hyperparameters.")
+    mapping: Document = content
+    for setting in settings:
+        put(mapping, *parse_setting(setting))
+    task = mapping.setdefault("task", {})
+    if task.get("max_epochs") in (None, "none"):
+        task.pop("max_epochs", None)
+    if under_orion and "max_epochs" not in task:
+        raise UserError(
+            f"{path} has no `task.max_epochs`. Under Orion this value says where schedules end. Set it to "
+            f"the highest fidelity, or to the epochs of every trial if the space has no fidelity."
+        )
+    if "max_epochs" not in task and not isinstance(task.get("epochs"), str):
+        task["max_epochs"] = task.get("epochs", TaskConfig.epochs)
+    if epochs is not None:
+        task["epochs"] = epochs
+    if seed is not None:
+        task["seed"] = seed
+    # Orion has filled in what was searched, which may have no effect beside the other values.
+    return without_effectless(mapping) if under_orion else mapping
 
 
 def with_fidelities(space: Space, fidelities: Mapping[str, Any]) -> Space:
@@ -161,41 +294,28 @@ def get_space(name: str = "default", **fidelities: Any) -> dict[str, dict[str, s
 
 
 def fill(
-    space: Space, params: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]] | None = None
+    space: Space, params: Mapping[str, Any], overrides: Overrides | None = None
 ) -> dict[str, dict[str, Any]]:
     """The configuration of one trial, for `TrialConfig.from_mapping`.
 
-    The space's fixed values, the ``params`` that Orion proposed and the ``overrides`` (group to key to value)
-    each replace those before them. `UserError` is raised if a searched hyperparameter has no value.
+    The space's fixed values, the ``params`` that Orion proposed and the ``overrides`` each replace those
+    before them. `UserError` is raised if a searched hyperparameter has no value.
     """
-    config: dict[str, dict[str, Any]] = {group: dict(values) for group, values in space.fixed.items()}
+    config: Document = {group: dict(values) for group, values in space.fixed.items()}
     for group, key, value in flatten_params(params):
-        config.setdefault(group, {})[key] = value
-    for group, values in (overrides or {}).items():
-        config.setdefault(group, {}).update(values)
+        put(config, group, key, value)
+    for group, key, value in settings_of(overrides):
+        put(config, group, key, value)
     for group, priors in space.priors.items():
         for key in priors:
-            if key not in config.get(group, {}):
+            try:
+                get(config, group, key)
+            except KeyError:
                 raise UserError(
                     f"The space {space.name!r} searches `{group}.{key}`, but no value was proposed for it. "
                     f"Build the experiment with get_space({space.name!r})."
-                )
+                ) from None
     return without_effectless(config, space.priors)
-
-
-def flatten_params(params: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """Split a trial's parameters into (group, key, value).
-
-    They are nested, or have dotted names, or names like ``/ppo/gamma`` of Orion's command line.
-    """
-    found: list[tuple[str, str, Any]] = []
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            found += [(name, str(key), item) for key, item in value.items()]
-        else:
-            group, _, key = name.lstrip("/").replace("/", ".").partition(".")
-            found.append((group, key, value))
-    return found
 
 
 def copy_space(name: str, destination: str) -> Path:

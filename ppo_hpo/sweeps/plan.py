@@ -1,7 +1,7 @@
 """What a sweep is: the user's request, its name and directory, its space, and its Orion experiment.
 
-A sweep that has begun keeps its space, its algorithm and its database. A request that differs is refused, and
-the error names the difference.
+A sweep keeps its space, its algorithm and its database once a trial has trained an epoch. A request that
+differs is then refused, and the error names the difference. Before that, the last request counts.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_hpo.orion import hunt_file
+from ppo_hpo.orion import hunt_file, hunt_space, known_trials, stored_space
 from ppo_hpo.spec import yamlio
-from ppo_hpo.spec.config import GROUPS, check_key
+from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
-from ppo_hpo.spec.space import MARK, Space, read_space, with_fidelities
+from ppo_hpo.spec.settings import Overrides, overridden
+from ppo_hpo.spec.space import Space, difference, read_space, space_of, to_document, with_fidelities
 from ppo_hpo.state.files import write_atomically
 from ppo_hpo.trial.options import RunOptions
 
 if TYPE_CHECKING:
     from orion.client import ExperimentClient
-
-#: The content of a space's file: group to key to a value, or to a prior that begins with `MARK`.
-Document = dict[str, dict[str, Any]]
 
 _MAX_TRIALS = 40  # of a new sweep, if nobody says
 # What Orion's algorithms need to work and to be repeatable: docs/reference/orion-algorithms.md.
@@ -50,8 +49,9 @@ class SweepRequest:
     n_workers: int | None
     seeds: int | None
     epochs: str | int | None
-    overrides: Mapping[str, Mapping[str, Any]] | None
+    overrides: Overrides | None
     warm_start: Any
+    start_from: str | None
     executor: Any
     name: str | None
     directory: str | Path | None
@@ -105,7 +105,7 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request, and what is there of the sweep already."""
+    """A request, and what is there of the sweep already. Nothing is written before `open`."""
 
     request: SweepRequest
     name: str
@@ -115,124 +115,173 @@ class Plan:
 
     @classmethod
     def of(cls, request: SweepRequest) -> Plan:
-        """Make the sweep's directory, and read what the database has about the sweep."""
+        """Read what the database has about the sweep."""
         name, wanted = request.sweep_name(), request.algorithm_settings()
         place = Path(request.directory or name).absolute()
-        from orion.core.io.database import DatabaseError
-        from orion.core.io.experiment_builder import ExperimentBuilder
-
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The sweep's directory {place} cannot be made: {error.strerror}.") from None
         storage = storage_of(request.storage, place)
-        try:
-            builder = ExperimentBuilder(storage)
-            hunt_file.settle(builder.storage, place)
-            stored = builder.fetch_config_from_db(name) or None
-        except NotImplementedError as error:
-            raise UserError(f"Orion has no such storage: {str(error).splitlines()[0]}.") from None
-        except (OSError, DatabaseError, *_NO_PICKLE) as error:
-            why, database = " ".join(str(error).split()).rstrip("."), storage.get("database") or {}
-            text = f"{database.get('host') or storage} ({database.get('type')}) cannot be used: {why}."
-            raise UserError(f"The database {text}") from None
-        plan = cls(request, name, place, storage, stored)
-        if stored is not None and wanted is not None:
-            plan._refuse_another_algorithm(wanted, stored["algorithm"])
+        hunt_space.install()
+        plan = cls(request, name, place, storage, _stored(storage, name, place))
+        if plan.stored is not None and wanted is not None:
+            plan._refuse_another_algorithm(wanted)
         return plan
 
-    def _refuse_another_algorithm(self, wanted: Mapping[str, Any], stored: Any) -> None:
+    @cached_property
+    def begun(self) -> str | None:
+        """Why the sweep must stay what it is, in words; None if nothing was trained."""
+        if self.stored is None:
+            return None
+        return stored_space.what_has_begun(_builder(self.storage).storage, self.stored)
+
+    @cached_property
+    def before(self) -> Space | None:
+        """The space that is stored; None if there is none, or if it is not valid any more."""
+        return None if self.stored is None else stored_space.stored_space(self.stored)
+
+    def _refuse_another_algorithm(self, wanted: Mapping[str, Any]) -> None:
+        difference = self._another_algorithm(wanted)
+        if difference and self.begun:
+            raise UserError(
+                f"The sweep {self.name!r} uses {difference}. Orion cannot change the algorithm of an "
+                f"experiment that has begun ({self.begun}). Give the new sweep another name. "
+                f"{self._from_this}"
+            )
+
+    def _another_algorithm(self, wanted: Mapping[str, Any]) -> str | None:
+        stored = (self.stored or {})["algorithm"]
         ((name, options),) = wanted.items()
         ((other, settings),) = ({stored: {}} if isinstance(stored, str) else stored).items()
         if name.lower() == other.lower():
             changed = [key for key in options if key in settings and settings[key] != options[key]]
             if not changed:
-                return
+                return None
             key = changed[0]
             name, other = f"{name} with {key} = {options[key]}", f"{other} with {key} = {settings[key]}"
-        raise UserError(
-            f"The sweep {self.name!r} uses {other}, but {name} was asked for. Orion cannot change the "
-            f"algorithm of an experiment. Give the new sweep another name."
-        )
+        return f"{other}, but {name} was asked for"
+
+    @property
+    def _from_this(self) -> str:
+        return f"Add --from {self.name} to give it the trials that lie in its space."
 
     @property
     def space_file(self) -> Path:
         """The file that holds the sweep's space."""
         return self.place / "space.yaml"
 
-    def document(self) -> Document:
-        """The space that is asked for. A sweep that has begun must have the same one."""
-        stored = self._stored_document()
-        file = _to_document(read_space(str(self.space_file))) if self.space_file.is_file() else None
-        if stored is not None and file is not None:
-            _raise_if_different(
-                stored, file, f"{self.space_file} was changed after the sweep began",
-                "A sweep keeps its space. Undo the change, or copy the file and start a sweep with another "
-                "name.",
-            )  # fmt: skip
-        asked = self._asked_document(stored)
-        if stored is not None:
-            _raise_if_different(
-                stored, asked, f"The sweep {self.name!r} has another space",
-                "Give the new sweep another name, or leave out that value.",
-            )  # fmt: skip
-        elif file is not None:
-            _raise_if_different(
-                file, asked, f"{self.place} has a sweep of another space",
-                "Give the new sweep another directory.",
-            )  # fmt: skip
+    @cached_property
+    def old(self) -> Any:
+        """Orion's client of the sweep whose trials this one starts with; None if it starts with none."""
+        if self.request.start_from is None:
+            return None
+        builder = _builder(self.storage) if _is_there(self.storage) else None
+        return known_trials.experiment_to_adopt(builder, self.request.start_from, self.name)
+
+    def space(self) -> Space:
+        """The space that is asked for. A sweep that has trained must have the same one."""
+        file = read_space(str(self.space_file)) if self.space_file.is_file() else None
+        asked = self._asked(file)
+        if self.stored is None:
+            if file is not None and (text := difference(file, asked)):
+                raise UserError(
+                    f"{self.place} has a sweep of another space: {text}. Give the new sweep another "
+                    f"directory."
+                )
+            return asked
+        before = self.before
+        edited = before and file and difference(before, file)
+        if edited and self.begun:
+            raise UserError(
+                f"{self.space_file} was changed after the sweep began: {edited}. A sweep keeps its space. "
+                f"Undo the change, or copy the file and start a sweep with another name. {self._from_this}"
+            )
+        if (text := self._changed(asked)) and self.begun:
+            raise UserError(
+                f"The sweep {self.name!r} has another space: {text}. Give the new sweep another name, or "
+                f"leave out that value. {self._from_this}"
+            )
+        if edited and file and self.request.space is not None and (text := difference(file, asked)):
+            raise UserError(
+                f"{self.space_file} was changed, and would be overwritten: {text}. Remove the file, or leave "
+                f"out the space."
+            )
         return asked
 
-    def _asked_document(self, stored: Document | None) -> Document:
-        request = self.request
-        if request.space is not None or stored is None:
-            document = _to_document(read_space(request.space or "default"))
-        else:
-            document = {group: dict(values) for group, values in stored.items()}
-        fixed: Document = {group: dict(values) for group, values in (request.overrides or {}).items()}
-        if request.env is not None:
-            fixed.setdefault("env", {})["id"] = request.env
-        if request.seeds is not None:
-            fixed.setdefault("task", {})["seeds"] = request.seeds
-        for group, values in fixed.items():
-            for key, value in values.items():
-                check_key(group, key)
-                document.setdefault(group, {})[key] = value
-        if request.epochs is None:
-            return document
-        # Priors may stay among the fixed values: only the epochs and `max_epochs` are touched.
-        space = Space(self.name, self.space_file, document, {})
-        return _to_document(with_fidelities(space, {"epochs": request.epochs}))
-
-    def _stored_document(self) -> Document | None:
+    def _changed(self, asked: Space) -> str | None:
+        """How the space differs from the stored one; None if there is no stored one, or no difference."""
         if self.stored is None:
             return None
-        parser = self.stored.get("metadata", {}).get("parser") or {}
-        content = parser.get("config_file_data")
-        if not isinstance(content, Mapping) or not content or not set(content) <= set(GROUPS):
+        before = self.before
+        return "its stored space is not valid" if before is None else difference(before, asked)
+
+    def _asked(self, file: Space | None) -> Space:
+        request = self.request
+        if self.stored is not None and stored_space.content_of(self.stored) is None:
             raise UserError(
                 f"The database has an experiment {self.name!r} already, which neither `sweep` nor `orion "
                 f"hunt ... ppo-hpo run --config FILE` made. Choose another name, or resume it as it "
                 "was started."
             )
-        document: Document = {group: dict(values) for group, values in content.items()}
-        for values in document.values():
-            for key, value in values.items():
-                if isinstance(value, str) and not value.startswith(MARK):
-                    values[key] = yamlio.parse(value, key)  # Orion reads 1e-4 as a text.
-        return document
+        if request.space is not None:
+            base: Space | None = read_space(request.space)
+        elif self.stored is not None:
+            base = file or self.before
+        else:
+            base = self.old and stored_space.stored_space(self.old.configuration)
+        base = base or read_space("default")
+        document = overridden(to_document(base), request.overrides)
+        if request.env is not None:
+            document.setdefault("env", {})["id"] = request.env
+        if request.seeds is not None:
+            document.setdefault("task", {})["seeds"] = request.seeds
+        if request.epochs is not None:
+            # Priors may stay among the fixed values: only the epochs and `max_epochs` are touched.
+            whole = Space(self.name, base.path, document, {})
+            document = to_document(with_fidelities(whole, {"epochs": request.epochs}))
+        return space_of(document, base.name, base.path)
 
-    def open(self, document: Document) -> ExperimentClient:
+    def check(self, space: Space, warm_start: Sequence[TrialConfig]) -> list[dict[str, Any]]:
+        """Open the experiment in memory, to see that Orion takes it; the parameters of the warm start."""
+        if not any(space.priors.values()):
+            raise UserError("Nothing is searched in this space: every value is fixed. `ppo-hpo run` runs it.")
+        _ = self.old  # `UserError` if there is no such experiment
+        settings = self._settings(space)
+        names = {
+            f"/{group}/{key.replace('.', '/')}": prior
+            for group, priors in space.priors.items()
+            for key, prior in priors.items()
+        }
+        memory = _builder({"type": "legacy", "database": {"type": "ephemeraldb"}})
+        experiment = _explained(memory, self.name, space=names, algorithm=settings["algorithm"])
+        ((algorithm, _),) = experiment.algorithm.configuration.items()
+        return known_trials.points_of(warm_start, experiment.space, algorithm)
+
+    def _settings(self, space: Space) -> dict[str, Any]:
+        """What Orion is asked to make of a new experiment, or of one that starts anew."""
+        kept = {key: (self.stored or {}).get(key) for key in stored_space.KEPT}
+        default: dict[str, dict[str, Any]] = {"asha" if space.max_epochs else "random": {}}
+        asked = self.request.algorithm_settings()
+        algorithm = kept["algorithm"]
+        if algorithm is None or (asked is not None and self._another_algorithm(asked)):
+            ((name, options),) = (asked or default).items()
+            algorithm = {name: {**_SETTINGS.get(name.lower(), {}), **options}}
+        max_trials = self.request.max_trials or kept["max_trials"] or _MAX_TRIALS
+        return {"algorithm": algorithm, "max_trials": max_trials, "working_dir": str(self.place / "trials")}
+
+    def open(self, space: Space) -> ExperimentClient:
         """Write the sweep's files, and open its experiment, which is made if it is new."""
+        from orion.client.experiment import ExperimentClient
+
         from ppo_hpo.orion.workers import usable_cores
 
-        if not any(str(v).startswith(MARK) for values in document.values() for v in values.values()):
-            raise UserError("Nothing is searched in this space: every value is fixed. `ppo-hpo run` runs it.")
+        try:
+            self.place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The sweep's directory {self.place} cannot be made: {error.strerror}.") from None
         new = not self.space_file.exists()
         try:
             about = f"# The space of the sweep {self.name}. Its trials read it from the database.\n"
-            _write_if_changed(self.space_file, about + yamlio.dump(document))
-            client = self._client(read_space(str(self.space_file)))
+            _write_if_changed(self.space_file, about + yamlio.dump(to_document(space)))
+            heartbeat = hunt_file.settings(self.place).get("worker.heartbeat")
+            client = ExperimentClient(self._experiment(space), heartbeat=heartbeat)
         except BaseException:
             if new:
                 self.space_file.unlink(missing_ok=True)  # There is no such sweep.
@@ -249,52 +298,66 @@ class Plan:
             )
         return client
 
-    def _client(self, space: Space) -> ExperimentClient:
-        from orion.client.experiment import ExperimentClient
+    def _experiment(self, space: Space) -> Any:
         from orion.core.io import resolve_config
-        from orion.core.io.experiment_builder import ExperimentBuilder
 
-        of_hunts = hunt_file.settings(self.place)
-        settings: dict[str, Any] = {"max_trials": self.request.max_trials}
-        if self.stored is None:
-            default: dict[str, dict[str, Any]] = {"asha" if space.max_epochs else "random": {}}
-            ((algorithm, options),) = (self.request.algorithm_settings() or default).items()
-            metadata = resolve_config.fetch_metadata(user_args=self.request.run_command(self.space_file))
-            settings = {
-                "space": metadata["priors"],
-                "metadata": metadata,
-                "algorithm": {algorithm: {**_SETTINGS.get(algorithm.lower(), {}), **options}},
-                "max_trials": self.request.max_trials or _MAX_TRIALS,
-                "working_dir": str(self.place / "trials"),
-            }
-        try:
-            experiment = ExperimentBuilder(self.storage).build(
-                self.name, max_broken=of_hunts.get("experiment.max_broken"), **settings
-            )
-        except NotImplementedError as error:
-            raise UserError(f"Orion has no such algorithm: {str(error).splitlines()[0]}.") from None
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"Orion refuses this algorithm on this space: {' '.join(str(error).split())}"
-            ) from error
-        return ExperimentClient(experiment, heartbeat=of_hunts.get("worker.heartbeat"))
+        builder, asked = _builder(self.storage), self.request.algorithm_settings()
+        max_broken = hunt_file.settings(self.place).get("experiment.max_broken")
+        other_algorithm = self.stored is not None and asked is not None and self._another_algorithm(asked)
+        if self.stored is not None and not (other_algorithm or self._changed(space)):
+            return _explained(builder, self.name, max_trials=self.request.max_trials, max_broken=max_broken)
+        settings = {**self._settings(space), "max_broken": max_broken}
+        if self.stored is not None:
+            stored_space.discard(builder.storage, self.stored)
+        metadata = resolve_config.fetch_metadata(user_args=self.request.run_command(self.space_file))
+        return _explained(builder, self.name, space=metadata["priors"], metadata=metadata, **settings)
 
 
-def _to_document(space: Space) -> Document:
-    document: Document = {group: dict(values) for group, values in space.fixed.items()}
-    for group, priors in space.priors.items():
-        for key, prior in priors.items():
-            document.setdefault(group, {})[key] = MARK + prior
-    return {group: document[group] for group in GROUPS if group in document}
+def _builder(storage: Mapping[str, Any]) -> Any:
+    from orion.core.io.experiment_builder import ExperimentBuilder
+
+    return ExperimentBuilder(dict(storage))
 
 
-def _raise_if_different(own: Document, other: Document, rule: str, advice: str) -> None:
-    for group in GROUPS:
-        ours, theirs = own.get(group, {}), other.get(group, {})
-        for key in sorted({*ours, *theirs}):
-            if ours.get(key) != theirs.get(key):
-                difference = f"`{group}.{key}` is {ours.get(key)}, but {theirs.get(key)} was asked for"
-                raise UserError(f"{rule}: {difference}. {advice}")
+def _is_there(storage: Mapping[str, Any]) -> bool:
+    """Whether there may be such a database. A file that does not exist would be made by Orion."""
+    database = storage.get("database") or {}
+    host = database.get("host")
+    is_file = str(database.get("type")).lower() in hunt_file.FILES
+    return not (is_file and isinstance(host, str) and host) or Path(host).exists()
+
+
+def _stored(storage: dict[str, Any], name: str, place: Path) -> dict[str, Any] | None:
+    """Orion's record of an experiment; None if there is none."""
+    if not _is_there(storage):
+        return None
+    from orion.core.io.database import DatabaseError
+
+    try:
+        builder = _builder(storage)
+        hunt_file.settle(builder.storage, place)
+        return builder.fetch_config_from_db(name) or None
+    except NotImplementedError as error:
+        raise UserError(f"Orion has no such storage: {str(error).splitlines()[0]}.") from None
+    except (OSError, DatabaseError, *_NO_PICKLE) as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        database = storage.get("database") or {}
+        text = f"{database.get('host') or storage} ({database.get('type')}) cannot be used: {why}."
+        raise UserError(f"The database {text}") from None
+
+
+def _explained(builder: Any, name: str, **settings: Any) -> Any:
+    """Build an experiment; if Orion refuses it, `UserError` says so."""
+    try:
+        return builder.build(name, **settings)
+    except NotImplementedError as error:
+        raise UserError(f"Orion has no such algorithm: {str(error).splitlines()[0]}.") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"Orion refuses this algorithm on this space: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _write_if_changed(path: Path, text: str) -> None:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.inspect import retry
-from ppo_hpo.orion import hunt_file
+from ppo_hpo.orion import hunt_file, known_trials
 from ppo_hpo.orion.objective import Objective, prepare_trial
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError, named_as
+from ppo_hpo.spec.settings import Overrides
 from ppo_hpo.spec.space import Space, read_space
 from ppo_hpo.sweeps.executors import StopSignal, WatchedExecutor, make
 from ppo_hpo.sweeps.plan import Plan, SweepRequest
@@ -34,8 +35,6 @@ from ppo_hpo.trial.options import RETRIES, RunOptions
 
 if TYPE_CHECKING:
     from orion.client import ExperimentClient
-
-_MULTI_FIDELITY = ("asha", "hyperband", "evolutiones", "pbt", "pb2")  # They start at the lowest fidelity.
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -49,8 +48,8 @@ class SweepInterrupted(KeyboardInterrupt):
 def sweep(
     env: str | None = None, space: str | None = None, algorithm: str | Mapping[str, Any] | None = None, *,
     max_trials: int | None = None, n_workers: int | None = None, seeds: int | None = None,
-    epochs: str | int | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    warm_start: Any = None, executor: Any = None, device: str | Sequence[int | str] = "auto",
+    epochs: str | int | None = None, overrides: Overrides | None = None, warm_start: Any = None,
+    start_from: str | None = None, executor: Any = None, device: str | Sequence[int | str] = "auto",
     trials_per_device: int | None = None, stop_poor: bool = False, name: str | None = None,
     directory: str | Path | None = None, storage: str | Mapping[str, Any] | None = None,
     checkpoint_store: str | None = None, progress: bool = True,
@@ -74,9 +73,12 @@ def sweep(
         seeds: how many seeds each trial trains. Default: the space's ``task.seeds``, or 1.
         epochs: epochs of every trial (``--epochs``), or a range like ``fidelity(1, 16, base=4)``
             (``--fidelity``). Default: the space's.
-        overrides: values to fix, by group and key, like ``{"ppo": {"n_epochs": 10}}``.
+        overrides: values to fix, like ``{"ppo": {"n_epochs": 10}}`` or ``{"ppo.n_epochs": 10}``. An argument
+            of the environment is ``env.kwargs.NAME``.
         warm_start: presets (names, files or nested mappings) to try first in a new sweep. Values that they
             leave out are PPO's defaults. Values that the space does not search are ignored.
+        start_from: name or directory of an earlier sweep or experiment (``--from``). Its completed trials
+            that lie in the space are added, and count. Without ``space``, its space is taken.
         executor: what runs the trials; see `ppo_hpo.sweeps.executors`. Default: worker processes.
         device: ``cpu``; ``cuda``, which divides all visible GPUs among the trials; ``cuda:N,M`` or a list of
             GPUs; or ``auto``, which means ``cuda`` for images if there is a GPU, else ``cpu``.
@@ -98,8 +100,8 @@ def sweep(
         device_name(device), trials_per_device, checkpoint_store, retries=RETRIES, stop_poor=stop_poor
     )
     return _sweep(SweepRequest(
-        env, space, algorithm, max_trials, n_workers, seeds, epochs, overrides, warm_start, executor, name,
-        directory, storage, progress, options,
+        env, space, algorithm, max_trials, n_workers, seeds, epochs, overrides, warm_start, start_from,
+        executor, name, directory, storage, progress, options,
     ))  # fmt: skip
 
 
@@ -108,19 +110,43 @@ def _sweep(request: SweepRequest) -> SweepResult:
     with named_as(names), _quiet(), StopSignal().in_charge() as stop:
         with _script_on_path():
             plan = Plan.of(request)
-            document = plan.document()
-            if request.options.stop_poor:
-                from ppo_hpo.trial import median_stop
-
-                seeds = document.get("task", {}).get("seeds", 1)
-                median_stop.refuse_what_does_not_fit(seeds=seeds, store=request.options.checkpoint_store)
-            client = plan.open(document)
-        space = read_space(str(plan.space_file))
-        if request.warm_start is not None and not client.fetch_trials():
-            _insert(client, space, _configurations_of(request.warm_start))
+            space = plan.space()
+            _check_stopping(request, space)
+            points = plan.check(space, _configurations_of(request.warm_start))
+            # Nothing is written before everything that was asked for is known to work.
+            threads = space.fixed.get("task", {}).get("threads", 1)
+            n_workers = request.n_workers
+            if n_workers is None and request.executor is None:
+                n_workers = hunt_file.settings(plan.place).get("worker.n_workers")
+            executor = make(request.executor, n_workers, request.options, threads=threads)
+            try:
+                client = plan.open(space)
+            except BaseException:
+                _close(executor, request)
+                raise
+        if points and not client.fetch_trials():
+            known_trials.insert(client, points)
+        if plan.old is not None:
+            adopted = known_trials.adopt(client._experiment, space, plan.old)
+            if request.progress:
+                print(adopted, file=sys.stderr)
         function = Objective(space, options=request.options, console=False, log_stops=False)
-        _run(client, function, request, plan.place, stop)
+        _run(client, function, executor, request, plan.place, stop)
         return result_of(client, plan.place)
+
+
+def _check_stopping(request: SweepRequest, space: Space) -> None:
+    if request.options.stop_poor:
+        from ppo_hpo.trial import median_stop
+
+        seeds = space.fixed.get("task", {}).get("seeds", 1)
+        median_stop.refuse_what_does_not_fit(seeds=seeds, store=request.options.checkpoint_store)
+
+
+def _close(executor: Any, request: SweepRequest) -> None:
+    """Close an executor that ran nothing, unless the caller made it."""
+    if executor is not request.executor:
+        executor.close()
 
 
 def _configurations_of(warm_start: Any) -> list[TrialConfig]:
@@ -128,7 +154,7 @@ def _configurations_of(warm_start: Any) -> list[TrialConfig]:
     if isinstance(warm_start, str | Mapping):
         warm_start = [warm_start]
     found = []
-    for one in warm_start:
+    for one in warm_start or ():
         if isinstance(one, str):
             space = read_space(one)
             if any(space.priors.values()):
@@ -138,51 +164,6 @@ def _configurations_of(warm_start: Any) -> list[TrialConfig]:
             one = space.fixed
         found.append(TrialConfig.from_mapping(one))
     return found
-
-
-def _insert(client: ExperimentClient, space: Space, configurations: Sequence[TrialConfig]) -> None:
-    """Register trials of these configurations, which workers take first."""
-    from orion.core.io.database import DuplicateKeyError
-    from orion.core.utils.format_trials import dict_to_trial
-
-    ((algorithm, _),) = client.algorithm.configuration.items()
-    for config in configurations:
-        params, outside = {}, []
-        for dimension_name, dimension in client.space.items():
-            group, _, key = dimension_name.lstrip("/").replace("/", ".").partition(".")
-            if (group, key) == ("task", "epochs"):
-                low, high = dimension.low, dimension.high
-                value: Any = int(low if algorithm.lower() in _MULTI_FIDELITY else high)
-            else:
-                value = _value(config, group, key, dimension)
-            if value not in dimension:
-                outside.append(f"{group}.{key} = {value!r} is not in {dimension.get_prior_string()}")
-            params[dimension_name] = value
-        if outside:
-            raise UserError(f"A warm start must be inside the space, but {'; '.join(outside)}.")
-        trial = dict_to_trial(params, client.space)
-        with contextlib.suppress(DuplicateKeyError):
-            client._experiment.register_trial(trial, status="new")
-
-
-def _value(config: TrialConfig, group: str, key: str, dimension: Any) -> Any:
-    """The value of a hyperparameter as the dimension spells it."""
-    values = config.to_mapping()[group]
-    if key.startswith("one_minus_"):
-        value: Any = 1 - values[key.removeprefix("one_minus_")]
-    elif key == "n_minibatches":
-        value = config.rollout_steps // values["batch_size"]
-    else:
-        value = values[key]
-    if dimension.type == "categorical":
-        # Choices may be texts, as 'none' or '0.2'.
-        choices = dimension.interval()
-        same = [choice for choice in choices if choice == value and type(choice) is type(value)]
-        alike = [choice for choice in choices if str(choice).lower() == str(value).lower()]
-        return [*same, *alike, value][0]
-    if isinstance(value, float) and (precision := getattr(dimension, "precision", None)):
-        return float(f"{value:.{precision}g}")
-    return value
 
 
 @contextlib.contextmanager
@@ -216,11 +197,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _run(
-    client: ExperimentClient, function: Objective, request: SweepRequest, place: Path, stop: StopSignal
-) -> None:
+    client: ExperimentClient, function: Objective, inner: Any, request: SweepRequest, place: Path,
+    stop: StopSignal,
+) -> None:  # fmt: skip
     """Run trials until as many as were asked for are completed."""
     retry.repair(client)
     if client.is_done:
+        _close(inner, request)
         return
     task = function.space.fixed.get("task", {})
     completed = client.fetch_trials_by_status("completed")
@@ -230,10 +213,6 @@ def _run(
     stream = sys.stderr if request.progress else None
     progress = SweepProgress(client.max_trials, len(completed), best, epochs, stream)
     try:
-        n_workers = request.n_workers
-        if n_workers is None and request.executor is None:
-            n_workers = hunt_file.settings(place).get("worker.n_workers")
-        inner = make(request.executor, n_workers, request.options, threads=task.get("threads", 1))
         progress.speed_before = inner.n_workers * speed_of(completed)
         executor = WatchedExecutor(inner, stop, progress)
         with _explained_errors(client, executor, place):

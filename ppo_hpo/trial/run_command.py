@@ -99,56 +99,11 @@ def _stops_the_hunt(error: Exception, request: RunRequest) -> bool:
 
 def configuration_of(request: RunRequest, *, under_orion: bool) -> dict[str, dict[str, Any]]:
     """Read the file's groups, and apply the values of the command line to them."""
-    from ppo_hpo.spec import space, yamlio
-    from ppo_hpo.spec.config import GROUPS, TaskConfig, without_effectless
+    from ppo_hpo.spec.space import read_configuration
 
-    path = space.space_path(request.config)
-    content = yamlio.load(path)
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-        raise UserError(f"{path} must map groups ({', '.join(GROUPS)}) to hyperparameters.")
-    mapping: dict[str, dict[str, Any]] = content
-    for setting in request.settings:
-        _apply(setting, mapping)
-    task = mapping.setdefault("task", {})
-    if task.get("max_epochs") in (None, "none"):
-        task.pop("max_epochs", None)
-    if under_orion and "max_epochs" not in task:
-        raise UserError(
-            f"{path} has no `task.max_epochs`. Under Orion this value says where schedules end. Set it to "
-            f"the highest fidelity, or to the epochs of every trial if the space has no fidelity."
-        )
-    if "max_epochs" not in task and not isinstance(task.get("epochs"), str):
-        task["max_epochs"] = task.get("epochs", TaskConfig().epochs)
-    if request.epochs is not None:
-        task["epochs"] = request.epochs
-    if request.seed is not None:
-        task["seed"] = request.seed
-    # Orion has filled in what was searched, which may have no effect beside the other values.
-    return without_effectless(mapping) if under_orion else mapping
-
-
-def _apply(setting: str, mapping: dict[str, dict[str, Any]]) -> None:
-    """Apply one ``--set``. ``env.kwargs.NAME`` sets an argument of the environment."""
-    group, key, value = parse_setting(setting)
-    target = mapping.setdefault(group, {})
-    if group == "env" and key.startswith("kwargs."):
-        if target.get("kwargs") is None:
-            target["kwargs"] = {}
-        target, key = target["kwargs"], key.removeprefix("kwargs.")
-        if not isinstance(target, dict):
-            raise UserError(f"`env.kwargs` must map argument names to values, but got {target!r}.")
-    target[key] = value
-
-
-def parse_setting(setting: str) -> tuple[str, str, Any]:
-    """Split one ``--set GROUP.KEY=VALUE`` into group, key and value."""
-    from ppo_hpo.spec import yamlio
-
-    name, equals, text = setting.partition("=")
-    group, dot, key = name.partition(".")
-    if not (equals and dot and key):
-        raise UserError(f"--set takes GROUP.KEY=VALUE, as in --set optimizer.lr=3e-4, but got {setting!r}.")
-    return group, key, yamlio.parse(text, f"--set {group}.{key}")
+    return read_configuration(
+        request.config, request.settings, request.seed, request.epochs, under_orion=under_orion
+    )
 
 
 def _outcome_text(outcome: Any) -> str:

@@ -140,6 +140,8 @@ def hostile_spaces(victim: str) -> dict[str, str]:
         "minus signs": lr("uniform(" + "-" * 100_000 + "1, 2)"),
         "digits of a prior": lr("uniform(0, " + "9" * 3900 + ")"),
         "precision": lr("uniform(0, 1, precision=999999999)"),
+        "power of an argument": "env: {kwargs: {leak: 'orion~uniform(1, 9**9**9)'}}",
+        "code in an argument": f"env: {{kwargs: {{a: 'orion~choices([open(chr(47) + \"{victim}\")])'}}}}",
         "fidelity": "task: {epochs: 'orion~fidelity(1, 999999999999)', max_epochs: 999999999999}",
         "environments": "env: {n_envs: 1152921504606846976}",
         "width": "model: {width: 1152921504606846976}",

@@ -24,8 +24,10 @@ from ppo_hpo.spec.space import (
     get_space,
     list_spaces,
     read_space,
+    space_of,
     space_path,
     spaces_directory,
+    to_document,
     with_fidelities,
 )
 
@@ -431,7 +433,6 @@ def test_priors_run_nothing(tmp_path: Path) -> None:
             "task: {epochs: 'orion~fidelity(1, 16, base=4)', max_epochs: 4}",
             "must equal the highest fidelity, 16",
         ),
-        ("task: {epochs: 'orion~fidelity(1, 16, base=4)'}", "highest fidelity, 16, but got None"),
         ("ppo: {gamma: 0.9, gamma: 0.8}", "key `gamma` is given twice"),
     ],
 )
@@ -562,3 +563,89 @@ def test_spaces_that_are_not_there_are_missed(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("ppo-hpo: error: The shipped spaces are missing")
     assert done.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------- arguments of the environment
+
+
+KWARGS = """
+env:
+  id: CartPole-v1
+  kwargs:
+    leak: orion~uniform(0.01, 0.1)
+    name: '12e3'
+    inner: {size: 'orion~uniform(2, 9, discrete=True)', fixed: [1, 2]}
+ppo: {gamma: 0.9}
+"""
+
+
+def kwargs_space(tmp_path: Path, text: str = KWARGS) -> str:
+    path = tmp_path / "kwargs.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_arguments_of_the_environment_are_searched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = kwargs_space(tmp_path)
+    space = read_space(name)
+    assert main(["space", "check", name]) == 0
+    assert "searches 2 hyperparameters" in capsys.readouterr().out
+    for point in sample(get_space(name), 20):
+        kwargs = TrialConfig.from_mapping(fill(space, point)).env.kwargs
+        assert 0.01 <= kwargs["leak"] <= 0.1
+        assert (kwargs["name"], kwargs["inner"]["fixed"]) == ("12e3", [1, 2])
+        assert 2 <= kwargs["inner"]["size"] <= 9
+        # As JSON knows it, because it is a part of the trial's identity.
+        assert type(kwargs["inner"]["size"]) is int
+    assert space.fixed["env"]["kwargs"] == {"name": "12e3", "inner": {"fixed": [1, 2]}}
+    assert space_of(to_document(space), name, Path(name)) == space
+    with pytest.raises(UserError, match=r"searches `env.kwargs.inner.size`, but no value"):
+        fill(space, {"env": {"kwargs": {"leak": 0.05}}})
+    filled = fill(space, {}, {"env.kwargs.leak": 0.06, "env": {"kwargs.inner.size": 3}})
+    assert filled["env"]["kwargs"] == {"leak": 0.06, "name": "12e3", "inner": {"size": 3, "fixed": [1, 2]}}
+    # By hand a prior is no value.
+    for config in (yamlio.load(Path(name)), {"env": {"kwargs": {"a": [{"b": "orion~uniform(0, 1)"}]}}}):
+        with pytest.raises(UserError, match=r"`env.kwargs.[a-z0.]+` is still a prior"):
+            TrialConfig.from_mapping(config)
+
+
+@pytest.mark.parametrize(
+    ("prior", "part"),
+    [
+        ("uniform(1, 9**9**9)", "has a bad prior"),
+        ("normal(0, 1)", "unbounded prior"),
+        ("fidelity(1, 4)", "Only `task.epochs` can be a fidelity"),
+        ("uniform(0, 99999999999999999999, discrete=True)", "between -2^53 and 2^53"),
+        ("choices([[1, 2], [3]])", "needs words, numbers or true and false"),
+        ("choices(['a;b'])", "Orion takes none with ';' in it"),
+        ("choices(['__a'])", "Orion takes none with '__' in it"),
+        ("__import__('os').system('true')", "bad prior"),
+    ],
+)
+def test_bad_priors_of_arguments_are_refused(tmp_path: Path, prior: str, part: str) -> None:
+    for path in ({"leak": f"orion~{prior}"}, {"inner": {"leak": f"orion~{prior}"}}):
+        name = kwargs_space(tmp_path, yamlio.dump({"env": {"kwargs": path}}))
+        with pytest.raises(UserError) as error:
+            read_space(name)
+        assert part in str(error.value)
+        assert "leak`" in str(error.value)
+
+
+def test_names_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
+    for kwargs, part in (
+        ({"a b": "orion~uniform(0, 1)"}, "must be that of a Python variable"),
+        ({"a/b": {"c": "orion~uniform(0, 1)"}}, "must be that of a Python variable"),
+        ({"a": ["orion~uniform(0, 1)"]}, "has a prior inside a list"),
+        ({"max_episode_steps": "orion~uniform(5, 9, discrete=True)"}, "must be `env.max_episode_steps`"),
+    ):
+        with pytest.raises(UserError, match=part):
+            read_space(kwargs_space(tmp_path, yamlio.dump({"env": {"kwargs": kwargs}})))
+
+
+def test_the_end_of_schedules_may_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for horizon in ("", ", max_epochs: none", ", max_epochs: 16"):
+        path.write_text(f"task: {{epochs: 'orion~fidelity(1, 16, base=4)'{horizon}}}")
+        assert read_space(str(path)).fixed["task"]["max_epochs"] == 16
