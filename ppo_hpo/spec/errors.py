@@ -112,7 +112,7 @@ _SECRETS = (
     # A password may have a slash or an @ in it, which a URL should have escaped.
     (re.compile(r"(://)[^\s'\"]*@"), r"\1***@"),
     # Everything that is asked of a server: tokens, signatures, passwords.
-    (re.compile(r"(://[^\s'\"?]*\?)[^\s'\"]+"), r"\1***"),
+    (re.compile(r"(://[^\s'\"?]*\?|\?(?=[\w.-]+=))[^\s'\"]+"), r"\1***"),
     # Settings as YAML, Python and shells write them.
     (
         re.compile(

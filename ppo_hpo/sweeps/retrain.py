@@ -133,9 +133,14 @@ def plan_of(everybody: Sequence[Candidate], jobs: Sequence[Job], episodes: int, 
     n_workers = min(n_workers, int(runs))
     time = f", about {duration(seconds / n_workers)}" if seconds else ""
     return (
-        f"plan        {runs:.0f} runs ({len(everybody)} configurations, {each} fresh seeds), {n_workers} at "
-        f"a time{time}\n            {steps:,.0f} environment steps, then {episodes} fresh episodes a run"
+        f"plan        {_counted(int(runs), 'run')} ({_counted(len(everybody), 'configuration')}, "
+        f"{_counted(each, 'fresh seed')}), {n_workers} at a time{time}\n"
+        f"            {steps:,.0f} environment steps, then {_counted(episodes, 'fresh episode')} a run"
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def retrain(everybody: Sequence[Candidate], place: Path, how: Retraining) -> list[Tested]:

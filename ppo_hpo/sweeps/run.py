@@ -8,12 +8,10 @@ Orion nor torch is imported before a sweep runs.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_hpo.inspect import retry
 from ppo_hpo.orion import hunt_file, known_trials
 from ppo_hpo.orion.objective import Objective, prepare_trial
+from ppo_hpo.orion.quiet import quiet
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError, named_as
 from ppo_hpo.spec.settings import Overrides
@@ -107,7 +106,7 @@ def sweep(
 
 def _sweep(request: SweepRequest) -> SweepResult:
     names = {"--checkpoint-store": "checkpoint_store", "--stop-poor": "stop_poor"}
-    with named_as(names), _quiet(), StopSignal().in_charge() as stop:
+    with named_as(names), quiet(), StopSignal().in_charge() as stop:
         with _script_on_path():
             plan = Plan.of(request)
             space = plan.space()
@@ -181,19 +180,6 @@ def _script_on_path() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = before
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide Orion's warnings, and its log of failures unless the program has set up logging."""
-    # Without any handler, the first log message would install one for the whole process.
-    root, nothing = logging.getLogger(), logging.NullHandler()
-    root.addHandler(nothing)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        root.removeHandler(nothing)
 
 
 def _run(

@@ -160,7 +160,7 @@ def test_on_fresh_seeds(hunted: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     more = ["--top", "1", "--test-seeds", "5", "--test-episodes", "6", "--dir", place, "--against", "none"]
     assert ask(hunted, *more, "--device", "cpu") == 0
     text = capsys.readouterr()
-    assert text.err.startswith("plan        1 runs (1 configurations, 5 fresh seeds), 1 at a time")
+    assert text.err.startswith("plan        1 run (1 configuration, 5 fresh seeds), 1 at a time")
     assert text.err.splitlines()[2] == "4 of 5 trials were done before"
     assert "advantage" not in text.out
     assert json.loads((place / "best.json").read_text())["tested"][0]["scores"][:4] == one["scores"]
