@@ -13,7 +13,6 @@ import torch
 from ppo_hpo import PPO, TrialConfig
 from ppo_hpo.envs.make import probe
 from ppo_hpo.envs.vector import SyncEnvs
-from ppo_hpo.ppo.adam import FlatAdam
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.autograd import AutogradEngine
 from ppo_hpo.ppo.collect import Collector
@@ -174,30 +173,6 @@ def test_target_kl_may_stop_the_very_first_step(engine: str) -> None:
     other = learner_of(PPOConfig(batch_size=64, target_kl=0.01), continuous=False, engine=engine)
     other.update(batch, np.random.default_rng(0), 1e-3, 0.2)
     np.testing.assert_array_equal(parameters(learner), parameters(other))
-
-
-@pytest.mark.parametrize("arrays", [True, False], ids=["numpy", "torch"])
-def test_adam_equals_torchs(arrays: bool) -> None:
-    """Both implementations of a step, with clipping, over gradients of very different sizes."""
-    generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator) for shape in ((3, 4), (4,), ())]
-    ours = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-    their = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-    adam, reference = FlatAdam(ours, 0.01, 1e-5), torch.optim.Adam(their, lr=0.01, eps=1e-5)
-    if not arrays:
-        adam._grad = None
-    for step in range(50):
-        grads = [10.0 ** (step % 7 - 5) * torch.randn(p.shape, generator=generator) for p in their]
-        for one, other, grad in zip(ours, their, grads, strict=True):
-            assert one.grad is not None
-            one.grad.add_(grad)
-            other.grad = grad.clone()
-        expected = torch.nn.utils.clip_grad_norm_(their, 0.5)
-        reference.step()
-        assert float(adam.step(0.5)) == pytest.approx(float(expected), rel=1e-5)
-        for one, other in zip(ours, their, strict=True):
-            torch.testing.assert_close(one.data, other.data, rtol=1e-5, atol=1e-6)
-            assert not one.grad.any()  # ready for the next backpropagation
 
 
 # -------------------------------------------------------------------- rollout and update
