@@ -410,6 +410,9 @@ def _stopped(factory: pytest.TempPathFactory) -> Life:
     ends = {
         "configuration": hunt.run("--set", "ppo.n_steps=7"),
         "environment missing": hunt.run("--set", "env.id=nosuchmodule:Env-v0"),
+        "environment that fails": hunt.run(
+            "--set", "env.id=tests.envs:Fallible-v0", "--set", "env.kwargs.where=reset", "--retries", "1"
+        ),
     }
     for name, signum, to_all in (
         ("SIGTERM to the trial", signal.SIGTERM, False),
@@ -481,6 +484,15 @@ def test_a_mistake_that_others_would_share_stops_the_hunt(lives: list[Life], nam
     assert part in sentence
     assert "The hunt stops here (exit code 130)" in sentence
     assert f'File "{REPOSITORY / "ppo_hpo"}' not in going.output
+
+
+def test_an_environment_that_fails_before_the_first_step_stops_the_hunt(lives: list[Life]) -> None:
+    going = lives[0].ends["environment that fails"]
+    assert (going.code, going.status) == (130, "interrupted")
+    (sentence,) = going.sentences
+    assert "TypeError: of its own: failed again at the same step (first look at the environment" in sentence
+    assert "The hunt stops here (exit code 130)" in sentence
+    assert "in _fail" in going.output
 
 
 @pytest.mark.parametrize("name", ["SIGTERM to the trial", "SIGINT to the group"])

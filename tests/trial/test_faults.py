@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,30 @@ def test_a_module_that_parses_arguments_when_it_is_imported(tmp_path: Path) -> N
         "ppo-hpo: error: `env.id: mine:Env-v0` ended the process (SystemExit(2)) as it was imported or made."
     )
     assert "mine.py" in done.stderr
+
+
+CRASHES = """
+import ctypes, gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Crashes(CartPoleEnv):
+    steps = 0
+
+    def step(self, action):
+        Crashes.steps += 1
+        return super().step(action) if Crashes.steps < 50 else ctypes.string_at(0)
+
+gymnasium.register("Crashes-v0", Crashes, max_episode_steps=9)
+"""
+
+
+def test_a_crash_in_c_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(CRASHES)
+    done = command(tmp_path, "--set", "env.id=mine:Crashes-v0")
+    assert done.returncode == -signal.SIGSEGV
+    said = (tmp_path / "trial" / "log.txt").read_text()
+    assert "Fatal Python error: Segmentation fault" in said
+    assert "mine.py" in said
 
 
 # -------------------------------------------------------------------------- repeating
