@@ -106,9 +106,16 @@ class SQLiteDB(Database):  # type: ignore[misc]
         return {"host": os.path.join(orion.core.DIRS.user_data_dir, "orion", "orion_db.sqlite")}
 
     def initiate_connection(self) -> None:
-        """Create the file and its tables, if they do not exist."""
+        """Create the file and its tables, if they do not exist, but not its directory: it may have moved."""
         self.host = os.path.abspath(self.host)
-        os.makedirs(os.path.dirname(self.host), exist_ok=True)
+        directory = os.path.dirname(self.host)
+        if self.host == self.get_defaults()["host"]:
+            os.makedirs(directory, exist_ok=True)
+        if not os.path.isdir(directory):
+            raise DatabaseError(
+                f"The directory {directory} of the database does not exist. If it was moved, `ppo-hpo report "
+                f"NAME -c FILE` with its orion.yaml corrects the paths."
+            )
         with self._transaction(write=False) as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
         if version == _VERSION:

@@ -3,6 +3,7 @@
 import configparser
 import dataclasses
 import re
+import textwrap
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_every_command_has_a_section() -> None:
     commands = re.findall(r"^    (\w+)(?: |$)", usage, re.MULTILINE)
     assert {"run", "sweep", "completion"} <= set(commands)
     assert set(re.findall(r"^## `(\w+)`: ", page, re.MULTILINE)) == set(commands)
+
+
+@pytest.mark.parametrize("page", [REPOSITORY / "README.md", DOCS / "how-to" / "orion-hunt.md"], ids=str)
+def test_a_second_terminal_finds_the_experiment_by_the_documented_file(page: Path) -> None:
+    """`report -c orion.yaml` has no variables of the first terminal, so the file must name the database."""
+    blocks = re.findall(r"cat > orion\.yaml <<YAML\n(.*?)\n\s*YAML\n", page.read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        content = yamlio.parse(textwrap.dedent(block), str(page))
+        assert content["storage"]["database"] == {"type": "sqlitedb", "host": "$PWD/orion.sqlite"}
 
 
 def test_every_dependency_is_explained() -> None:

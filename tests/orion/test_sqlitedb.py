@@ -31,6 +31,7 @@ NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 
 @pytest.fixture
 def db(tmp_path: Path) -> SQLiteDB:
+    (tmp_path / "folder").mkdir()
     return SQLiteDB(host=str(tmp_path / "folder" / "orion.sqlite"))
 
 

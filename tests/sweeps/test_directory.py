@@ -171,6 +171,18 @@ def test_databases_that_are_not_the_directorys_own_stay(tmp_path: Path) -> None:
         assert file.read_text() == text
 
 
+def test_a_hunt_with_the_former_address_leaves_no_database_behind(tmp_path: Path) -> None:
+    from orion.core.io.database import DatabaseError
+
+    from ppo_hpo.orion.sqlitedb import SQLiteDB
+
+    with pytest.raises(
+        DatabaseError, match=r"directory .*/gone of the database does not exist. If it was moved"
+    ):
+        SQLiteDB(host=str(tmp_path / "gone" / "orion.sqlite"))
+    assert not (tmp_path / "gone").exists()
+
+
 # ----------------------------------------------------------------------------------- secrets
 
 SECRET = "hunter2"
@@ -391,7 +403,7 @@ def test_an_entry_point_in_the_main_module_is_found_in_another_one(monkeypatch: 
         ),
         ("sweep CartPole-v1 --set task.seeds=2000", "`task.seeds <= 1000` must hold, but got 2000"),
         ("sweep CartPole-v1 --stop-poor --seeds 2", "`--stop-poor` "),
-        ("`--checkpoint-store` must be one URL",),
+        ("run --config cartpole --checkpoint-store x::y", "`--checkpoint-store` must be one URL"),
         ("run --config cartpole --epochs 0", "`--epochs >= 1` must hold, but got 0"),
         ("run --config cartpole --seed -1", "`--seed >= 0` must hold, but got -1"),
         ("run --config cartpole --set task.seed=-1", "`task.seed >= 0` must hold, but got -1"),
