@@ -75,6 +75,18 @@ def also(parser: argparse._ActionsContainer, action: argparse.Action, *names: st
     parser._add_action(other)
 
 
+def quietly(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command without Orion's warnings."""
+
+    def hushed(arguments: argparse.Namespace) -> int:
+        from ppo_hpo.orion.quiet import quiet
+
+        with quiet():
+            return command(arguments)
+
+    return hushed
+
+
 def add_experiment(parser: Parser) -> None:
     """Add the experiment's name, and the file that says where its database is."""
     parser.add_argument("name", metavar="NAME", type=experiment_name,

@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from ppo_hpo.cli import common
-from ppo_hpo.orion.quiet import quietly
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.trial import process
 
@@ -18,7 +17,7 @@ def add_commands(commands: common.Commands) -> None:
 
 
 def _add_report(commands: common.Commands) -> None:
-    report = commands.add_parser("report", command=quietly(_report),
+    report = commands.add_parser("report", command=common.quietly(_report),
         help="summarize an experiment: best trial, cost, steps avoided",
         description="Summarize an experiment: its best trial, its cost, and how many steps it avoided by "
         "stopping and resuming trials.")  # fmt: skip
@@ -34,7 +33,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _add_best(commands: common.Commands) -> None:
-    best = commands.add_parser("best", command=quietly(_best),
+    best = commands.add_parser("best", command=common.quietly(_best),
         help="print, retrain or export the best trials",
         description="Print the best trials of an experiment. With --test-seeds, retrain each one from "
         "scratch on fresh seeds (seeds that no trial has trained), and compare the scores with those of a "
@@ -89,7 +88,7 @@ def _best(arguments: argparse.Namespace) -> int:
 
 
 def _add_lineage(commands: common.Commands) -> None:
-    lineage = commands.add_parser("lineage", command=quietly(_lineage),
+    lineage = commands.add_parser("lineage", command=common.quietly(_lineage),
         help="show promotions and forks of trials as a tree",
         description="Print the trials of an experiment as a tree: each one below the trial it resumed "
         "from.")  # fmt: skip
@@ -104,7 +103,8 @@ def _lineage(arguments: argparse.Namespace) -> int:
 
 
 def _add_retry(commands: common.Commands) -> None:
-    retry = commands.add_parser("retry", command=quietly(_retry), help="requeue failed or stuck trials",
+    retry = commands.add_parser("retry", command=common.quietly(_retry),
+        help="requeue failed or stuck trials",
         description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
         "any more. A reserved trial with a heartbeat in the last two minutes is skipped, unless --trial "
         "names it. The next worker resumes trials from their latest checkpoint. This also repairs what a "
@@ -123,7 +123,7 @@ def _retry(arguments: argparse.Namespace) -> int:
 
 
 def _add_clean(commands: common.Commands) -> None:
-    clean = commands.add_parser("clean", command=quietly(_clean),
+    clean = commands.add_parser("clean", command=common.quietly(_clean),
         help="remove checkpoints that no trial needs any more",
         description="Remove checkpoints of completed trials that were already promoted, or that reached "
         "the highest number of epochs in the space. Curves, logs and results stay.")  # fmt: skip
@@ -148,7 +148,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _add_doctor(commands: common.Commands) -> None:
-    doctor = commands.add_parser("doctor", command=quietly(_doctor),
+    doctor = commands.add_parser("doctor", command=common.quietly(_doctor),
         help="check the installation and a database, and say what to fix",
         description="Print versions, devices and extras, and check a database for broken trials, stuck "
         "trials and locks that a killed worker left. Each problem comes with its fix if one is known. "

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
@@ -28,14 +26,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         root.removeHandler(nothing)
-
-
-def quietly(command: Callable[[Any], int]) -> Callable[[Any], int]:
-    """A command without Orion's warnings."""
-
-    @functools.wraps(command)
-    def hushed(arguments: Any) -> int:
-        with quiet():
-            return command(arguments)
-
-    return hushed

@@ -135,10 +135,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "bad combination": (["--set", "ppo.batch_size=33"], ["ppo.batch_size must divide", "got 33"]),
     "beyond the file's epochs": (
         ["--epochs", "3"],
-        ["`task.epochs <= task.max_epochs` must hold, but got 3 and 2"],
+        ["`--epochs <= task.max_epochs` must hold, but got 3 and 2"],
     ),
-    "no epochs": (["--epochs", "0"], ["`task.epochs >= 1` must hold, but got 0"]),
-    "negative seed": (["--seed", "-1"], ["`task.seed >= 0` must hold, but got -1"]),
+    "no epochs": (["--epochs", "0"], ["`--epochs >= 1` must hold, but got 0"]),
+    "negative seed": (["--seed", "-1"], ["`--seed >= 0` must hold, but got -1"]),
     "word for a seed": (
         ["--seed", "one"],
         ["argument --seed: invalid int value: 'one'", "See ppo-hpo run --help"],

@@ -146,7 +146,7 @@ except SystemExit as stop:
 """
     )
     assert not roots(modules) & WATCHED
-    light = {"trial", "trial.process", "spec", "spec.errors"}
+    light = {"trial", "trial.process", "spec", "spec.errors", "spec.printing"}
     assert {name for name in own(modules) if not name.startswith("cli")} <= light
 
 
