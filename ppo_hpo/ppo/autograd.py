@@ -133,7 +133,11 @@ class AutogradEngine:
     @staticmethod
     def mean(stats: list[MinibatchStats], norms: list[Any]) -> tuple[MinibatchStats, float]:
         """Means over minibatches, as numbers. On a GPU this is where the host first waits for it."""
-        norm = torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms]).double().mean()
+        # The fused step of the CPU gives numbers.
+        tensors = [
+            n if isinstance(n, Tensor) else torch.tensor(n, dtype=torch.float32, device="cpu") for n in norms
+        ]
+        norm = torch.stack(tensors).double().mean()
         table = torch.stack([torch.stack(row) for row in stats])
         return MinibatchStats(*table.double().mean(0).tolist()), float(norm)
 

@@ -112,6 +112,11 @@ def own_settings(threads: int) -> Iterator[None]:
     They are the number of threads, torch's modes, and how numpy reacts to overflows, which the loop looks for
     itself. Tensors name their dtype and device, since the defaults for these hold for the whole process.
     """
-    quiet = np.errstate(all="ignore")
-    with limited_threads(threads), quiet, torch.inference_mode(False), torch.enable_grad():
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(limited_threads(threads))
+        settings.enter_context(np.errstate(all="ignore"))
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            settings.enter_context(torch.autocast(device, enabled=False))
         yield

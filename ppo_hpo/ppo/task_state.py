@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.spec import results
@@ -107,7 +109,8 @@ def _load_state(
     state: Mapping[str, Any], agent: Agent, config: TrialConfig, *, strict: bool
 ) -> tuple[Progress, list[str]]:
     progress = Progress.from_plain(state.get("progress") if isinstance(state, Mapping) else None)
-    tensors = {k: torch.as_tensor(v) for k, v in state.items() if k != "progress"}
+    entries = {k: v for k, v in state.items() if k != "progress"}
+    tensors = {k: v if isinstance(v, Tensor) else torch.from_numpy(np.asarray(v)) for k, v in entries.items()}
     if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
         raise CheckpointError(f"The state has numbers that are not finite: {', '.join(bad)}.")
     own = agent.state()

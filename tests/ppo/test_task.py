@@ -255,6 +255,49 @@ def test_a_trial_uses_one_thread_by_default_and_restores_the_limits() -> None:
     assert seen == [{1}] * 2 + [{2}] * 2
 
 
+@pytest.mark.parametrize(
+    ("engine", "groups"),
+    [
+        ("auto", {}),
+        ("autograd", {}),
+        (
+            "auto",
+            {
+                "env": {"id": "tests.envs:Eyes-v0", "n_envs": 2},
+                "model": {"features_dim": 8},
+                "normalize": {},
+                "ppo": {"n_steps": 8, "batch_size": 16, "n_epochs": 1},
+                "task": {"steps_per_epoch": 16, "max_epochs": 2, "eval_episodes": 1},
+            },
+        ),
+    ],
+    ids=["numpy", "autograd", "images"],
+)
+def test_torchs_defaults_and_modes_do_not_change_a_trial(
+    engine: Any, groups: dict[str, Any], tmp_path: Path
+) -> None:
+    config = TrialConfig.from_mapping({**SMALL, **groups})
+
+    def train(directory: Path) -> tuple[str, list[Any]]:
+        for epoch in (1, 2):  # the second one resumes
+            task = PPO.from_config(config, "cpu", storage=directory, engine=engine)
+            task.fit(epoch)
+            task.finish()
+        task.load_state_dict(task.state_dict())
+        return arrays_digest(task.agent.arrays()), task.metrics.curve
+
+    expected = train(tmp_path / "plain")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), np.errstate(all="raise"):
+            found = train(tmp_path / "hostile")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
 def test_logger_gets_a_line_for_each_epoch(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("a test's own")
     config = TrialConfig.from_mapping(SMALL)
