@@ -220,12 +220,9 @@ class Plan:
                 f"hunt ... ppo-hpo run --config FILE` made. Choose another name, or resume it as it "
                 "was started."
             )
-        if request.space is not None:
-            base: Space | None = read_space(request.space)
-        elif self.stored is not None:
-            base = file or self.before
-        else:
-            base = self.old and stored_space.stored_space(self.old.configuration)
+        base = read_space(request.space) if request.space is not None else file or self.before
+        if base is None and self.old is not None:
+            base = stored_space.stored_space(self.old.configuration)
         base = base or read_space("default")
         document = overridden(to_document(base), request.overrides)
         if request.env is not None:

@@ -198,10 +198,32 @@ def test_an_edit_after_a_trial_has_trained_is_refused(
     assert part in error
     assert "has trained" in error
     assert error.endswith("ppo-hpo run --config " + str(trained.place / "space.yaml") + " --from mine\n")
+    if kind == "narrow":  # Orion's version control would fail on the trial that is outside.
+        assert trained.init("--enable-evc") == 1
+        assert part in capsys.readouterr().err
     trained.write(SPACE)
     assert trained.init() == 0
     assert [trial.status for trial in trained.client().fetch_trials()] == ["completed"]
     assert_runs(trained, SPACE)
+
+
+def test_an_edit_while_a_first_trial_runs_is_refused(hunt: Hunt, capsys: pytest.CaptureFixture[str]) -> None:
+    from orion.client.experiment import ExperimentClient
+    from orion.core.io.experiment_builder import ExperimentBuilder
+
+    assert hunt.init() == 0
+    builder = ExperimentBuilder({"type": "legacy", "database": hunt.database})
+    client = ExperimentClient(builder.build("mine"))
+    trial = client.suggest()  # This reserves it, as a worker that has just started.
+    hunt.write(edited(EDITS["change"][0]))
+    assert hunt.init() == 1
+    assert f"and trial {trial.id[:8]} is running" in capsys.readouterr().err
+    # A worker that is gone leaves a lock that nobody holds.
+    (Path(trial.working_dir)).mkdir(parents=True)
+    (Path(trial.working_dir) / "lock").touch()
+    assert hunt.init() == 0
+    assert hunt.client().fetch_trials() == []
+    client._pacemakers.pop(trial.id).stop()
 
 
 @pytest.mark.parametrize("kind", SAME)

@@ -12,7 +12,9 @@ import ppo_hpo
 from ppo_hpo.orion import known_trials
 from ppo_hpo.orion.experiment import open_experiment, params_of, statistics_of
 from ppo_hpo.spec import yamlio
+from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.space import read_configuration
 from ppo_hpo.sweeps.plan import Plan, SweepRequest
 from ppo_hpo.trial.options import RunOptions
 from tests.orion.test_hunt_space import EDITS, SAME, SPACE, edited, orions_settings
@@ -181,3 +183,40 @@ def test_each_algorithm_goes_on_with_the_trials_of_another(
         client.observe(trial, [{"name": "objective", "type": "objective", "value": float(number)}])
     with client._experiment.acquire_algorithm_lock() as algorithm:
         assert all(algorithm.has_observed(trial) for trial in client.fetch_trials_by_status("completed"))
+
+
+def test_arguments_of_the_environment_are_searched_and_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In sweeps, from Python and by hand, by the same names."""
+    monkeypatch.chdir(tmp_path)
+    key = "env.kwargs.sutton_barto_reward"
+    space = write(edited(lambda s: s["env"].update(kwargs={key[11:]: "orion~choices([True, False])"})))
+    result = small(space=space, name="searched", algorithm="random", max_trials=2)
+    for trial in result.client.fetch_trials():
+        config = yamlio.load(Path(trial.working_dir) / "config.yaml")
+        assert config["env"]["kwargs"] == {key[11:]: params_of(trial)[key]}
+    assert f"{key}" in result.trials.columns
+    for overrides in ({key: True}, {"env": {key[4:]: True}}, {"env": {"kwargs": {key[11:]: True}}}):
+        planned = Plan.of(request(space=space, name="new", overrides=overrides)).space()
+        assert planned.fixed["env"]["kwargs"] == {key[11:]: True}
+        assert "env" not in planned.priors
+        config = ppo_hpo.objective(space, overrides=overrides).config(
+            {"task.epochs": 1, "model.width": 4, "optimizer.lr": 1e-3}
+        )
+        assert config.env.kwargs == {key[11:]: True}
+    # A prior may be given the same way.
+    planned = Plan.of(
+        request(space=space, name="new", overrides={"ppo.gamma": "orion~uniform(0.8, 0.9)"})
+    ).space()
+    assert planned.priors["ppo"] == {"gamma": "uniform(0.8, 0.9)"}
+    content = read_configuration(
+        space, [f"{key}=false", "optimizer.lr=1e-3", "model.width=4", "task.epochs=1"]
+    )
+    assert TrialConfig.from_mapping(content).env.kwargs == {key[11:]: False}
+    for wrong in ({"env": 3}, {"env.nothing": 3}, {"ppo.gama": 1}, {"env.kwargs.max_episode_steps": 5}):
+        with pytest.raises(UserError):
+            Plan.of(request(space=space, name="new", overrides=wrong)).space()
+    with pytest.raises(UserError, match="Did you mean gamma"):
+        ppo_hpo.objective(space, overrides={"ppo.gama": 1})
+    assert not Path("new").exists()
