@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ppo_hpo.spec.errors import UserError
+from ppo_hpo.spec.rules import plain_number
 
 # Far above any configuration, which is about a page long.
 _MAX_BYTES = 1 << 20
@@ -65,8 +66,17 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that `_Loader` would read as numbers."""
+    """Quotes strings that `_Loader` would read as numbers, and writes numbers of numpy's as Python's."""
 
+
+def _represent_other(dumper: yaml.SafeDumper, value: Any) -> yaml.Node:
+    plain = plain_number(value)
+    if plain is value:
+        return dumper.represent_undefined(value)  # raises
+    return dumper.represent_data(plain)
+
+
+_Dumper.add_representer(None, _represent_other)  # type: ignore[arg-type]
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(

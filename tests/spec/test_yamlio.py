@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.errors import UserError
@@ -198,3 +200,15 @@ def test_whole_numbers_that_mean_another_one_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="write whole numbers in decimal digits"):
         yamlio.parse(text, "it")
     assert [yamlio.parse(good, "it") for good in ("0", "10", "-7", "+3")] == [0, 10, -7, 3]
+
+
+def test_numbers_of_numpys_are_written_as_numbers() -> None:
+    given = {
+        "a": np.int64(3),
+        "b": [np.float32(0.5), np.float64(2.5)],
+        "c": np.bool_(True),
+        "d": np.str_("3"),
+    }
+    assert yamlio.parse(yamlio.dump(given), "text") == {"a": 3, "b": [0.5, 2.5], "c": True, "d": "3"}
+    with pytest.raises(yaml.representer.RepresenterError):
+        yamlio.dump({"a": object()})
