@@ -131,7 +131,7 @@ def _why_done(client: Any, trials: Sequence[Any], finished: bool) -> str:
     """Why no trial will be promoted any more; empty if one may be."""
     statuses = Counter(trial.status for trial in trials)
     unfinished = {status: statuses[status] for status in sorted(_UNFINISHED) if statuses[status]}
-    if not unfinished and client.algorithm.is_done:
+    if not unfinished and _algorithm_is_done(client):
         return "the algorithm is done"
     if not finished:
         return ""
@@ -144,6 +144,16 @@ def _why_done(client: Any, trials: Sequence[Any], finished: bool) -> str:
             f"completed. Leave --finished out, or run the other trials."
         )
     return "the experiment is finished"
+
+
+def _algorithm_is_done(client: Any) -> bool:
+    """Whether the algorithm proposes no further trial, by the state that the database has of it."""
+    stored = client.storage.get_algorithm_lock_info(uid=client.id)
+    if stored is None or stored.locked or not stored.state:
+        return False
+    client.algorithm.set_state(stored.state)
+    client.algorithm.max_trials = None  # The user may raise it.
+    return bool(client.algorithm.is_done)
 
 
 def _all_files(trials: Sequence[Any], store: Store | None) -> dict[str, list[_File]]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ppo_hpo.inspect.retry import PATIENCE, seconds_since
+from ppo_hpo.orion import algorithm_lock
 from ppo_hpo.orion.experiment import find_database, in_short
 from ppo_hpo.orion.tested_version import TESTED_ORION
 from ppo_hpo.spec.errors import UserError
@@ -276,16 +277,23 @@ def _check_database(report: Report, config: str | None) -> None:
         retry = f"`ppo-hpo retry {shlex.quote(name)}{option}`"
         try:
             _check_trials(report, storage.fetch_trials(uid=document["_id"]), title, retry)
-            for held in storage._db.read("algo", {"experiment": document["_id"], "locked": 1}):
-                seconds = seconds_since(held["heartbeat"])
-                report.facts.append(("", f"{title}: its algorithm has been locked for {seconds:,.0f} s"))
-                if seconds >= PATIENCE:
-                    report.findings.append(
-                        f"The algorithm of {title} is still locked by a worker that is gone: {retry} or "
-                        f"`orion db release -f {shlex.quote(name)}` releases it."
-                    )
+            held = algorithm_lock.read(storage._db, document["_id"])
+            if held is not None:
+                release = f"{retry} or `orion db release -f {shlex.quote(name)}` releases it."
+                _check_lock(report, held, title, release)
         except Exception as error:
             report.findings.append(f"Experiment {title} could not be checked ({in_short(error)}).")
+
+
+def _check_lock(report: Report, held: algorithm_lock.AlgorithmLock, title: str, release: str) -> None:
+    report.facts.append(("", f"{title}: its algorithm has been {held}, for {held.seconds:,.0f} s"))
+    if held.holder_runs is False:
+        report.findings.append(f"The algorithm of {title} is locked by a process that has ended: {release}")
+    if held.holder_runs is None and held.seconds >= PATIENCE:
+        report.findings.append(
+            f"The algorithm of {title} is locked by a process that cannot be seen from here. If it has "
+            f"ended, {release}"
+        )
 
 
 def _check_trials(report: Report, trials: Sequence[Any], title: str, retry: str) -> None:
@@ -296,13 +304,11 @@ def _check_trials(report: Report, trials: Sequence[Any], title: str, retry: str)
     report.facts.append(("", f"{title}: {text}"))
     if count := statuses["broken"]:
         report.findings.append(f"{title} has {count} broken trial(s): {retry} prints why and requeues them.")
-    stuck = [
-        trial.id[:8]
-        for trial in trials
-        if trial.status == "reserved"
-        and seconds_since(trial.heartbeat) >= PATIENCE
-        and not (trial.exp_working_dir and lock.active_writer(Path(trial.working_dir)))
-    ]
+    silent = [t for t in trials if t.status == "reserved" and seconds_since(t.heartbeat) >= PATIENCE]
+    # A trial without a directory was never begun.
+    places = {trial.id: Path(trial.working_dir) for trial in silent if trial.exp_working_dir}
+    writers = dict(zip(places, lock.active_writers([*places.values()]), strict=True))
+    stuck = [trial.id[:8] for trial in silent if writers.get(trial.id) is None]
     if stuck:
         report.findings.append(
             f"{title} has {len(stuck)} reserved trial(s) that no worker trains any more "

@@ -10,8 +10,9 @@ checked first:
   anyway.
 
 A worker that is killed while it holds the lock of the experiment's algorithm leaves it locked, and all other
-workers wait. Nothing records who holds the lock, only since when. Workers wait for it for one minute at a
-time, so a worker that has held it for `PATIENCE` is gone, or as good as gone.
+workers wait. The lock says which process holds it (`ppo_hpo.orion.algorithm_lock`), so it is released if that
+process has ended. A holder that cannot be seen from here may be alive: its lock is released only by `retry`,
+which the user calls, and only after `PATIENCE`.
 
 A worker that is killed after it stored a result, and before it told the algorithm, leaves ASHA and Hyperband
 waiting for this result for ever. So the algorithm is told all results that it does not know.
@@ -20,12 +21,18 @@ waiting for this result for ever. So the algorithm is told all results that it d
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from ppo_hpo.orion import algorithm_lock
+from ppo_hpo.orion.algorithm_lock import utc_now
 from ppo_hpo.orion.experiment import open_experiment
 from ppo_hpo.spec.errors import UserError
+
+if TYPE_CHECKING:
+    from ppo_hpo.state.claim import Writer
 
 #: Statuses of trials that can be requeued.
 STUCK = ("broken", "reserved")
@@ -36,6 +43,20 @@ PATIENCE = 120.0
 _LOCK_SECONDS = 10.0
 # Characters of the error of a broken trial that are printed. The trial's directory has all of it.
 _ERROR_CHARACTERS = 200
+
+
+class Waiting:
+    """Prints why a wait takes long, once. ``tick`` is called all the time, and may raise to end the wait."""
+
+    def __init__(self, stream: TextIO | None, tick: Callable[[], None] = lambda: None) -> None:
+        self._stream, self._tick, self._told = stream, tick, set[str]()
+
+    def __call__(self, text: str) -> None:
+        """Say why, while waiting."""
+        self._tick()
+        if self._stream is not None and text not in self._told:
+            print(f"ppo-hpo: {text}", file=self._stream, flush=True)
+        self._told.add(text)
 
 
 def retry(
@@ -52,9 +73,11 @@ def retry(
     """
     client = open_experiment(name, config, mode="w")
     chosen = _choose(client.fetch_trials(), name, trial, status)
-    lines = [_requeue(client, one, named=trial is not None) for one in chosen]
+    waiting = Waiting(sys.stderr)
+    lines = _requeue_all(client, chosen, waiting, named=trial is not None)
     count = sum(line.endswith("requeued") for line in lines)
-    lines += _repair_algorithm(client)
+    lines += _release_lock(client, asked=True)
+    lines += _repair_algorithm(client, waiting)
     what = status or "broken or reserved"
     lines.append(f"{count} of {len(chosen)} {what} trial{'' if len(chosen) == 1 else 's'} requeued")
     if count:
@@ -62,10 +85,14 @@ def retry(
     return "\n".join(lines)
 
 
-def repair(client: Any) -> list[str]:
-    """Requeue reserved trials that a killed worker left, and repair the algorithm, as `retry` does."""
-    reserved = client.fetch_trials_by_status("reserved")
-    return [_requeue(client, trial, named=False) for trial in reserved] + _repair_algorithm(client)
+def repair(client: Any, waiting: Waiting) -> list[str]:
+    """Requeue reserved trials that a killed worker left, and repair the algorithm, as `retry` does.
+
+    This is called without being asked for. So it releases the algorithm's lock only if its holder has ended.
+    """
+    lines = _requeue_all(client, client.fetch_trials_by_status("reserved"), waiting)
+    lines += _release_lock(client, asked=False)
+    return lines + _repair_algorithm(client, waiting)
 
 
 def _choose(trials: Sequence[Any], name: str, trial: str | None, status: str | None) -> list[Any]:
@@ -87,22 +114,50 @@ def _choose(trials: Sequence[Any], name: str, trial: str | None, status: str | N
     return matches
 
 
-def _requeue(client: Any, trial: Any, *, named: bool) -> str:
-    """Requeue one trial, unless it has a worker; the line that says so, and why."""
+def _requeue_all(client: Any, trials: Sequence[Any], waiting: Waiting, *, named: bool = False) -> list[str]:
+    """Requeue trials that have no worker; a line for each of them that says what was done, and why."""
+    from ppo_hpo.state import lock
+
+    # The heartbeat is read at once, but a lock may have to be watched for a minute. So the lock of a trial
+    # whose worker was seen is only looked at, and all others are watched at the same time.
+    seen = [trial for trial in trials if not named and _was_seen(trial)]
+    silent = [trial for trial in trials if trial not in seen]
+
+    def wait(count: int) -> None:
+        plural = "s" if len(silent) > 1 else ""
+        waiting(
+            f"{len(silent)} trial{plural} may be trained by a process that cannot be seen from here: waits "
+            f"at most a minute for its next sign of life"
+        )
+
+    writers = [
+        *lock.active_writers([Path(trial.working_dir) for trial in seen], limit=0.0),
+        *lock.active_writers([Path(trial.working_dir) for trial in silent], wait),
+    ]
+    both = zip([*seen, *silent], writers, strict=True)
+    return [_requeue(client, trial, writer, named=named) for trial, writer in both]
+
+
+def _was_seen(trial: Any) -> bool:
+    """Whether a trial's worker gave a sign of life a short time ago."""
+    return bool(trial.status == "reserved" and seconds_since(trial.heartbeat) < PATIENCE)
+
+
+def _requeue(client: Any, trial: Any, writer: Writer | None, *, named: bool) -> str:
+    """Requeue one trial, unless it has a worker or a writer; the line that says so, and why."""
     from orion.storage.base import FailedUpdate
 
-    from ppo_hpo.state import lock
     from ppo_hpo.trial import failure
 
     was, line = trial.status, f"{trial.id}  {trial.status:8}  "
-    directory = Path(trial.working_dir)
-    if writer := lock.active_writer(directory):
+    if writer is not None:
         if named:
             raise UserError(
                 f"Trial {trial.id} is being trained by {writer}. Stop that first, or wait for it."
             )
         return f"{line}skipped: it is being trained by {writer}"
-    if was == "reserved" and not named and (seconds := seconds_since(trial.heartbeat)) < PATIENCE:
+    if not named and _was_seen(trial):
+        seconds = seconds_since(trial.heartbeat)
         return (
             f"{line}skipped: its worker was seen {max(seconds, 0):.0f} s ago; if that worker is gone, try "
             f"again in {PATIENCE - seconds:.0f} s, or use --trial {trial.id[:8]}"
@@ -111,7 +166,7 @@ def _requeue(client: Any, trial: Any, *, named: bool) -> str:
         client.storage.set_trial_status(trial, "interrupted", was=was)
     except FailedUpdate:
         return f"{line}skipped: its status has just changed"
-    record = failure.read_record(directory)
+    record = failure.read_record(Path(trial.working_dir))
     if record and record.error and was == "broken":
         line += f"{record.error[:_ERROR_CHARACTERS]} ({record.at})  "
     return f"{line}requeued"
@@ -119,18 +174,35 @@ def _requeue(client: Any, trial: Any, *, named: bool) -> str:
 
 def seconds_since(moment: datetime.datetime | None) -> float:
     """Seconds since a moment in UTC without a time zone, as Orion stores it; infinity for None."""
-    return float("inf") if moment is None else (_now() - moment).total_seconds()
+    return float("inf") if moment is None else (utc_now() - moment).total_seconds()
 
 
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+def _release_lock(client: Any, *, asked: bool) -> list[str]:
+    """Release the algorithm's lock if its holder has ended, or if the user asked and it cannot be seen.
+
+    Orion's own calls cannot do this: they neither say who holds the lock, nor release it only if its holder
+    is still the same. This returns what was done.
+    """
+    held = algorithm_lock.read(client.storage._db, client.id)
+    if held is None or held.holder_runs or (held.holder_runs is None and not asked):
+        return []
+    text = f"The algorithm has been {held}"
+    if held.holder_runs is None and held.seconds < PATIENCE:
+        return [
+            f"{text}, for {max(held.seconds, 0):.0f} s: skipped; if it stays locked, try again in "
+            f"{PATIENCE - held.seconds:.0f} s"
+        ]
+    if not algorithm_lock.release(client.storage._db, client.id, held):
+        return [f"{text}: skipped, because another process has just taken or released it"]
+    why = "longer than any worker needs it" if held.holder_runs is None else "which has ended"
+    return [f"{text}, {why}: released"]
 
 
-def _repair_algorithm(client: Any) -> list[str]:
-    """Release the algorithm's lock if its holder is gone, and tell the algorithm what it does not know."""
+def _repair_algorithm(client: Any, waiting: Waiting) -> list[str]:
+    """Tell the algorithm the results that it does not know."""
     from orion.storage.base import LockAcquisitionTimeout
 
-    lines, held = _release_lock(client)
+    lines = []
     try:
         # Workers that are alive hold the lock for a moment only.
         with client._experiment.acquire_algorithm_lock(timeout=_LOCK_SECONDS) as algorithm:
@@ -139,29 +211,16 @@ def _repair_algorithm(client: Any) -> list[str]:
                     algorithm.observe([trial])
                     lines.append(f"{trial.id}  completed  the algorithm did not know its result: repaired")
     except LockAcquisitionTimeout:
-        lines.append(held or "The algorithm is locked. Run this command again if the hunt does not continue.")
+        if (held := algorithm_lock.read(client.storage._db, client.id)) is not None:
+            waiting(f"The algorithm has been {held}. {what_to_do(client, held)}")
     return lines
 
 
-def _release_lock(client: Any) -> tuple[list[str], str]:
-    """Release the algorithm's lock if it was held for too long.
-
-    Orion's own calls cannot do this: they neither say since when the lock is held, nor release it only if
-    its holder is still the same. This returns what was done, and what to say if the lock is still held.
-    """
-    database, query = client.storage._db, {"experiment": client.id, "locked": 1}
-    found = database.read("algo", query)
-    if not found:
-        return [], ""
-    since = found[0]["heartbeat"]
-    seconds = seconds_since(since)
-    held = f"The algorithm has been locked since {since:%Y-%m-%d %H:%M:%S} UTC"
-    if seconds < PATIENCE:
-        return [], (
-            f"{held}, for {max(seconds, 0):.0f} s: skipped; if it stays locked, try again in "
-            f"{PATIENCE - seconds:.0f} s"
-        )
-    data = {"locked": 0, "heartbeat": _now()}
-    if database.read_and_write("algo", query={**query, "heartbeat": since}, data=data) is None:
-        return [f"{held}: skipped, because another process has just taken or released it"], ""
-    return [f"{held}, longer than any worker needs it: released"], ""
+def what_to_do(client: Any, held: algorithm_lock.AlgorithmLock) -> str:
+    """What the user can do about a lock that is held for long."""
+    if held.holder_runs:
+        return "That process still runs: wait for it, or stop it."
+    return (
+        f"That process cannot be seen from here. If it has ended, `ppo-hpo retry {client.name}` releases the "
+        f"lock."
+    )

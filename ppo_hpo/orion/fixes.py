@@ -11,12 +11,13 @@ turns them off. ``tests/orion/test_fixes.py`` shows each defect in unpatched Ori
 from __future__ import annotations
 
 import builtins
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ppo_hpo.orion import full_disk, hunt, tested_version, trial_directory, waiting
+from ppo_hpo.orion import algorithm_lock, full_disk, hunt, tested_version, trial_directory, waiting
 
 VARIABLE = "PPO_HPO_FIXES"
 
@@ -37,10 +38,16 @@ def _apply() -> None:
     from orion.algo.pbt.exploit import TruncateExploit
     from orion.core.utils import backward
     from orion.core.worker.transformer import OneHotEncode
+    from orion.storage.legacy import Legacy
 
     sorting = [import_module(name) for name in ("orion.algo.pbt.exploit", "orion.algo.tpe.tpe")]
     register = _hyperband_register(HyperbandBracket.register, ASHABracket)
+    candidates = _asha_candidates(ASHABracket.get_candidates)
+    get_sample = _get_sample(HyperbandBracket.get_sample)
+    seed_brackets = _seed_brackets(Hyperband.seed_brackets)
+    acquire_lock = algorithm_lock.make_acquire()
     init = _pbt_init(pbt.PBT.__init__, TruncateExploit)
+    offspring = _pbt_offspring(pbt.PBT._generate_offspring)
     objective = _pbt_objective(pbt.get_objective)
     transform = _one_hot_transform(OneHotEncode.transform)
     mutate = _mutate(mutate_functions.default_mutate)
@@ -48,13 +55,18 @@ def _apply() -> None:
 
     Hyperband.rng = _UnseededGenerator()
     HyperbandBracket.register = register
+    HyperbandBracket.get_sample = get_sample
+    Hyperband.seed_brackets = seed_brackets
+    ASHABracket.get_candidates = candidates
     pbt.PBT.__init__ = init
+    pbt.PBT._generate_offspring = offspring
     pbt.get_objective = objective
     for module in sorting:
         module.sorted = _sorted  # type: ignore[attr-defined]
     OneHotEncode.transform = transform
     mutate_functions.default_mutate = mutate
     backward.ensure_trial_working_dir = ensure_directory
+    Legacy.acquire_algorithm_lock = acquire_lock
     for module in (hunt, full_disk, waiting):
         module.apply()
 
@@ -80,9 +92,9 @@ def _hyperband_register(original: Callable[..., Any], asha: type) -> Callable[..
     """Rank a broken trial, and one whose objective is NaN, last in its rung.
 
     A rung of Hyperband or EvolutionES waits until each trial has an objective, and a broken trial never gets
-    one: https://github.com/Epistimio/orion/issues/757, 691 and 858. ASHA leaves broken trials out by itself.
-    NaN is neither less nor more than any float, so a rung that contains it is not sorted, and NaN was
-    promoted. If a broken trial is requeued and completes, its result replaces the last rank.
+    one: https://github.com/Epistimio/orion/issues/757, 691 and 858. For ASHA see
+    `_asha_candidates`. NaN is neither less nor more than any float, so a rung that contains it is not sorted,
+    and NaN was promoted. If a broken trial is requeued and completes, its result replaces the last rank.
     """
 
     @functools.wraps(original)
@@ -96,6 +108,73 @@ def _hyperband_register(original: Callable[..., Any], asha: type) -> Callable[..
             results[key] = (math.inf, kept)
 
     return register
+
+
+def _asha_candidates(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Rank a broken trial of ASHA last in its rung, like one whose objective is infinite.
+
+    ASHA leaves broken trials out and so promotes too few trials to fill the next rung. It adds no further
+    trials to a rung, so after one broken trial it proposes nothing more. A broken trial is promoted only if
+    its rung is complete and has too few others.
+    """
+
+    @functools.wraps(original)
+    def get_candidates(self: Any, rung_id: int) -> Any:
+        results = self.rungs[rung_id]["results"]
+        for key, (objective, trial) in results.items():
+            if objective is None and trial.status == "broken":
+                results[key] = (math.inf, trial)
+        found = original(self, rung_id)
+        if self.has_rung_filled(rung_id) and all(objective is not None for objective, _ in results.values()):
+            return found
+        last = [trial for objective, trial in results.values() if objective == math.inf]
+        return [trial for trial in found if trial not in last]
+
+    return get_candidates
+
+
+def _get_sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Hyperband and ASHA draw new configurations where they drew the same ones again.
+
+    A bracket draws ten times as many configurations as it needs, and draws them again when they are used up.
+    So does each further execution of the algorithm, with the seeds of the first one. With a seed these are
+    the same configurations, which are left out because they were suggested before: ASHA with
+    ``fidelity(1, 4, base=2)`` had 40 for ever. Seeds that follow the first ones come from the algorithm's
+    rng, whose state is stored. So a sweep repeats with its seed.
+    """
+
+    @functools.wraps(original)
+    def get_sample(self: Any) -> Any:
+        owner, before = self.owner, self._samples
+        is_first = before is None and owner.brackets.index(self) < len(owner.budgets)
+        if before or is_first:
+            return original(self)
+        seed = tuple(owner.rng.randint(0, 1_000_000, size=3))
+        count = int(self.rungs[0]["n_trials"] * self.buffer)
+        self._samples = owner.space.sample(count, seed=seed)
+        # None ends this attempt. Without it, a space that has no other configuration would be sampled for
+        # ever. Orion makes 100 attempts.
+        return self._samples.pop(0) if before is None else None
+
+    return get_sample
+
+
+def _seed_brackets(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Seed only the brackets of the first execution; see `_get_sample`.
+
+    Orion seeds all brackets again for each execution that it appends, and it appends all of them whenever it
+    reads its state. With 1,000 trials that took a quarter of a second.
+    """
+
+    @functools.wraps(original)
+    def seed_brackets(self: Any, seed: Any) -> None:
+        if len(self.brackets) <= len(self.budgets):
+            original(self, seed)
+            return
+        for bracket in self.brackets:
+            bracket.seed = None  # This also forgets what an earlier bracket has left.
+
+    return seed_brackets
 
 
 def _mutate(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,6 +223,37 @@ def _pbt_init(original: Callable[..., Any], truncate: type) -> Callable[..., Any
                 vars(rule).update(min_forking_population=size, candidate_pool_ratio=max(ratio, 1.001 / size))
 
     return init
+
+
+def _pbt_offspring(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Fork a trial of PBT with new hyperparameters if it was promoted before, and the promoted trial broke.
+
+    PBT would promote it again, to the same trial. It looks for another one until its ``fork_timeout`` of 60 s
+    is over, at each suggestion, while it holds the lock of the algorithm.
+    """
+
+    @functools.wraps(original)
+    def generate_offspring(self: Any, trial: Any) -> Any:
+        from orion.core.utils.flatten import flatten
+
+        fidelity, exploit = self.fidelity_index, self.exploit_func
+        following = self.fidelity_upgrades[flatten(trial.params)[fidelity]]
+        if not self.has_suggested(trial.branch(params={fidelity: following})):
+            return original(self, trial)
+        # PBT keeps the hyperparameters of the very object that it asked about, and changes those of others.
+        other = copy.deepcopy(trial)
+
+        def exploit_or_change(rng: Any, asked: Any, lineages: Any) -> Any:
+            found = exploit(rng, asked, lineages)
+            return other if found is asked else found
+
+        self.exploit_func = exploit_or_change
+        try:
+            return original(self, trial)
+        finally:
+            self.exploit_func = exploit
+
+    return generate_offspring
 
 
 def _one_hot_transform(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ import contextlib
 import copy
 import gc
 import io
+import logging
 import os
 import pickle
 import threading
@@ -67,6 +68,7 @@ def _apply() -> None:
 
     # Whatever can fail comes first, so that either all patches are applied or none.
     from orion.algo.base import BaseAlgorithm
+    from orion.core.worker.algo_wrappers.insist_suggest import AlgoWrapper, InsistSuggest
     from orion.core.worker.experiment import Experiment
     from orion.core.worker.trial import Trial
     from orion.storage import legacy
@@ -78,6 +80,9 @@ def _apply() -> None:
     done = property(_is_done(Experiment.is_done.fget, legacy.Legacy), doc=Experiment.is_done.__doc__)
     suggested = _has_suggested_all(BaseAlgorithm.has_suggested_all_possible_values)
     completed = property(_has_completed(BaseAlgorithm.has_completed_max_trials.fget))
+    suggest = _suggest(InsistSuggest.suggest, AlgoWrapper.suggest)
+    hyperband = import_module("orion.algo.hyperband.hyperband")
+    tabulate = _tabulate_status(hyperband.tabulate_status, hyperband.logger)
 
     for module in copying:
         module.copy = _StateCopy()  # type: ignore[attr-defined]
@@ -88,6 +93,8 @@ def _apply() -> None:
     Experiment.is_done = done
     BaseAlgorithm.has_suggested_all_possible_values = suggested
     BaseAlgorithm.has_completed_max_trials = completed
+    InsistSuggest.suggest = suggest
+    hyperband.tabulate_status = tabulate  # type: ignore[attr-defined]
 
 
 class _StateAccess(threading.local):
@@ -257,8 +264,7 @@ def _acquire_algorithm_lock(original: Callable[..., Any], legacy: type) -> Calla
     @contextlib.contextmanager
     def acquire_algorithm_lock(self: Any, timeout: float = 60, retry_interval: float = 1) -> Iterator[Any]:
         lock = original(self, timeout, retry_interval)
-        algorithm_class = type(self.algorithm.unwrapped)
-        tested = f"{algorithm_class.__module__}.{algorithm_class.__qualname__}" in TESTED_ALGORITHMS
+        tested = _is_tested(self.algorithm.unwrapped)
         if type(self.storage) is not legacy or not tested or self.knowledge_base is not None:
             with lock as algorithm:
                 yield algorithm
@@ -278,6 +284,40 @@ def _acquire_algorithm_lock(original: Callable[..., Any], legacy: type) -> Calla
             _access.forget_state()
 
     return acquire_algorithm_lock
+
+
+def _is_tested(algorithm: Any) -> bool:
+    return f"{type(algorithm).__module__}.{type(algorithm).__qualname__}" in TESTED_ALGORITHMS
+
+
+def _suggest(original: Callable[..., Any], attempt: Callable[..., Any]) -> Callable[..., Any]:
+    """Ask an algorithm only once if it waits for results. Orion asks it 100 times, to find a new trial.
+
+    An algorithm that drew no random number will not find one in the next attempt either.
+    """
+
+    def suggest(self: Any, num: int = 1) -> Any:
+        rng = getattr(self.unwrapped, "rng", None)
+        if rng is None or not _is_tested(self.unwrapped):
+            return original(self, num)
+        for _ in range(self.max_suggest_attempts):
+            before = pickle.dumps(rng.get_state())
+            found = attempt(self, num)
+            if found or pickle.dumps(rng.get_state()) == before or self.is_done:
+                return found
+        return []
+
+    return suggest
+
+
+def _tabulate_status(original: Callable[..., Any], logger: logging.Logger) -> Callable[..., Any]:
+    """Leave out the table of all rungs that Hyperband and ASHA log at each suggestion, if nobody reads it."""
+
+    def tabulate_status(brackets: Any) -> None:
+        if logger.isEnabledFor(logging.INFO):
+            original(brackets)
+
+    return tabulate_status
 
 
 def _is_done(original: Callable[[Any], Any], legacy: type) -> Callable[[Any], Any]:

@@ -180,7 +180,7 @@ class SQLiteDB(Database):  # type: ignore[misc]
         self, db: sqlite3.Connection, collection: str, query: Fields | None, first: bool = False
     ) -> list[_Document]:
         where, arguments, whole = self._narrow(collection, query)
-        found = []
+        asked, found = flatten(query or {}), []
         rows = db.execute(f"SELECT number, content FROM documents WHERE {where} ORDER BY number", arguments)
         for number, content in rows:
             try:
@@ -188,11 +188,16 @@ class SQLiteDB(Database):  # type: ignore[misc]
             except Exception as error:  # A damaged pickle can raise anything.
                 reason = str(error).rstrip(".")
                 raise DatabaseError(f"{self.host}: document {number} cannot be read: {reason}.") from error
+            document = _Document(number, data)
+            # Most queries for the algorithm's state find that another process has locked it. So the state, of
+            # some megabytes, is read only if the rest of the query matches.
+            rest = {key: value for key, value in asked.items() if not key.startswith(tuple(large))}
+            if not whole and not document.match(rest):
+                continue
             for field in large:
                 (data[field],) = db.execute(
                     "SELECT content FROM large WHERE number = ? AND field = ?", (number, field)
                 ).fetchone()
-            document = _Document(number, data)
             if whole or document.match(query):
                 found.append(document)
                 if first:

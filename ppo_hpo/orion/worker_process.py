@@ -51,7 +51,15 @@ def serve(connection_fd: int, lifeline: int) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except (Interrupted, KeyboardInterrupt):
         code = 128 + signal.SIGTERM
+    _end_children()
     leave(code)
+
+
+def _end_children() -> None:
+    """Send SIGTERM to what this worker started. The executor kills what is left, if it still exists."""
+    if os.getpgrp() == os.getpid():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
 
 
 def _answer(pickled_call: bytes) -> bytes:

@@ -8,6 +8,7 @@ it cannot start processes, and when it dies `workon` waits for ever. Here each w
 - It holds one end of a pipe, the lifeline. When this process ends, for whatever reason, the lifeline closes,
   and the worker stops as if by SIGTERM.
 - If it dies, its call is given to a new worker, up to ``retries`` times. After that the call fails.
+- When it ends, for whatever reason, the processes that it started end with it: its process group is killed.
 
 `concurrent.futures` and loky can do all of this but the last: there, one dead worker ends all calls.
 
@@ -110,17 +111,34 @@ class _Worker:
         self.connection.close()
         with contextlib.suppress(OSError):
             os.close(self._lifeline)
-        if self.process.poll() is None:
-            self.process.terminate()
+        if not self.has_ended():
+            with contextlib.suppress(OSError):
+                os.kill(self.process.pid, signal.SIGTERM)
+
+    def has_ended(self, seconds: float = 0.0) -> bool:
+        """Whether the process ends within some seconds. It is not waited for, so its number stays its own."""
+        end, pause = time.monotonic() + seconds, 0.001
+        while self.process.returncode is None:
+            try:
+                if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                    return True
+            except ChildProcessError:  # Somebody else has waited for it.
+                return True
+            if (left := end - time.monotonic()) <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.05)
+        return True
 
     def wait_or_kill(self, deadline: float) -> int:
-        """Wait for the process until a time of `time.monotonic`, then kill it; return its exit code."""
-        try:
-            return self.process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            return self.process.wait()
+        """Wait for the process until a time of `time.monotonic`, then kill it; return its exit code.
+
+        What it started is killed in any case. A worker that was killed could not end it.
+        """
+        self.has_ended(max(0.1, deadline - time.monotonic()))
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
 
 
 class Workers(BaseExecutor):  # type: ignore[misc]
@@ -187,7 +205,7 @@ class Workers(BaseExecutor):  # type: ignore[misc]
             time.sleep(timeout)
         ready = multiprocessing.connection.wait(connections, timeout)
         for worker in self._workers[:]:
-            if worker.connection in ready or worker.process.poll() is not None:
+            if worker.connection in ready or worker.has_ended():
                 self._receive(worker)
         self._start_tasks()
 

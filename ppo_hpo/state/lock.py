@@ -19,7 +19,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,26 +91,59 @@ def active_writer(directory: Path) -> Writer | None:
     A writer whose process cannot be seen from here is watched until it gives a sign of life, or until it has
     given none for a minute.
     """
-    path = directory / "lock"
-    silence = _Silence()
-    first: Writer | None = None
-    while True:
+    return active_writers([directory])[0]
+
+
+def active_writers(
+    directories: Sequence[Path], waiting: Callable[[int], None] = lambda count: None, *,
+    limit: float | None = None,
+) -> list[Writer | None]:  # fmt: skip
+    """Do what `active_writer` does for several trials, which are watched at the same time.
+
+    Args:
+        directories: of the trials.
+        waiting: called each half second with the number of trials that are still watched.
+        limit: seconds without a sign of life after which a writer that cannot be seen counts as dead; None
+            means a minute.
+    """
+    seconds = _SILENCE_LIMIT if limit is None else limit
+    watches = [_Watch(directory, seconds) for directory in directories]
+    left = watches
+    while left := [watch for watch in left if not watch.is_decided()]:
+        waiting(len(left))
+        time.sleep(_POLL_LAST)
+    return [watch.writer for watch in watches]
+
+
+class _Watch:
+    """Looks at one trial until it is known whether a process trains it."""
+
+    def __init__(self, directory: Path, limit: float) -> None:
+        self.writer: Writer | None = None  # the result
+        self._directory, self._limit = directory, limit
+        self._silence = _Silence()
+        self._first: Writer | None = None
+
+    def is_decided(self) -> bool:
+        path = self._directory / "lock"
         # Without a lock file nobody ever came here, and this look must not create one.
         flock = _Flock(path) if path.exists() else None
-        seen = _look(directory, flock)
+        seen = _look(self._directory, flock)
         if flock is not None:
             flock.release()
-        writer = seen.writer
+        self.writer = writer = seen.writer
         if writer is None or seen.ended:
-            return None
-        first = first or writer
-        silent = silence.seconds(writer)
+            self.writer = None
+            return True
+        self._first = first = self._first or writer
+        silent = self._silence.seconds(writer)
         gave_sign = (writer.number, writer.last_sign) != (first.number, first.last_sign)
         if seen.ended is False or seen.has_flock is False or gave_sign:
-            return writer
-        if silent >= _SILENCE_LIMIT:
-            return None
-        time.sleep(_POLL_LAST)
+            return True
+        if silent >= self._limit:
+            self.writer = None
+            return True
+        return False
 
 
 def _wait(directory: Path, flock: _Flock, takeover: _Takeover | None, lost: LostLock | None) -> Claim:

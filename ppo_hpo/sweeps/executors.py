@@ -25,6 +25,7 @@ from typing import Any
 
 from ppo_hpo.orion.objective import STOPPING
 from ppo_hpo.spec.errors import Interrupted, UserError
+from ppo_hpo.sweeps import pools
 from ppo_hpo.sweeps.progress import SweepProgress
 from ppo_hpo.trial.options import RunOptions
 
@@ -131,10 +132,7 @@ def _ray(n_workers: int | None, settings: dict[str, Any], options: RunOptions) -
 def _prepare_pool(name: str, settings: Mapping[str, Any], threads: int) -> None:
     if settings.get("backend", "loky") not in ("loky", "multiprocess"):
         return
-    from orion.executor import multiprocess_backend
-
-    # Daemons cannot start processes for environments.
-    multiprocess_backend.Pool.ALLOW_DAEMON = False
+    pools.prepare_pools()
     if threads > 1 and "torch" in sys.modules:
         # A fork copies locks that torch's threads hold, but not the threads that would release them.
         raise UserError(
@@ -156,8 +154,13 @@ class StopSignal:
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if signum == signal.SIGTERM and os.getpid() != self._process:
-            os._exit(128 + signum)  # a fork in Orion's pool; its trial resumes from the latest checkpoint
+        if os.getpid() != self._process:
+            # A process that was forked meanwhile has inherited this handler. Whoever sends it a SIGTERM waits
+            # for its end, so it must not only note it.
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
         again, self.signum = bool(self.signum), signum
         if again:
             raise KeyboardInterrupt
@@ -226,8 +229,10 @@ class WatchedExecutor:
         return {process.pid for process in getattr(self._pool, "_pool", ())}
 
     def _raise_if_pool_worker_died(self) -> None:
-        # A pool replaces a dead process, but forgets its trial. Orion would wait for that trial forever.
-        if self._pids != self._pool_pids():
+        # A pool replaces a dead process, but forgets its trial. Orion would wait for that trial forever. The
+        # pool itself notices the death only once what the process forked has ended, too.
+        processes = getattr(self._pool, "_pool", ())
+        if self._pids != self._pool_pids() or any(process.exitcode is not None for process in processes):
             raise UserError(
                 "A worker process of Orion's pool died, and its trial with it. Rerun to resume the sweep. "
                 "The default executor gives the trial of a dead worker to another one."
@@ -238,9 +243,10 @@ class WatchedExecutor:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if pools.is_process_pool(self._pool):
+            pools.end_pool(self.inner)
+            return
         if error is not None:
-            if hasattr(self._pool, "terminate"):
-                self._pool.terminate()  # type: ignore[union-attr]
             STOPPING.set()
         try:
             self.inner.__exit__(kind, error, traceback)

@@ -389,7 +389,24 @@ def storage_of(storage: str | Mapping[str, Any] | None, place: Path) -> dict[str
 
 def _kind(file: Path) -> str:
     """Orion's name for the database in a file, by its content; by its suffix if the file is new."""
-    with contextlib.suppress(OSError), file.open("rb") as opened:
-        if start := opened.read(16):
-            return "sqlitedb" if start == b"SQLite format 3\0" else "pickleddb"
+    with contextlib.suppress(OSError, ImportError):
+        if file.stat().st_size:
+            return "sqlitedb" if _is_sqlite(file) else "pickleddb"
     return "sqlitedb" if file.suffix == ".sqlite" else "pickleddb"
+
+
+def _is_sqlite(file: Path) -> bool:
+    """Whether a file is an SQLite database, as SQLite sees it.
+
+    This process may use the database. If we opened and closed the file here, the kernel would drop all locks
+    that SQLite holds for this process.
+    """
+    import sqlite3
+
+    uri = f"{file.as_uri()}?mode=ro"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.DatabaseError as error:
+        return error.sqlite_errorcode != sqlite3.SQLITE_NOTADB
+    return True

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_hpo.inspect import retry
-from ppo_hpo.orion import hunt_file, known_trials
+from ppo_hpo.orion import algorithm_lock, hunt_file, known_trials
+from ppo_hpo.orion.experiment import configuration_of
 from ppo_hpo.orion.objective import Objective, prepare_trial
 from ppo_hpo.orion.quiet import quiet
 from ppo_hpo.spec.config import TrialConfig
@@ -187,7 +188,10 @@ def _run(
     stop: StopSignal,
 ) -> None:  # fmt: skip
     """Run trials until as many as were asked for are completed."""
-    retry.repair(client)
+    # Standard output is for the final summary.
+    stream = sys.stderr if request.progress else None
+    waiting = retry.Waiting(stream, lambda: _raise_if_stopped(client, stop))
+    retry.repair(client, waiting)
     if client.is_done:
         _close(inner, request)
         return
@@ -195,15 +199,13 @@ def _run(
     completed = client.fetch_trials_by_status("completed")
     best = max((-trial.objective.value for trial in completed if trial.objective), default=None)
     epochs = function.space.max_epochs or task.get("epochs", 0)
-    # Standard output is for the final summary.
-    stream = sys.stderr if request.progress else None
     progress = SweepProgress(client.max_trials, len(completed), best, epochs, stream)
     try:
         progress.speed_before = inner.n_workers * speed_of(completed)
         executor = WatchedExecutor(inner, stop, progress)
         with _explained_errors(client, executor, place):
             with client.tmp_executor(executor):
-                _work(client, function, executor, place)
+                _work(client, function, executor, place, waiting)
             if stop.signum and not client.is_done:
                 raise KeyboardInterrupt
     finally:
@@ -211,7 +213,10 @@ def _run(
         progress.close()
 
 
-def _work(client: ExperimentClient, function: Objective, executor: WatchedExecutor, place: Path) -> None:
+def _work(
+    client: ExperimentClient, function: Objective, executor: WatchedExecutor, place: Path,
+    waiting: retry.Waiting,
+) -> None:  # fmt: skip
     from orion.core.utils.exceptions import LazyWorkers
 
     of_hunts = hunt_file.settings(place)
@@ -227,7 +232,7 @@ def _work(client: ExperimentClient, function: Objective, executor: WatchedExecut
                 on_error=lambda *_: False,  # `SweepProgress` reports errors.
             )  # fmt: skip
         except LazyWorkers:
-            _raise_if_exhausted(client, place)
+            _raise_if_exhausted(client, place, waiting)
 
 
 @contextlib.contextmanager
@@ -269,17 +274,34 @@ def _release_reserved(client: ExperimentClient) -> None:
         pacemaker.stopped.set()
 
 
-def _raise_if_exhausted(client: ExperimentClient, place: Path) -> None:
+def _raise_if_stopped(client: ExperimentClient, stop: StopSignal) -> None:
+    if stop.signum:
+        raise _interrupted(client, stop.signum)
+
+
+def _raise_if_exhausted(client: ExperimentClient, place: Path, waiting: retry.Waiting) -> None:
     """Refuse to wait for trials that will never come."""
-    retry.repair(client)
-    if any(client.fetch_trials_by_status(status) for status in ("reserved", "interrupted", "new")):
-        return  # Another process trains it, or it was requeued just now. The algorithm waits for it.
-    reason = "Its space may have no other configuration."
-    if broken := len(client.fetch_trials_by_status("broken")):
+    if retry.repair(client, waiting):
+        return  # The algorithm may go on with what was requeued, released or told.
+    trials = client.fetch_trials()
+    if any(trial.status in ("reserved", "interrupted", "new") for trial in trials):
+        return  # Another process trains it.
+    held = algorithm_lock.read(client.storage._db, client.id)
+    if held is not None and (held.holder_runs or held.seconds < retry.PATIENCE):
+        return
+    ((algorithm, _),) = client.algorithm.configuration.items()
+    broken = sum(trial.status == "broken" for trial in trials)
+    if held is not None:
+        reason = f"The algorithm has been {held}. {retry.what_to_do(client, held)}"
+    elif len({configuration_of(trial) for trial in trials}) >= client.space.cardinality:
+        reason = "All configurations of its space were tried."
+    elif broken:
         reason = (
             f"It may wait for its {broken} broken trials: requeue them with `ppo-hpo retry {client.name} -c "
             f"{orion_yaml(place)}`."
         )
+    else:
+        reason = f"{algorithm} ends here. For further trials, start a sweep with another name and algorithm."
     raise UserError(
         f"The algorithm of {client.name!r} has no trial to propose, and none is running. {reason}"
     )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ppo_hpo.cli.main import main
-from ppo_hpo.inspect.clean import clean, forking, obsolete
-from ppo_hpo.orion.experiment import highest_epochs
+from ppo_hpo.inspect.clean import _why_done, clean, forking, obsolete
+from ppo_hpo.orion.experiment import highest_epochs, open_experiment
 from ppo_hpo.spec import yamlio
 from ppo_hpo.spec.errors import UserError
 from ppo_hpo.spec.results import entries
@@ -183,6 +183,25 @@ def test_finished_takes_the_word_of_the_user_only_where_it_can_be_true(tmp_path:
     clean("it", config, finished=True)
     # Of the best, and of one that is not completed.
     assert [len(names(trial)) for trial in [*trials, waiting]] == [0, 0, 0, 0, 0, 1, 2]
+
+
+def test_nothing_is_promoted_once_the_algorithm_has_ended(tmp_path: Path) -> None:
+    """By the state in the database. That `max_trials` is reached does not count: the user may raise it."""
+    pbt = {"pbt": {"seed": 1, "population_size": 2, "generations": 1}}
+    for algorithm, count, ended in ((pbt, 4, "the algorithm is done"), (ASHA, 6, "")):
+        root = tmp_path / next(iter(algorithm))
+        root.mkdir()
+        client = experiment(root, algorithm)
+        for _ in range(count):
+            trial = client.suggest()
+            lr, epochs = trial.params["optimizer"]["lr"], _epochs(trial)
+            client.observe(trial, entries(-lr, {"return_mean": lr, "epochs": float(epochs or 0)}))
+        assert client.is_done
+        trials = client.fetch_trials()
+        is_done = _why_done(open_experiment("it", str(root / "orion.yaml")), trials, False)
+        assert is_done == ended
+        reasons = obsolete(trials, 4.0, forking(client), is_done=is_done)
+        assert (len(reasons) == count) is bool(ended)
 
 
 def test_the_store_is_cleaned_too(tmp_path: Path) -> None:

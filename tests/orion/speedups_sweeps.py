@@ -104,7 +104,7 @@ def sweep(folder: str, kind: str, part: int, algorithm: str, order: str) -> list
         if pending and (len(pending) == 3 or stream.random() < 0.5):
             owner, trial = pending.pop(stream.randrange(len(pending)))
             chance = stream.random()
-            if chance < 0.1 and algorithm in ("random", "tpe", "asha", "gridsearch"):
+            if chance < 0.1 and algorithm in ("random", "tpe", "gridsearch"):
                 owner.release(trial, status="broken")  # which would block the rungs of the others
             elif chance < 0.2:
                 owner.release(trial)

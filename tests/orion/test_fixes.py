@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,16 @@ for wrong in (4, -1, 0.5):
 """
 
 
-def run(on: bool, code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    on: bool, code: str, *arguments: str, cwd: Path, seconds: float = 180
+) -> subprocess.CompletedProcess[str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith("ORION_")}
     own[fixes.VARIABLE] = "1" if on else "0"
     own["ORION_MAX_IDLE_TIME"] = "1"  # seconds until Orion says that it waits for trials
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, check=False, timeout=180)
+    return subprocess.run(
+        command, cwd=cwd, env=own, capture_output=True, text=True, check=False, timeout=seconds
+    )
 
 
 def test_mutations_stay_between_their_bounds(tmp_path: Path) -> None:
@@ -302,3 +307,134 @@ def test_another_version_is_left_as_it_is(tmp_path: Path) -> None:
     )
     done = run(True, code, cwd=tmp_path)
     assert done.stdout.split() == ["False", "False"], done.stderr[-2000:]
+
+
+# Drives an algorithm without a database, with up to four trials at a time. One in twenty breaks, and the
+# first one (or the first promoted one) in any case. From time to time another object goes on with the state,
+# as each of Orion's processes does.
+DRIVE = """
+import json, random, sys, warnings
+warnings.simplefilter("ignore")
+from orion.algo.base import algo_factory
+from orion.core.io.space_builder import SpaceBuilder
+from orion.core.worker.primary_algo import create_algo
+from orion.core.worker.trial import Trial
+
+
+def drive(name, options, fidelity, count, every, breaks="first"):
+    space = SpaceBuilder().build({"x": "uniform(0, 1, precision=8)", "epochs": fidelity})
+    chance, told, pending, broken = random.Random(1), [], [], []
+
+    kind = algo_factory.get_class(name)
+
+    def make():
+        made = create_algo(kind, space=space, **options)
+        # With its wrappers, each trial is copied three times as often.
+        return made if every < 1000 else made.unwrapped
+
+    algorithm = make()
+    while len(told) < count:
+        found = algorithm.suggest(1) if len(pending) < 4 else []
+        told += [[trial.params["x"], trial.params["epochs"]] for trial in found]
+        pending += found
+        if not found and not pending:
+            break
+        if not found:
+            trial = pending.pop(chance.randrange(len(pending)))
+            is_first = not broken and (breaks == "first" or trial.params["epochs"] > 1)
+            if breaks and (chance.random() < 0.05 or is_first):
+                trial.status = "broken"
+                broken.append([trial.params["x"], trial.params["epochs"]])
+            else:
+                trial.status = "completed"
+                loss = (trial.params["x"] - 0.3) ** 2
+                trial.results = [Trial.Result(name="loss", type="objective", value=loss)]
+            algorithm.observe([trial])
+        if len(told) % every == 0:
+            state, algorithm = algorithm.state_dict, make()
+            algorithm.set_state(state)
+    return {"told": told, "broken": broken, "done": bool(algorithm.is_done)}
+
+
+print(json.dumps([drive(*case) for case in json.loads(sys.argv[1])]))
+"""
+
+FOUR, SIXTEEN = "fidelity(1, 4, base=2)", "fidelity(1, 16, base=4)"
+PBT = {"seed": 1, "population_size": 8, "generations": 4, "fork_timeout": 0.1}
+# Fixes on or off; name; algorithm, options, fidelity, count, trials per object, which trial breaks first. All
+# of one list run in one process, because a process takes longer to import Orion than most of them.
+DRIVES: list[dict[tuple[bool, str], list[Any]]] = [
+    {
+        (False, "dry"): ["asha", {"seed": 1}, FOUR, 999, 999, ""],
+        (False, "stuck"): ["asha", {"seed": 1}, FOUR, 999, 999],
+        (False, "pbt stuck"): ["pbt", PBT, "fidelity(1, 16)", 999, 20, "promoted"],
+    },
+    {
+        (True, "asha 4"): ["asha", {"seed": 1}, FOUR, 1000, 1000],
+        (True, "asha 16"): ["asha", {"seed": 1}, SIXTEEN, 200, 100],
+        (True, "asha"): ["asha", {"seed": 1}, FOUR, 120, 999],
+        (True, "asha again"): ["asha", {"seed": 1}, FOUR, 120, 9],
+        (True, "asha other"): ["asha", {"seed": 2}, FOUR, 120, 999],
+        (True, "random"): ["random", {"seed": 1}, FOUR, 100, 50],
+        (True, "tpe"): ["tpe", {"seed": 1}, FOUR, 40, 20],
+        (True, "pbt"): ["pbt", PBT, "fidelity(1, 16)", 999, 20],
+        (True, "pbt promoted"): ["pbt", PBT, "fidelity(1, 16)", 999, 20, "promoted"],
+    },
+    {
+        (True, "hyperband 4"): ["hyperband", {"seed": 1}, FOUR, 1000, 1000],
+        (True, "hyperband 16"): ["hyperband", {"seed": 1}, SIXTEEN, 400, 200],
+        (True, "hyperband"): ["hyperband", {"seed": 1}, FOUR, 120, 999],
+        (True, "hyperband again"): ["hyperband", {"seed": 1}, FOUR, 120, 9],
+        (True, "hyperband other"): ["hyperband", {"seed": 2}, FOUR, 120, 999],
+        (True, "es"): ["evolutiones", {"seed": 1, "nums_population": 6}, FOUR, 150, 50],
+        (True, "es once"): [
+            "evolutiones",
+            {"seed": 1, "nums_population": 6, "repetitions": 1},
+            FOUR,
+            999,
+            20,
+        ],
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("drives")
+
+    def one(cases: dict[tuple[bool, str], list[Any]]) -> dict[str, dict[str, Any]]:
+        ((on, _), *_) = cases
+        done = run(on, DRIVE, json.dumps([*cases.values()]), cwd=folder, seconds=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return dict(zip([name for _, name in cases], json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+    with ThreadPoolExecutor(2) as pool:
+        return {name: found for part in pool.map(one, DRIVES) for name, found in part.items()}
+
+
+def test_asha_and_hyperband_never_run_dry(driven: dict[str, dict[str, Any]]) -> None:
+    # Orion alone: ASHA has 40 configurations, and fewer trials if the first one breaks.
+    assert len({x for x, _ in driven["dry"]["told"]}) == 40
+    assert len(driven["stuck"]["told"]) < 20
+    for name, count in (("asha 4", 1000), ("hyperband 4", 1000), ("asha 16", 200), ("hyperband 16", 400)):
+        told = driven[name]["told"]
+        assert len(told) == count
+        assert len({tuple(each) for each in told}) == count
+        assert sum(epochs == max(epochs for _, epochs in told) for _, epochs in told) >= count / 25
+        broken = {x for x, epochs in driven[name]["broken"] if epochs == 1}
+        assert len(broken) > count / 100
+        assert not broken & {x for x, epochs in told if epochs > 1}
+
+
+@pytest.mark.parametrize("name", ["asha", "hyperband"])
+def test_a_seed_repeats_a_sweep_that_goes_on_for_long(driven: dict[str, dict[str, Any]], name: str) -> None:
+    """In the same order, whichever process goes on: another object reads the state before each suggestion."""
+    assert len(driven[name]["told"]) == 120
+    assert driven[name] == driven[f"{name} again"]
+    assert not {x for x, _ in driven[name]["told"]} & {x for x, _ in driven[f"{name} other"]["told"]}
+
+
+def test_other_algorithms_go_on_or_say_that_they_are_done(driven: dict[str, dict[str, Any]]) -> None:
+    assert [len(driven[name]["told"]) for name in ("random", "tpe", "es")] == [100, 40, 150]
+    assert [driven[name]["done"] for name in ("pbt", "pbt promoted", "es once")] == [True] * 3
+    assert not driven["pbt stuck"]["done"]  # Where its first promoted trial breaks, PBT alone does not end.

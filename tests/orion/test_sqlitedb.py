@@ -277,3 +277,27 @@ def test_a_document_that_is_torn_is_an_error_of_the_database(tmp_path):
         db.commit()
     with pytest.raises(DatabaseError, match="document 1 cannot be read: invalid load key"):
         database.read("trials")
+
+
+def test_a_large_value_is_read_only_if_the_rest_matches(
+    db: SQLiteDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for the algorithm's lock asks again and again, and must not read megabytes each time."""
+    statements: list[str] = []
+    connect = sqlite3.connect
+
+    def traced(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        connection = connect(*args, **kwargs)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    state = bytes(2048)
+    db.write("algo", {"experiment": 1, "locked": 1, "state": state})
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    assert db.read_and_write("algo", {"experiment": 1, "locked": 0}, {"locked": 1}) is None
+    assert db.read("algo", {"locked": {"$ne": 1}}) == []
+    assert not any("FROM large" in statement for statement in statements)
+    assert db.read("algo", {"experiment": 1, "locked": 1})[0]["state"] == state
+    assert db.read("algo", {"state": state})[0]["locked"] == 1
+    assert db.read("algo", {"state": bytes(2047)}) == []
+    assert any("FROM large" in statement for statement in statements)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import importlib.util
 import io
 import json
@@ -114,6 +115,23 @@ def test_what_kind_of_database_a_file_is(tmp_path: Path) -> None:
     for url, expected in (("sqlite", "sqlitedb"), ("sqlitedb", "sqlitedb"), ("pickleddb", "pickleddb")):
         database = storage_of(f"{url}://{tmp_path}/new", tmp_path)["database"]
         assert database == {"type": expected, "host": f"{tmp_path}/new"}
+
+
+def test_looking_at_a_database_keeps_the_locks_of_this_process(tmp_path: Path) -> None:
+    """The kernel drops them when a process closes the file, however it had opened it."""
+    from ppo_hpo.orion.sqlitedb import SQLiteDB
+    from ppo_hpo.sweeps.plan import storage_of
+
+    file = tmp_path / "orion.sqlite"
+    database = SQLiteDB(host=str(file))
+    database.initiate_connection()
+    code = (
+        "import sqlite3, sys\ndb = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+        "try: db.execute('BEGIN IMMEDIATE')\nexcept sqlite3.OperationalError as error: print(error)"
+    )
+    with database._transaction():
+        assert storage_of(str(file), tmp_path)["database"]["type"] == "sqlitedb"
+        assert run(sys.executable, "-c", code, str(file)).stdout == "database is locked\n"
 
 
 @pytest.mark.parametrize(
@@ -506,6 +524,49 @@ def test_trials_that_fail_each_time_end_it(tmp_path: Path, space: str) -> None:
         "ppo-hpo: error: Too many trials failed (3 are broken). trial "
     )
     assert "`ppo-hpo retry bad -c bad/orion.yaml`" in done.stderr
+
+
+def test_why_no_trial_is_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sweep says when nothing runs and nothing is proposed must be true each time."""
+    from orion.client import build_experiment
+    from orion.core.utils.exceptions import WaitingForTrials
+
+    from ppo_hpo.inspect import retry
+    from ppo_hpo.orion.algorithm_lock import utc_now
+    from ppo_hpo.sweeps.run import _raise_if_exhausted
+
+    monkeypatch.setattr(retry, "_LOCK_SECONDS", 0.1)
+
+    def client(name: str, x: str) -> Any:
+        return build_experiment(
+            name, space={"x": x, "task": {"epochs": "fidelity(1, 4, base=2)"}}, algorithm=ASHA, max_trials=99,
+            storage={"type": "legacy", "database": {"type": "sqlitedb", "host": str(tmp_path / "db")}},
+            working_dir=str(tmp_path / name),
+        )  # fmt: skip
+
+    def reason(client: Any) -> str:
+        with pytest.raises(UserError, match="has no trial to propose, and none is running") as caught:
+            _raise_if_exhausted(client, tmp_path, retry.Waiting(None))
+        return str(caught.value).partition("running. ")[2]
+
+    small, large = client("small", "choices([1, 2, 3, 4, 5])"), client("large", "uniform(0, 1)")
+    with contextlib.suppress(WaitingForTrials):
+        while True:
+            trial = small.suggest()
+            small.observe(trial, trial.params["x"])
+    assert reason(small) == "All configurations of its space were tried."
+    for _ in range(2):
+        large.observe(large.suggest(), 1.0)
+    assert reason(large).startswith("asha ends here. For further trials, start a sweep with another name")
+    large.release(large.suggest(), status="broken")
+    assert reason(large).startswith("It may wait for its 1 broken trials: requeue them with `ppo-hpo retry ")
+    # A lock that is young, or whose holder runs, is waited for. Of others the user decides.
+    lock = {"locked": 1, "heartbeat": utc_now(), "holder": None}
+    large.storage._db.write("algo", lock, {"experiment": large.id})
+    _raise_if_exhausted(large, tmp_path, retry.Waiting(None))
+    lock["heartbeat"] -= datetime.timedelta(seconds=300)
+    large.storage._db.write("algo", lock, {"experiment": large.id})
+    assert "If it has ended, `ppo-hpo retry large` releases the lock." in reason(large)
 
 
 def test_warm_start(space: str) -> None:
