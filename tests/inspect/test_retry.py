@@ -101,7 +101,7 @@ def test_a_lock_whose_holder_cannot_be_seen_stays_until_the_user_asks(
     monkeypatch.setattr(retry, "_LOCK_SECONDS", 0.1)
     client, said = experiment(tmp_path, "sqlitedb"), io.StringIO()
     with held(tmp_path, "sqlitedb"):
-        make_old(client, host="elsewhere")
+        make_old(client, host="elsewhere", boot="another")
         assert retry.repair(client, retry.Waiting(said)) == []
         assert is_locked(client)
         assert "`ppo-hpo retry it` releases the lock" in said.getvalue()
@@ -140,7 +140,7 @@ def test_trials_of_unseen_workers_are_watched_at_the_same_time(
     monkeypatch.setattr(
         lock, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.append(now.pop() + s))
     )
-    elsewhere = replace(Process.current(), host="elsewhere")
+    elsewhere = replace(Process.current(), host="elsewhere", boot="another")
     record = {"number": 4, "taken": 1.7e9, "flock": True, **asdict(elsewhere)}
     trials = [client.suggest() for _ in range(4)]
     for trial in trials:
