@@ -196,6 +196,18 @@ def test_advantages_are_standardised_with_bessels_correction() -> None:
     assert losses.normalize_advantage(torch.full((4,), 7.0)).tolist() == [0.0] * 4
 
 
+def test_advantages_as_small_as_the_guard_against_zero() -> None:
+    # Deviation sqrt(5/3) 1e-8, to which 1e-8 is added.
+    normalized = losses.normalize_advantage(1e-8 * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    expected = np.array([-1.5, -0.5, 0.5, 1.5]) / (math.sqrt(5.0 / 3.0) + 1.0)
+    np.testing.assert_allclose(normalized.numpy(), expected, rtol=1e-6)
+
+
+def test_a_ratio_at_the_bound_is_not_clipped() -> None:
+    parts = surrogate(torch.zeros(4), torch.ones(4), clip_range=0.0)
+    assert parts.clip_fraction.item() == 0.0
+
+
 def test_value_loss_without_clipping_has_no_half() -> None:
     value = torch.tensor([1.0, 2.0])
     # (1 + 9) / 2

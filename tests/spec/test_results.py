@@ -127,3 +127,50 @@ def test_the_file_is_written_atomically(tmp_path: Path) -> None:
 def test_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"results.json cannot be written: No such file or directory"):
         write_atomically(tmp_path / "nowhere" / "results.json", results.to_bytes([]))
+
+
+GOOD_ROW = {**row(1, 2.0), "env_steps": 10, "eval_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("change", "valid"),
+    [
+        ({}, True),
+        ({"policy_loss": None}, True),  # a column that is not required may be missing a number
+        ({"extra": 3}, True),
+        ({"return_mean": 9.9e299}, True),
+        ({"return_mean": -9.9e299}, True),
+        ({"return_mean": 1e300}, False),
+        ({"return_mean": None}, False),
+        ({"return_mean": math.nan}, False),
+        ({"policy_loss": math.inf}, False),
+        ({"return_mean": True}, False),
+        ({"return_mean": "3"}, False),
+        ({"policy_loss": [1.0]}, False),
+    ],
+)
+def test_rows_of_a_curve(change: dict[str, Any], valid: bool) -> None:
+    assert results.is_row({**GOOD_ROW, **change}) is valid
+
+
+@pytest.mark.parametrize("name", ["epoch", "env_steps", "eval_steps", "return_mean", "return_std"])
+def test_a_row_without_a_required_column(name: str) -> None:
+    assert results.is_row({key: value for key, value in GOOD_ROW.items() if key != name}) is False
+    assert [results.is_row(other) for other in (None, [], 3, "row")] == [False] * 4
+
+
+def test_the_returns_of_seeds_in_words() -> None:
+    assert results.seeds_text({}) == results.seeds_text({"seeds": 1.0, "seed_1": 3.0}) == ""
+    values = {"seeds": 3.0, "seed_1": 1.25, "seed_2": -2.0, "seed_3": 10.0, "seeds_std": 5.06}
+    assert results.seeds_text(values) == "of 3 seeds: 1.2, -2.0, 10.0; standard deviation 5.1"
+
+
+def test_seeds_that_had_nothing_left_to_train_have_no_speed() -> None:
+    each = [{"steps_per_second": speed, "epochs": 1.0} for speed in (0.0, 300.0, 100.0)]
+    assert results.combine([1.0] * 3, each, "mean")[1]["steps_per_second"] == 200.0
+    assert results.combine([1.0], [{"steps_per_second": 0.0}], "mean")[1]["steps_per_second"] == 0.0
+
+
+def test_the_results_file_to_the_byte() -> None:
+    expected = b'[\n {\n  "name": "objective",\n  "type": "objective",\n  "value": 1.5\n }\n]\n'
+    assert results.to_bytes(results.entries(1.5, {})) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -21,7 +22,16 @@ import pytest
 import safetensors.numpy
 
 from ppo_hpo.spec.errors import CheckpointError, UserError
-from ppo_hpo.state.checkpoint import VERSION, Checkpoint, Storage, from_bytes, read, to_bytes
+from ppo_hpo.state import checkpoint
+from ppo_hpo.state.checkpoint import (
+    VERSION,
+    Checkpoint,
+    Storage,
+    arrays_digest,
+    from_bytes,
+    read,
+    to_bytes,
+)  # fmt: skip
 from ppo_hpo.state.files import remove_temporary_files, write_atomically
 
 ARRAYS: dict[str, Any] = {
@@ -507,3 +517,48 @@ def test_an_error_while_writing_leaves_no_temporary_file(tmp_path: Path) -> None
         write_atomically(path, "no bytes")  # type: ignore[arg-type]
     assert names(tmp_path) == ["file"]
     assert path.read_bytes() == b"old"
+
+
+# ------------------------------------------------------------------- limits and digests
+
+
+def test_limits_are_those_of_the_documentation() -> None:
+    """docs/reference/limits-on-files.md: 16 MiB, 600,000 values, and nesting of 40."""
+    assert (checkpoint.MAX_BYTES, checkpoint.MAX_HEADER) == (4 * 2**30, 16 * 2**20)
+    for text, limit in (
+        (b"x" * checkpoint.MAX_HEADER, "16777216 bytes"),
+        (b",[{" * 200_000, "600000 values"),
+    ):
+        assert checkpoint._over_limit(text) == ""
+        assert limit in checkpoint._over_limit(text + b",")
+    for depth, refused in ((40, False), (41, True)):
+        value: Any = 1
+        for level in range(depth):
+            value = {"deeper": value} if level % 2 else [value]
+        assert ("nested more than 40 deep" in checkpoint._not_plain(value)) is refused
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 10**400])
+def test_numbers_in_a_header_must_be_finite(bad: Any) -> None:
+    assert checkpoint._not_plain({"a": [1, 2.5, True, None, "text", {"b": [bad]}]}) != ""
+    assert checkpoint._not_plain({"a": [1, 2.5, True, False, None, "text", {"b": [-3]}]}) == ""
+
+
+def test_the_digest_of_arrays_knows_names_types_shapes_and_bytes() -> None:
+    array = np.arange(4, dtype=np.float32)
+    states = [
+        {"a": array}, {"b": array}, {"a": array + 1}, {"a": array.reshape(2, 2)}, {"a": array.view(np.int32)},
+        {"a": array, "b": array}, {},
+    ]  # fmt: skip
+    assert len({arrays_digest(state) for state in states}) == len(states)
+    assert arrays_digest({"a": array, "b": array + 1}) == arrays_digest({"b": array + 1, "a": array})
+    grid = np.arange(6).reshape(2, 3)
+    assert arrays_digest({"a": grid.T}) == arrays_digest({"a": np.ascontiguousarray(grid.T)})
+
+
+def test_a_storage_says_where_it_is_and_writes_as_it_is_told(tmp_path: Path) -> None:
+    written: list[Path] = []
+    storage = Storage(tmp_path / "deep" / "er", lambda path, content: written.append(path))
+    assert repr(storage) == f"Storage({str(tmp_path / 'deep' / 'er')!r})"
+    assert storage.save(some()) == written[0] == storage.path_of(some().epoch)
+    assert storage.directory.is_dir()
