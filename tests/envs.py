@@ -258,7 +258,13 @@ class Gray(EndlessReward):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Obs, dict[str, Any]]:
         super().reset(seed=seed)
-        return np.zeros(self.observation_space.shape, np.uint8), {}
+        return self._look(), {}
+
+    def step(self, action: int) -> StepResult:
+        return self._look(), 1.0, False, False, {}
+
+    def _look(self) -> Obs:
+        return np.zeros(self.observation_space.shape, np.uint8)
 
 
 class Console:
