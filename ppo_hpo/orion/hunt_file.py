@@ -35,7 +35,7 @@ def settings(place: Path) -> dict[str, int]:
     for name in ("experiment.max_broken", "worker.max_broken", "worker.heartbeat", "worker.n_workers"):
         section, _, key = name.partition(".")
         own = content.get(section)
-        if isinstance(own, Mapping) and key in own:
+        if isinstance(own, Mapping) and own.get(key) is not None:
             value = found[name] = own[key]
             if type(value) is not int or value < 1:
                 raise UserError(
