@@ -69,7 +69,7 @@ def write(place: Path, storage: Mapping[str, Any], worker: Mapping[str, Any]) ->
     _write(file, yamlio.dump(whole))
 
 
-def storage_in(file: Path) -> Mapping[str, Any] | None:
+def storage_in(file: Path) -> Any:
     """The storage that a configuration file of Orion's names; None if it names none.
 
     A database that was moved or copied together with the file is found beside it, and the file is corrected.
@@ -78,11 +78,10 @@ def storage_in(file: Path) -> Mapping[str, Any] | None:
     storage = content.get("storage")
     if storage is None and "database" in content:
         storage = {"type": "legacy", "database": content["database"]}
-    if not isinstance(storage, Mapping):
-        return None
-    database = storage.get("database")
+    database = storage.get("database") if isinstance(storage, Mapping) else None
     if not isinstance(database, Mapping) or str(database.get("type")).lower() not in FILES:
         return storage
+    assert isinstance(storage, Mapping)
     former = Path(str(database.get("host") or ""))
     here = file.absolute().parent / former.name
     if not former.is_absolute() or not here.is_file() or not _was_left(former, here):
