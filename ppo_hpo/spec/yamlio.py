@@ -40,7 +40,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in keys:
             if not isinstance(key, str):
-                raise _refused(node, f"keys must be strings, but got {key!r}.")
+                advice = "Put quotes around a value that has commas, such as a prior."
+                raise _refused(node, f"keys must be strings, but got {key!r}. {advice}")
             if key in seen:
                 raise _refused(node, f"key `{key}` is given twice.")
             seen.add(key)

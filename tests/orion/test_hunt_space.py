@@ -287,6 +287,7 @@ MISTAKES = {
         "{env: {kwargs: {leak: ['orion~uniform(0, 1)']}}}",
         "`env.kwargs.leak` has a prior inside a list",
     ),
+    "comma": ("{task: {epochs: orion~fidelity(1, 4, base=2)}}", "Put quotes around a value that has commas"),
     "nothing": ("{ppo: {gamma: 0.5}}", "Nothing is searched in"),
 }
 
