@@ -83,7 +83,9 @@ def compare(folder: Path, output: Path, seeds: int) -> None:
     say("2. Tune with `orion hunt`, two trials at a time. Returns of its trials:")
     run(log, "orion", "hunt", "-n", name, "-c", folder / "orion.yaml", "--working-dir", trials,
         "ppo-hpo", "run", "--config", folder / "space.yaml", "--device", "cpu")  # fmt: skip
-    say(f"3. Retrain the best trial, and those defaults, on {seeds} fresh seeds, which no trial has trained:")
+    say(
+        f"3. Retrain the best trial and those defaults on {seeds} fresh seeds; evaluate on 100 fresh episodes:"
+    )
     winner = output / "winner.yaml"
     winner.unlink(missing_ok=True)
     run(log, "ppo-hpo", "best", name, "-c", output / "orion.yaml", "--top", "1", "--export", winner,
@@ -147,7 +149,7 @@ def say_comparison(folder: Path, winner: Path, best: Path) -> None:
         scores = tested["scores"]
         span = f"({min(scores):.0f} to {max(scores):.0f})"
         say(f"{label:10}{tested['steps']:9,}   {mean(scores):5.0f}  {span}")
-    say("The best return in step 2 was partly luck. The fresh seeds give the honest number.")
+    say("The best return in step 2 was partly luck. Fresh seeds and episodes give the honest number.")
     new, old = (
         TrialConfig.from_mapping(yamlio.load(path)).to_mapping() for path in (winner, folder / "untuned.yaml")
     )
