@@ -83,9 +83,7 @@ def compare(folder: Path, output: Path, seeds: int) -> None:
     say("2. Tune with `orion hunt`, two trials at a time. Returns of its trials:")
     run(log, "orion", "hunt", "-n", name, "-c", folder / "orion.yaml", "--working-dir", trials,
         "ppo-hpo", "run", "--config", folder / "space.yaml", "--device", "cpu")  # fmt: skip
-    say(
-        f"3. Retrain the best trial and those defaults on {seeds} fresh seeds; evaluate on 100 fresh episodes:"
-    )
+    say(f"3. Retrain the best trial and those defaults on {seeds} fresh seeds; evaluate 100 fresh episodes:")
     winner = output / "winner.yaml"
     winner.unlink(missing_ok=True)
     run(log, "ppo-hpo", "best", name, "-c", output / "orion.yaml", "--top", "1", "--export", winner,
