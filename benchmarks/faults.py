@@ -21,9 +21,9 @@ which a second process was killed is run once more by hand, so that it tidies up
 Then `faults_executors.py` disturbs a sweep on each executor: a worker is killed while its peer is busy, and
 the leader is told to stop.
 
-Whenever no trial trains for more than ten seconds, though nobody is stopped and no disk is full, some process
-must have printed why it waits. Each such wait is listed, with what was printed. One without a reason is a
-failure.
+Whenever no trial trains for more than ten seconds, though nobody is stopped, no disk is full and no worker
+has just been started, some process must have printed why it waits. Each such wait is listed, with what was
+printed. One without a reason is a failure.
 
 Exit code 1 otherwise. `faults.c` is preloaded into every worker and trial. It sets their clock, and kills a
 worker while it copies a directory. Without gcc these kinds are left out. Root gives the sweep a host name of
@@ -69,7 +69,7 @@ HEARTBEAT = 3
 STOPPED = (5 * HEARTBEAT + 1.0, 5 * HEARTBEAT + 4.0)
 #: Sizes in MiB of what root mounts.
 DISKS = {"trials": 48, "database": 16}
-PATIENCE = 600.0
+PATIENCE = 1800.0
 SPACE = """
 env: {id: CartPole-v1, n_envs: 8, max_episode_steps: 200}
 task: {epochs: 'orion~fidelity(1, 9, base=4)', max_epochs: 9, steps_per_epoch: 12288, eval_episodes: 8}
@@ -197,6 +197,8 @@ class Sweep:
         self.waiting_since = self.started
         self.retrying: subprocess.Popen[bytes] | None = None
         self.retried = self.folder / "retried.txt"
+        self.starting = 0.0  # seconds that a worker may need until it has its first trial
+        self.begun: dict[int, float] = {}  # when each worker was started
         self.idle: tuple[float, int] | None = None  # since when nothing trains, and how much was printed then
         self.copying: Fault | None = None
         self.ending: dict[int, float] = {}  # workers that were told to end, and when
@@ -224,10 +226,12 @@ class Sweep:
         command += ["--exp-max-trials", str(self.max_trials)]
         command += ["ppo-hpo", "run", "--config", "space.yaml", "--device", "cpu"]
         with open(self.folder / "output.txt", "ab") as output:
-            return subprocess.Popen(
+            worker = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        self.begun[worker.pid] = time.monotonic()
+        return worker
 
     def running(self) -> list[Running]:
         """The processes that run trials now, orphans included."""
@@ -321,6 +325,8 @@ class Sweep:
         first = self.start_worker()
         self.workers = [first]
         self.wait_for(lambda: bool(self.running()), "the first trial")
+        # What the next ones may need: they start beside others.
+        self.starting = 2 * (time.monotonic() - self.started)
         self.workers += [self.start_worker() for _ in range(WORKERS - 1)]
         kinds = [kind for kind in KINDS if self.tmpfs or kind not in ROOT_KINDS]
         kinds = [kind for kind in kinds if self.library or kind not in LIBRARY_KINDS]
@@ -504,7 +510,8 @@ class Sweep:
         """Note since when nothing trains, and what was printed meanwhile."""
         now, output = time.monotonic(), self.folder / "output.txt"
         busy = any(not one.stopped for one in self.running()) or self.completed >= self.max_trials
-        if not busy and not (self.stopped or self.full is not None):
+        starts = any(w.poll() is None and now < self.begun[w.pid] + self.starting for w in self.workers)
+        if not busy and not (starts or self.stopped or self.full is not None):
             self.idle = self.idle or (now, output.stat().st_size)
             return
         if self.idle is not None and now - self.idle[0] > UNEXPLAINED:

@@ -49,12 +49,13 @@ class Disturbed:
         self.name = "".join(c for c in self.executor if c.isalpha())
         self.place = self.folder / self.name
         self.leader: subprocess.Popen[bytes] | None = None
+        self.max_trials = TRIALS
 
     def start(self) -> None:
         own = {k: v for k, v in os.environ.items() if not k.startswith("ORION_")}
         command = [str(BIN / "ppo-hpo"), "sweep", str(self.space), "--name", self.name, "--algorithm"]
         command += ["{random: {seed: 1}}", "--executor", self.executor, "--workers", "2", "--device", "cpu"]
-        command += ["--epochs", str(EPOCHS), "--max-trials", str(TRIALS), "--quiet"]
+        command += ["--epochs", str(EPOCHS), "--max-trials", str(self.max_trials), "--quiet"]
         with open(self.folder / f"{self.name}.txt", "ab") as output:
             self.leader = subprocess.Popen(
                 command, cwd=self.folder, env={**own, "OMP_NUM_THREADS": "1", MARK: str(self.place)},
@@ -69,13 +70,14 @@ class Disturbed:
         while time.monotonic() < end:
             assert self.leader is not None
             if self.leader.poll() is not None:
-                if self.leader.returncode == 0:
+                if self.leader.returncode == 0 and not self.requeue():
                     return
                 self.start()
             if faults and self.is_busy():
                 # A little later, so that it is not always the beginning of a trial.
                 time.sleep(self.random.uniform(0.0, 1.0))
-                (self.terminate if "SIGTERM" in faults[0] else self.kill)(faults.pop(0))
+                if (self.terminate if "SIGTERM" in faults[0] else self.kill)(faults[0]):
+                    faults.pop(0)
             time.sleep(0.05)
         self.complaints.append(f"{self.executor}: the sweep was not done after {LIMIT:g} s")
         self.end()
@@ -95,18 +97,32 @@ class Disturbed:
                 found[directory.name] = process.pid
         return found
 
-    def kill(self, kind: str) -> None:
+    def requeue(self) -> bool:
+        """Requeue the trials that a killed process has left, as a user does; whether there were some."""
+        trials = trials_of(self)
+        left = [trial for trial in trials if trial.status != "completed"]
+        for trial in left:
+            command = [BIN / "ppo-hpo", "retry", self.place, "--trial", trial.id]
+            subprocess.run(command, cwd=self.folder, stdout=subprocess.DEVNULL, check=True)
+        self.max_trials = len(trials)
+        return bool(left)
+
+    def kill(self, kind: str) -> bool:
+        """Kill one of the processes that train; whether there was one."""
         victims = self.training()
         if not victims:
-            return
+            return False
         pid = self.random.choice(sorted(victims.values()))
         self.note(f"{kind} ({self.executor})", sorted(n for n, p in victims.items() if p == pid), pid)
         os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)  # until it is dead, and trains no more
+        return True
 
-    def terminate(self, kind: str) -> None:
+    def terminate(self, kind: str) -> bool:
+        """Tell the leader to stop, and wait for its end; whether it still ran."""
         assert self.leader is not None
         if self.leader.poll() is not None:
-            return
+            return False
         self.note(f"{kind} ({self.executor})", sorted(self.training()), self.leader.pid)
         began = time.monotonic()
         self.leader.terminate()
@@ -115,12 +131,13 @@ class Disturbed:
         except subprocess.TimeoutExpired:
             self.complaints.append(f"{self.executor}: the leader had not ended {PATIENCE:g} s after SIGTERM")
             self.end()
-            return
+            return True
         self.slowest_end = max(self.slowest_end, time.monotonic() - began)
         while (left := self.processes()) and time.monotonic() - began < PATIENCE:
             time.sleep(0.1)
         if left:
             self.complaints.append(f"{self.executor}: SIGTERM to the leader left the processes {left}")
+        return True
 
     def processes(self) -> list[int]:
         """All processes of the sweep that still run."""

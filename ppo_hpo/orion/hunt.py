@@ -97,11 +97,14 @@ _stop = _Stop()
 
 def apply() -> None:
     """Patch Orion. `ppo_hpo.orion.fixes` decides whether it may be patched."""
+    from orion.client.experiment import ExperimentClient
     from orion.client.runner import Protected, Runner
     from orion.core.cli import hunt
     from orion.core.worker.consumer import Consumer
     from orion.core.worker.trial_pacemaker import TrialPacemaker
 
+    for name in ("observe", "release"):
+        setattr(ExperimentClient, name, _report(getattr(ExperimentClient, name)))
     hunt.workon = _workon(hunt.workon)
     Runner.sample = _sample(Runner.sample)
     Protected.__enter__ = _enter(Protected.__enter__)
@@ -147,6 +150,24 @@ def _file_error(error: BaseException | None) -> str:
             return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         error = error.__cause__ or error.__context__
     return ""
+
+
+def _report(original: Callable[..., None]) -> Callable[..., None]:
+    """Let a hunt continue after one of its trials was given to another worker.
+
+    That worker's result is the same, because a trial repeats itself. Orion ends with a traceback.
+    """
+
+    @functools.wraps(original)
+    def report_to_orion(self: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(self, trial, *args, **kwargs)
+        except RuntimeError as error:
+            if _stop.leader is None or not str(error).startswith("Reservation for trial"):
+                raise
+            _log.warning("trial %s was given to another worker, which reports its result", trial.id)
+
+    return report_to_orion
 
 
 def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,7 +245,11 @@ def _execute_process(original: Callable[..., None]) -> Callable[..., None]:
 def _start(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def start(self: Any) -> None:
+        import orion.core
+
         self.daemon = True  # It must not keep a process alive that has failed.
+        # Others take the trial after five heartbeats. Orion gives a sign of life each minute in any case.
+        self.wait_time = min(self.wait_time, orion.core.config.worker.heartbeat)
         original(self)
 
     return start
