@@ -1,6 +1,6 @@
 """Faults on purpose: does every trial of a sweep end where it would have ended undisturbed, to the bit?
 
-    python benchmarks/faults.py --seeds 1 2 3 4 5    # Linux; about MINUTES minutes each on two cores
+    python benchmarks/faults.py --seeds 1 2 3 4 5    # Linux; about ten minutes each on two cores
 
 Thirty trials of PPO on CartPole-v1 under ASHA (1, 3 and 9 epochs), by four workers, each an `orion hunt` of
 its own on one PickledDB, as on a cluster. Meanwhile an adversary with a seed does at random instants what
@@ -768,7 +768,7 @@ def judge(sweep: Sweep) -> dict[str, Any]:
     ]
     complaints += [f"left over: {path.relative_to(sweep.trials)}" for path in left]
     output = (sweep.folder / "output.txt").read_text(errors="replace")
-    by_kind = collections.Counter(fault.kind for fault in sweep.faults)
+    by_kind = collections.Counter(fault.kind.partition(" (")[0] for fault in sweep.faults)
     return {
         "seed": sweep.seed,
         "passed": not complaints,
@@ -787,7 +787,7 @@ def judge(sweep: Sweep) -> dict[str, Any]:
         "seconds_to_end_after_sigterm": round(
             max([sweep.slowest_end, *(one.slowest_end for one in sweep.by_executor)]), 1
         ),
-        "reservations_lost": output.count("has been lost"),
+        "reservations_lost": output.count("was given to another worker"),
         "trials_waited_for": output.count("is in use by"),
         **{name.replace(" ", "_"): count for name, count in sorted(sweep.counts.items())},
         "disk": "a tmpfs filled up" if sweep.tmpfs else "RLIMIT_FSIZE of 1 KiB on every running trial",

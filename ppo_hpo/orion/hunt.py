@@ -73,7 +73,8 @@ class _Stop:
         what = ("stops as soon as its trials have saved their state", "is stopping")[self._signals - 1]
         more = ("twice", "once")[self._signals - 1]
         # `print` refuses to be called in a handler that has interrupted it.
-        os.write(2, f"ppo-hpo: the hunt {what}. Interrupt {more} more to end at once.\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"ppo-hpo: the hunt {what}. Interrupt {more} more to end at once.\n".encode())
 
     def raise_if_asked(self) -> None:
         """Stop the hunt here, where nothing is half done."""
