@@ -139,8 +139,8 @@ def _requeue_all(client: Any, trials: Sequence[Any], waiting: Waiting, *, named:
 
 
 def _was_seen(trial: Any) -> bool:
-    """Whether a trial's worker gave a sign of life a short time ago."""
-    return bool(trial.status == "reserved" and seconds_since(trial.heartbeat) < PATIENCE)
+    """Whether a trial's worker gave a sign of life a short time ago. A clock may have been set back since."""
+    return bool(trial.status == "reserved" and abs(seconds_since(trial.heartbeat)) < PATIENCE)
 
 
 def _requeue(client: Any, trial: Any, writer: Writer | None, *, named: bool) -> str:
@@ -187,7 +187,7 @@ def _release_lock(client: Any, *, asked: bool) -> list[str]:
     if held is None or held.holder_runs or (held.holder_runs is None and not asked):
         return []
     text = f"The algorithm has been {held}"
-    if held.holder_runs is None and held.seconds < PATIENCE:
+    if held.holder_runs is None and abs(held.seconds) < PATIENCE:
         return [
             f"{text}, for {max(held.seconds, 0):.0f} s: skipped; if it stays locked, try again in "
             f"{PATIENCE - held.seconds:.0f} s"

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from ppo_hpo.state.process_identity import Process
 
 _FIELD = "holder"
+_SAY = 5.0  # seconds after which a process that waits for the lock says who holds it
 
 
 class AlgorithmLock(NamedTuple):
@@ -84,7 +85,8 @@ def make_acquire() -> Callable[..., Any]:
     def acquire_algorithm_lock(
         self: Any, experiment: Any = None, uid: Any = None, timeout: float = 60, retry_interval: float = 1
     ) -> Iterator[Any]:
-        uid, end = get_uid(experiment, uid), time.perf_counter() + timeout
+        uid, began = get_uid(experiment, uid), time.perf_counter()
+        end, reminder = began + timeout, began + _SAY
         while True:
             now = utc_now()
             name = json.dumps({"since": now.isoformat(), **asdict(Process.current())})
@@ -94,6 +96,11 @@ def make_acquire() -> Callable[..., Any]:
                 break
             if time.perf_counter() >= end:
                 raise LockAcquisitionTimeout
+            if time.perf_counter() >= reminder:
+                reminder += timeout
+                logging.getLogger("ppo_hpo").warning(
+                    "waits for the algorithm: %s", read(self._db, uid) or "free"
+                )
             time.sleep(retry_interval)
         # `speedups` replaces the name `pickle` in Orion's module.
         content = None if found["state"] is None else legacy.pickle.loads(found["state"])

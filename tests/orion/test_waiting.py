@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ppo_hpo.orion import waiting
+from ppo_hpo.inspect import retry
+from ppo_hpo.orion import algorithm_lock, waiting
 from tests.orion.test_fixes import run
 
 # Trials that were reserved by a clock that was ahead, and what Orion makes of them.
@@ -89,3 +92,33 @@ def test_signs_of_life_come_as_often_as_the_heartbeat_says(monkeypatch: pytest.M
     pacemaker = client._pacemakers[trial.id]
     assert (pacemaker.wait_time, pacemaker.daemon) == (7, True)
     client.release(trial)
+
+
+def test_retry_takes_no_sign_of_life_from_the_future() -> None:
+    now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+    seen = {
+        hours: retry._was_seen(
+            SimpleNamespace(status="reserved", heartbeat=now + datetime.timedelta(hours=hours))
+        )
+        for hours in (-2, 0, 2)
+    }
+    assert seen == {-2: False, 0: True, 2: False}
+
+
+def test_who_waits_for_the_algorithm_says_who_has_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from orion.client import build_experiment
+    from orion.storage.base import LockAcquisitionTimeout
+
+    client = build_experiment(
+        "e", space={"x": "uniform(0, 1)"}, algorithm="random", max_trials=9,
+        storage={"type": "legacy", "database": {"type": "ephemeraldb"}},
+    )  # fmt: skip
+    monkeypatch.setattr(algorithm_lock, "_SAY", 0.0)
+    lock = client._experiment.acquire_algorithm_lock
+    with lock(), caplog.at_level(logging.WARNING, "ppo_hpo"):
+        with pytest.raises(LockAcquisitionTimeout), lock(timeout=0.05, retry_interval=0.01):
+            pass
+        assert caplog.text.count("waits for the algorithm: locked since") == 1
+        assert f"by process {os.getpid()} on " in caplog.text
