@@ -18,8 +18,12 @@ STEPS = pytest.mark.parametrize("fused", [True, False], ids=["fused", "torch"])
 
 def adam_of(*values: list[float], fused: bool = True, lr: float = 0.1, eps: float = 1e-8) -> FlatAdam:
     adam = FlatAdam([nn.Parameter(torch.tensor(value)) for value in values], lr, eps)
-    if not fused:
-        adam._grad = None
+    return adam if fused else as_on_a_gpu(adam)
+
+
+def as_on_a_gpu(adam: FlatAdam) -> FlatAdam:
+    assert adam._grad is not None  # which chooses the fused step
+    adam._grad = None
     return adam
 
 
@@ -32,7 +36,7 @@ def test_adam_equals_torchs(fused: bool) -> None:
     their = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     adam, reference = FlatAdam(ours, 0.01, 1e-5), torch.optim.Adam(their, lr=0.01, eps=1e-5)
     if not fused:
-        adam._grad = None
+        as_on_a_gpu(adam)
     for step in range(50):
         grads = [10.0 ** (step % 7 - 5) * torch.randn(p.shape, generator=generator) for p in their]
         for one, other, grad in zip(ours, their, grads, strict=True):

@@ -562,3 +562,26 @@ def test_a_storage_says_where_it_is_and_writes_as_it_is_told(tmp_path: Path) -> 
     assert repr(storage) == f"Storage({str(tmp_path / 'deep' / 'er')!r})"
     assert storage.save(some()) == written[0] == storage.path_of(some().epoch)
     assert storage.directory.is_dir()
+
+
+def test_a_header_that_could_not_be_read_is_not_written() -> None:
+    deep: Any = 1
+    for _ in range(45):
+        deep = [deep]
+    for value, reason in ((deep, "nested more than 40 deep"), ([0] * 600_000, "more than 600000 values")):
+        with pytest.raises(CheckpointError, match=f"is not saved: it.* {reason}"):
+            to_bytes(Checkpoint(1, {}, {"curve": value}))
+
+
+def test_the_epoch_in_a_files_name_is_that_of_its_content(tmp_path: Path) -> None:
+    names = [
+        "checkpoint-000012.safetensors",
+        "checkpoint-12.safetensors",
+        "checkpoint-000012.safetensors~",
+        "",
+    ]
+    assert [checkpoint.epoch_of(name) for name in names] == [12, None, None, None]
+    path = Storage(tmp_path).save(some(3))
+    assert read(path).epoch == 3
+    with pytest.raises(CheckpointError, match="is the checkpoint of another epoch, 3: the file was renamed"):
+        read(path.rename(tmp_path / "checkpoint-000004.safetensors"))
