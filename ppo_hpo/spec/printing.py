@@ -34,5 +34,6 @@ def encodable(text: str, stream: TextIO | None = None) -> str:
 def print_anything() -> None:
     """Let standard output and standard error print every text."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        # A stream of a forked process cannot be changed again: it was made for another file.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != _HANDLER:
             stream.reconfigure(errors=_HANDLER)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
+from ppo_hpo.spec.printing import print_anything
 from ppo_hpo.trial import preload_client, process, run_command
 
 # Seconds. The first of these environment variables that is set replaces it. The second one is the old name.
@@ -62,6 +63,7 @@ def serve(name: str, descriptors: list[int]) -> None:
     os.chdir("/")
     code = preload_client.code_state()
     imported = preload()
+    print_anything()  # Forks do too, but a pipe in the place of this process's file would refuse it.
     if code != preload_client.code_state():
         raise SystemExit("the code has changed while it was imported")
     _Server(name, imported, *descriptors).loop()

@@ -64,7 +64,10 @@ class Witness(CartPoleEnv):
         self.end = end
 
     def step(self, action):
-        if not os.path.exists("seen.json"):
+        # Environments are tried before the trial is locked. What counts is the process that trains.
+        names = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+                 if os.path.exists(f"/proc/self/fd/{n}")]
+        if not os.path.exists("seen.json") and any(name.endswith("/lock") for name in names):
             with open("seen.json", "w") as file:
                 json.dump(seen(), file)
         if self.end:
@@ -276,6 +279,7 @@ print("MODULES", *sorted(sys.modules))
     ours = {name for name in modules if re.match(r"ppo_hpo\.(?!cli\b)", name)}
     assert ours - {"ppo_hpo.spec", "ppo_hpo.state", "ppo_hpo.trial"} == {
         "ppo_hpo.spec.errors",
+        "ppo_hpo.spec.printing",
         "ppo_hpo.spec.user_dir",
         "ppo_hpo.state.process_identity",
         "ppo_hpo.trial.gpu_detection",
@@ -300,7 +304,7 @@ def test_the_variable_is_the_option(name: str, place: Place) -> None:
         (["--set", "optimizer.lr=-1"], 2),
         (["--set", "env.id=Nothing-v0"], 2),
         (["--set", "env.kwargs.end=raise KeyError('mine')"], 1),
-        (["--set", "env.kwargs.end=raise SystemExit(5)"], 5),
+        (["--set", "env.kwargs.end=raise SystemExit(5)"], 1),
         (["--set", "env.kwargs.end=os._exit(7)"], 7),
         (["--set", "env.kwargs.end=os.kill(os.getpid(), 9)"], -9),
         (["--set", "env.kwargs.end=os.kill(os.getpid(), 11)"], -11),
@@ -314,7 +318,8 @@ def test_it_ends_as_a_plain_run_does(options: list[str], code: int, place: Place
     assert warm.stdout == plain.stdout
     # Tracebacks begin at the command in one and at the server in the other; their ends are equal.
     assert warm.stderr.splitlines()[-1:] == plain.stderr.splitlines()[-1:]
-    assert warm.stderr.count("Traceback") == plain.stderr.count("Traceback") == (code == 1)
+    assert warm.stderr.count("Traceback") == plain.stderr.count("Traceback")
+    assert ("Traceback" in plain.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize("options", [[], ["--preload"]], ids=["plain", "warm"])
