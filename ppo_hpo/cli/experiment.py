@@ -17,7 +17,7 @@ def add_commands(commands: common.Commands) -> None:
 
 
 def _add_report(commands: common.Commands) -> None:
-    report = commands.add_parser("report", command=common.quietly(_report),
+    report = commands.add_parser("report", command=_report,
         help="summarize an experiment: best trial, cost, steps avoided",
         description="Summarize an experiment: its best trial, its cost, and how many steps it avoided by "
         "stopping and resuming trials.")  # fmt: skip
@@ -25,6 +25,7 @@ def _add_report(commands: common.Commands) -> None:
     report.add_argument("--html", metavar="FILE", help="also write a web page with plots")
 
 
+@common.quietly
 def _report(arguments: argparse.Namespace) -> int:
     from ppo_hpo.inspect.report import report
 
@@ -33,7 +34,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _add_best(commands: common.Commands) -> None:
-    best = commands.add_parser("best", command=common.quietly(_best),
+    best = commands.add_parser("best", command=_best,
         help="print, retrain or export the best trials",
         description="Print the best trials of an experiment. With --test-seeds, retrain each one from "
         "scratch on fresh seeds (seeds that no trial has trained), and compare the scores with those of a "
@@ -68,6 +69,7 @@ def _add_best(commands: common.Commands) -> None:
     test.add_argument("--html", metavar="FILE", help="also write a web page with a plot of the test scores")
 
 
+@common.quietly
 def _best(arguments: argparse.Namespace) -> int:
     process.find_modules_here()
     from ppo_hpo.sweeps.best import best
@@ -88,13 +90,14 @@ def _best(arguments: argparse.Namespace) -> int:
 
 
 def _add_lineage(commands: common.Commands) -> None:
-    lineage = commands.add_parser("lineage", command=common.quietly(_lineage),
+    lineage = commands.add_parser("lineage", command=_lineage,
         help="show promotions and forks of trials as a tree",
         description="Print the trials of an experiment as a tree: each one below the trial it resumed "
         "from.")  # fmt: skip
     common.add_experiment(lineage)
 
 
+@common.quietly
 def _lineage(arguments: argparse.Namespace) -> int:
     from ppo_hpo.inspect.lineage import lineage
 
@@ -103,7 +106,7 @@ def _lineage(arguments: argparse.Namespace) -> int:
 
 
 def _add_retry(commands: common.Commands) -> None:
-    retry = commands.add_parser("retry", command=common.quietly(_retry),
+    retry = commands.add_parser("retry", command=_retry,
         help="requeue failed or stuck trials",
         description="Requeue broken (failed) trials, and stuck ones: reserved trials that no worker trains "
         "any more. A reserved trial with a heartbeat in the last two minutes is skipped, unless --trial "
@@ -115,6 +118,7 @@ def _add_retry(commands: common.Commands) -> None:
     retry.add_argument("--status", choices=["broken", "reserved"], help="only trials of this status")
 
 
+@common.quietly
 def _retry(arguments: argparse.Namespace) -> int:
     from ppo_hpo.inspect.retry import retry
 
@@ -123,7 +127,7 @@ def _retry(arguments: argparse.Namespace) -> int:
 
 
 def _add_clean(commands: common.Commands) -> None:
-    clean = commands.add_parser("clean", command=common.quietly(_clean),
+    clean = commands.add_parser("clean", command=_clean,
         help="remove checkpoints that no trial needs any more",
         description="Remove checkpoints of completed trials that were already promoted, or that reached "
         "the highest number of epochs in the space. Curves, logs and results stay.")  # fmt: skip
@@ -137,6 +141,7 @@ def _add_clean(commands: common.Commands) -> None:
     common.add_checkpoint_store(clean, "also clean this checkpoint store")
 
 
+@common.quietly
 def _clean(arguments: argparse.Namespace) -> int:
     from ppo_hpo.inspect.clean import clean
     from ppo_hpo.state.remote_store import open_store
@@ -148,7 +153,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _add_doctor(commands: common.Commands) -> None:
-    doctor = commands.add_parser("doctor", command=common.quietly(_doctor),
+    doctor = commands.add_parser("doctor", command=_doctor,
         help="check the installation and a database, and say what to fix",
         description="Print versions, devices and extras, and check a database for broken trials, stuck "
         "trials and locks that a killed worker left. Each problem comes with its fix if one is known. "
@@ -157,6 +162,7 @@ def _add_doctor(commands: common.Commands) -> None:
     doctor.add_argument("--json", action="store_true", help="print JSON, for other programs")
 
 
+@common.quietly
 def _doctor(arguments: argparse.Namespace) -> int:
     from ppo_hpo.inspect.doctor import examine, to_json
 

@@ -452,21 +452,20 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_records_that_cannot_grow_end_the_trial_with_one_sentence(config: Path, tmp_path: Path) -> None:
+def test_records_that_cannot_grow_are_left_out_with_a_warning(config: Path, tmp_path: Path) -> None:
     # A limit on the size of files: log.txt and timing.jsonl are at it already, checkpoints stay below.
     directory = tmp_path / "trial"
     directory.mkdir()
     for name in ("log.txt", "timing.jsonl"):
         (directory / name).write_text("x" * 20_000)
     done = run("run", "--config", config, "--dir", directory, cwd=tmp_path, code=LIMITED)
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"ppo-hpo: error: {directory}/timing.jsonl cannot be written: File too large.")
+    assert done.returncode == 0, done.stderr
+    assert f"{directory}/timing.jsonl cannot be written: File too large. It lacks a line" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Logging error" not in done.stderr
     checkpoint = Storage(directory).load()
     assert checkpoint is not None
-    assert checkpoint.epoch == 1
+    assert checkpoint.epoch == TrialConfig.from_mapping(yamlio.load(config)).task.epochs
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount a small disk, which is root's")
