@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 _IMPORTS = (
     "ppo_hpo.envs.atari", "ppo_hpo.spec.space", "ppo_hpo.trial.runner", "ppo_hpo.ppo.task",
     "gymnasium.envs.classic_control", "gymnasium.vector", "gymnasium.wrappers", "safetensors.numpy",
-    "multiprocessing.sharedctypes", "numpy.ma", "numpy.random", "threadpoolctl",
+    "multiprocessing.sharedctypes", "numpy.ma", "numpy.random",
 )  # fmt: skip
 _libc = ctypes.CDLL(None, use_errno=True)
 
