@@ -97,6 +97,18 @@ def test_gradients_equal_autograds(continuous: bool, shape: dict) -> None:
 
 
 @pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
+def test_a_minibatch_of_one_sample(continuous: bool) -> None:
+    batch = samples(network(continuous=continuous), continuous=continuous)
+    one = Samples(*(array[:1] for array in batch))
+    ppo = PPOConfig(normalize_advantage=False)
+    slow, slow_row = gradients(network(continuous=continuous), "autograd", one, ppo)
+    fast, fast_row = gradients(network(continuous=continuous), "auto", one, ppo)
+    np.testing.assert_allclose(fast_row, slow_row, rtol=2e-5, atol=1e-6)
+    for name, gradient in slow.items():
+        np.testing.assert_allclose(fast[name], gradient, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
 def test_actions_log_probs_and_values_equal_torchs(continuous: bool) -> None:
     stream = np.random.default_rng(2)
     obs = stream.standard_normal((50, D), np.float32)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ppo_hpo.spec.errors import CheckpointError, UserError
+from ppo_hpo.spec.errors import CheckpointError, TornCheckpoint, UserError
 from ppo_hpo.state import checkpoint
 from ppo_hpo.state.checkpoint import (
     VERSION,
@@ -585,3 +585,32 @@ def test_the_epoch_in_a_files_name_is_that_of_its_content(tmp_path: Path) -> Non
     assert read(path).epoch == 3
     with pytest.raises(CheckpointError, match="is the checkpoint of another epoch, 3: the file was renamed"):
         read(path.rename(tmp_path / "checkpoint-000004.safetensors"))
+
+
+def test_a_checkpoint_without_arrays_is_whole() -> None:
+    assert from_bytes(to_bytes(Checkpoint(2, {}, META)), "it").meta == META
+
+
+def test_a_header_that_is_cut_is_torn_whatever_it_says() -> None:
+    for content in (b"", b"\7", (10**9).to_bytes(8, "little") + b"," * 600_001):
+        with pytest.raises(TornCheckpoint, match="it is torn"):
+            from_bytes(content, "it")
+
+
+def test_a_header_beyond_the_limits_is_not_parsed() -> None:
+    for text, reason in ((b"[" * 600_001, "600000 values"), (b" " * (16 * 2**20 + 1), "16777216 bytes")):
+        with pytest.raises(
+            CheckpointError, match=f"it is not a checkpoint of ppo_hpo: its header .* {reason}"
+        ):
+            from_bytes(len(text).to_bytes(8, "little") + text, "it")
+
+
+def test_a_digest_in_another_form_is_no_digest() -> None:
+    text = json.dumps({"__metadata__": {"sha256": "0" * 64, "ppo_hpo": "{}"}}).encode()  # with spaces
+    with pytest.raises(TornCheckpoint, match="its checksum does not match"):
+        from_bytes(len(text).to_bytes(8, "little") + text, "it")
+
+
+def test_a_url_is_no_directory() -> None:
+    with pytest.raises(UserError, match=r"A storage must be a directory, but got 's3://bucket/trial'"):
+        Storage("s3://bucket/trial")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -618,6 +619,95 @@ def test_waiting_is_said_again_each_minute(
         with lock.hold(tmp_path):
             pass
     assert caplog.text.count(": waiting") == 4  # at 0, 60, 120 and 180 seconds
+
+
+def test_looks_become_rarer_and_reminders_come_each_minute(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, reminders = [0.0], []
+    monkeypatch.setattr(lock._log, "warning", lambda *message: reminders.append(clock.waited))
+    with sleeper() as other:
+        stage = leave(tmp_path, described(other.pid), flock=False)
+
+        def look(now: float) -> None:
+            looks.append(now)
+            if now > 130.0:
+                shutil.rmtree(stage, ignore_errors=True)
+
+        clock.each = look
+        with lock.hold(tmp_path):
+            pass
+    pauses = [after - before for before, after in itertools.pairwise(looks)]
+    assert pauses[:10] == pytest.approx([min(0.02 * 1.5**n, 0.5) for n in range(10)])
+    assert pauses[10:] == pytest.approx([0.5] * (len(pauses) - 10))
+    assert reminders == [0.0, pytest.approx(60.25, abs=0.25), pytest.approx(120.75, abs=0.5)]
+
+
+def test_who_trains_a_trial(clock: Clock, tmp_path: Path) -> None:
+    """Trials are watched at the same time; only writers that cannot be seen from here take a minute."""
+    names = ("nobody", "dead", "living", "silent", "moving")
+    nobody, *trials = (tmp_path / name for name in names)
+    nobody.mkdir()
+    counts: list[int] = []
+    with sleeper() as other:
+        processes = [dead(), described(other.pid), ELSEWHERE, ELSEWHERE]
+        stages = [leave(*pair, flock=False) for pair in zip(trials, processes, strict=True)]
+        clock.each = lambda now: os.utime(stages[3], (2.0e9 + now, 2.0e9 + now)) if now > 30.0 else None
+        found = lock.active_writers([nobody, *trials], counts.append)
+        assert [writer is not None for writer in found] == [False, False, True, False, True]
+        assert found[2] is not None
+        assert found[2].process == processes[1]
+        assert clock.waited == pytest.approx(60.0, abs=0.5)  # half a second between two looks
+        assert counts == [2] * 61 + [1] * (len(counts) - 61)
+        assert len(counts) == 120
+        before = clock.waited
+        assert lock.active_writers(trials[2:3], limit=10.0) == [None]
+        assert clock.waited - before == pytest.approx(10.0, abs=0.5)
+        assert lock.active_writer(trials[1]) == found[2]
+        assert lock.active_writer(nobody) is None
+    assert not (nobody / "lock").exists()
+
+
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "no-flock"])
+def test_writers_are_kept_out_for_a_moment(
+    flock: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not flock:
+        request.getfixturevalue("no_flock")
+    new, used, linked, left = (tmp_path / name for name in ("new", "used", "linked", "left"))
+    new.mkdir()
+    with lock.exclude_writers(new) as free:
+        assert free is True
+    assert not (new / "lock").exists()  # looking creates nothing
+    with lock.hold(used), lock.exclude_writers(used) as free:
+        assert free is False
+    with lock.exclude_writers(used) as free:
+        assert free is True
+        if flock:  # a writer waits meanwhile
+            other = lock._Flock(used / "lock")
+            assert other.attempt() is False
+    if flock:
+        assert other.attempt() is True
+        with lock.exclude_writers(used) as free:
+            assert free is False
+        other.release()
+    # A writer without a lock file, and one behind a link, are not disturbed.
+    with sleeper() as living:
+        leave(left, described(living.pid))
+        leave(linked, described(living.pid))
+        (linked / "lock").symlink_to(used / "lock")
+        for directory in (left, linked):
+            with lock.exclude_writers(directory) as free:
+                assert free is False
+
+
+def test_the_lock_is_as_open_as_other_files(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with lock.hold(tmp_path):
+            assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)
 
 
 # --------------------------------------------------- machines of one name, and containers
