@@ -13,7 +13,7 @@ from ppo_hpo.ppo.agent import Agent
 from ppo_hpo.ppo.collect import Collector
 from ppo_hpo.ppo.gae import gae
 from ppo_hpo.ppo.normalize import ObservationNormalizer, RewardScaler, RunningMoments
-from ppo_hpo.ppo.rollout import Rollout
+from ppo_hpo.ppo.rollout import Episodes, Rollout, sampling_noise
 from ppo_hpo.spec import randomness
 from ppo_hpo.spec.config import EnvConfig
 
@@ -179,6 +179,30 @@ def test_random_episodes_equal_those_of_the_loop_by_hand() -> None:
     assert sorted(run.episodes.returns) == sorted(returns)
     assert sorted(run.episodes.lengths) == sorted(lengths)
     assert len(set(lengths)) > 3
+
+
+def test_episodes_go_on_from_one_rollout_to_the_next() -> None:
+    # The first environment ends after steps 1 and 5, the second never, over rollouts of 2, 1 and 3 steps.
+    episodes = Episodes(2)
+    rewards = np.array([[1.0, 100.0], [2.0, 200.0], [4.0, 300.0], [8.0, 400.0], [16.0, 500.0], [32.0, 600.0]])
+    done = np.zeros((6, 2), np.bool_)
+    done[[1, 5], 0] = True
+    for part in (slice(0, 2), slice(2, 3), slice(3, 6)):
+        episodes.add(rewards[part], done[part])
+    assert (episodes.returns, episodes.lengths) == ([3.0, 60.0], [2, 4])
+    episodes.add(np.array([[0.5, 700.0]]), np.array([[True, True]]))
+    assert (episodes.returns[2:], episodes.lengths[2:]) == ([0.5, 2800.0], [1, 7])
+    episodes.add(np.array([[0.25, 5.0]]), np.array([[False, True]]))
+    episodes.add(np.array([[0.25, 5.0]]), np.array([[True, False]]))
+    assert (episodes.returns[4:], episodes.lengths[4:]) == ([5.0, 0.5], [1, 2])
+
+
+def test_noise_is_normal_or_gumbel() -> None:
+    rng = lambda: np.random.default_rng(3)  # noqa: E731
+    normal, gumbel = (sampling_noise(rng(), (4, 5), continuous=kind) for kind in (True, False))
+    np.testing.assert_array_equal(normal, rng().standard_normal((4, 5), np.float32))
+    # The density of -log E is that of Gumbel's distribution, where E is exponential.
+    np.testing.assert_allclose(np.exp(-gumbel), rng().standard_exponential((4, 5), np.float32), rtol=1e-6)
 
 
 # ------------------------------------------------------- actions, values, log-probabilities
