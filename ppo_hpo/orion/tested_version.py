@@ -11,7 +11,8 @@ from importlib import metadata
 #: The version of Orion that ppo_hpo was tested with.
 TESTED_ORION = "0.2.7"
 
-_lock = threading.Lock()
+# Applying one kind of patches may import a module that installs another kind.
+_lock = threading.RLock()
 _installed: dict[tuple[str, str], bool] = {}
 
 
