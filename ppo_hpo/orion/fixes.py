@@ -15,6 +15,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 from ppo_hpo.orion import algorithm_lock, full_disk, hunt, tested_version, trial_directory, waiting
@@ -24,12 +25,12 @@ VARIABLE = "PPO_HPO_FIXES"
 
 def install() -> bool:
     """Fix Orion in this process; whether it is fixed."""
+    # It installs patches of its own. Imported below, it could make two threads wait for each other.
+    import_module("ppo_hpo.orion.sqlitedb")
     return tested_version.install_once(VARIABLE, "The fixes of Orion", _apply)
 
 
 def _apply() -> None:
-    from importlib import import_module
-
     # Whatever can fail comes first, so that either all patches are applied or none.
     from orion.algo.asha.asha import ASHABracket
     from orion.algo.evolution_es import mutate_functions
