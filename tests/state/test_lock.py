@@ -653,6 +653,7 @@ def test_who_trains_a_trial(clock: Clock, tmp_path: Path) -> None:
         processes = [dead(), described(other.pid), ELSEWHERE, ELSEWHERE]
         stages = [leave(*pair, flock=False) for pair in zip(trials, processes, strict=True)]
         clock.each = lambda now: os.utime(stages[3], (2.0e9 + now, 2.0e9 + now)) if now > 30.0 else None
+        (trials[2] / "lock").touch()  # that nobody holds any more says nothing about a writer elsewhere
         found = lock.active_writers([nobody, *trials], counts.append)
         assert [writer is not None for writer in found] == [False, False, True, False, True]
         assert found[2] is not None
@@ -665,6 +666,12 @@ def test_who_trains_a_trial(clock: Clock, tmp_path: Path) -> None:
         assert clock.waited - before == pytest.approx(10.0, abs=0.5)
         assert lock.active_writer(trials[1]) == found[2]
         assert lock.active_writer(nobody) is None
+        holder = lock._Flock(trials[2] / "lock")
+        assert holder.attempt() is True
+        before = clock.waited
+        assert lock.active_writer(trials[2]) is not None  # somebody holds it, whoever that is
+        assert clock.waited == before
+        holder.release()
     assert not (nobody / "lock").exists()
 
 
