@@ -21,7 +21,7 @@ from ppo_hpo.spec.errors import (
     UserError,
 )
 from ppo_hpo.state.files import write_atomically
-from ppo_hpo.trial import failure, process, retries
+from ppo_hpo.trial import failure, retries
 from ppo_hpo.trial.failure import kind, read_record, stops_the_hunt
 from ppo_hpo.trial.retries import Work
 
@@ -128,9 +128,7 @@ def test_sentences_are_not_tried_again(error: UserError) -> None:
 
 
 @pytest.mark.parametrize("error", [Interrupted(15), LostLock(1, "taken"), KeyboardInterrupt()])
-def test_stops_are_not_failures(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A command that an earlier test ran in this process handles signals from then on.
-    monkeypatch.setattr(process, "_handled", [])
+def test_stops_are_not_failures(error: BaseException) -> None:
     trial = Trial((0, 1, error))
     with pytest.raises(type(error)):
         trial.run(2)
