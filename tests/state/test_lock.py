@@ -708,6 +708,61 @@ def test_writers_are_kept_out_for_a_moment(
                 assert free is False
 
 
+def test_a_lock_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    first, second = lock._Flock(tmp_path / "lock"), lock._Flock(tmp_path / "lock")
+    assert first.attempt() is True
+    (tmp_path / "lock").unlink()
+    assert second.attempt() is True  # on a new file
+    assert (tmp_path / "lock").is_file()
+    for flock in (first, second):
+        flock.release()
+
+
+def test_a_lock_is_released_though_a_child_still_has_its_file_open(tmp_path: Path) -> None:
+    first, second = lock._Flock(tmp_path / "lock"), lock._Flock(tmp_path / "lock")
+    assert first.attempt() is True
+    assert first._descriptor is not None
+    child = os.dup(first._descriptor)
+    first.release()
+    assert second.attempt() is True
+    second.release()
+    os.close(child)
+
+
+def test_a_takeover_of_a_writer_elsewhere_says_once_that_it_cannot_end_it(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leave(tmp_path, ELSEWHERE, flock=False)
+    with lock.hold(tmp_path, takeover=True) as claim:
+        assert claim.number == 5
+    assert clock.waited == pytest.approx(60.0, abs=0.5)
+    assert caplog.text.count("is asked to give way") == 1
+    assert caplog.text.count("cannot be ended from here") == 1
+
+
+def test_a_signal_that_could_not_be_sent_was_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    with path.open() as file, subprocess.Popen(["sleep", "600"], stdin=file) as process:
+        leave(tmp_path, described(process.pid))
+        writer = latest_writer(tmp_path)
+        assert writer is not None
+
+        def refuse(*_: Any) -> None:
+            raise PermissionError
+
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(signal, "pidfd_send_signal", refuse)
+                assert lock._send(writer, path, (signal.SIGTERM,)) is False
+            assert lock._send(writer, path, (signal.SIGTERM,)) is True
+            assert process.wait(10) == -signal.SIGTERM
+        finally:
+            process.kill()
+
+
 def test_the_lock_is_as_open_as_other_files(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
