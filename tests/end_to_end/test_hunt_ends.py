@@ -47,6 +47,7 @@ class Hunt:
         self.home, self.inside = home, inside
         self.output = home / "output.txt"
         self.database = self.seen = (database_in or files) / "database" / "orion.db"
+        self.database.parent.mkdir(parents=True, exist_ok=True)
         home.mkdir()
         configuration = {
             "experiment": {
