@@ -29,8 +29,9 @@ $(VENV)/.done-dev: $(VENV)/.done
 demo: setup
 	$(BIN)/python experiments/hunt.py pendulum
 
+# Three processes on two cores, because many tests wait for others' heartbeats.
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: setup-dev
 	$(BIN)/ruff check .
