@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -33,7 +33,12 @@ _log = logging.getLogger("ppo_hpo")
 
 def is_ours(experiment: Any) -> bool:
     """Whether the experiment's script is `ppo-hpo`."""
-    command = (experiment.metadata or {}).get("user_args") or []
+    return runs_our_command(experiment.metadata or {})
+
+
+def runs_our_command(metadata: Mapping[str, Any]) -> bool:
+    """Whether the command in an experiment's metadata is `ppo-hpo`."""
+    command = metadata.get("user_args") or []
     return any(os.path.basename(str(word)) in _OUR_COMMANDS for word in command[:3])
 
 

@@ -20,7 +20,6 @@ import contextlib
 import copy
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ppo_hpo.orion import tested_version
+from ppo_hpo.orion.hunt import runs_our_command
 
 VARIABLE = "PPO_HPO_FIXES"
-_COMMANDS = ("ppo-hpo", "ppo_hpo")
 
 
 def install() -> bool:
@@ -39,7 +38,7 @@ def install() -> bool:
 
 
 def install_quietly() -> None:
-    """Patch Orion if that is possible. It goes on without the patches."""
+    """Patch Orion if that is possible. Orion works without the patches."""
     try:
         install()
     except Exception:
@@ -56,11 +55,6 @@ def _apply() -> None:
     ExperimentBuilder.build = build
     ExperimentBuilder.consolidate_config = consolidate
     OrionCmdlineParser.set_state_dict = set_state
-
-
-def is_ours(command: Sequence[Any] | None) -> bool:
-    """Whether the command of a hunt runs `ppo-hpo`."""
-    return any(os.path.basename(str(word)) in _COMMANDS for word in (command or [])[:3])
 
 
 class SpaceConverter:
@@ -108,7 +102,7 @@ def _consolidate_config(original: Callable[..., dict[str, Any]]) -> Callable[...
         metadata = config.get("metadata") or {}
         own = {key: copy.deepcopy(metadata[key]) for key in ("parser", "priors") if key in metadata}
         found = original(self, name, version, config)
-        if is_ours(metadata.get("user_args")):
+        if runs_our_command(metadata):
             found["metadata"].update(own)
         return found
 
@@ -221,13 +215,13 @@ def _hunt_of(builder: Any, name: str, version: int | None, config: Mapping[str, 
     metadata = config.get("metadata") or {}
     # Orion's command line says so in its configuration.
     resumed = not metadata.get("user_args") and "user_script_config" in config
-    if not resumed and not is_ours(metadata.get("user_args")):
+    if not resumed and not runs_our_command(metadata):
         return None
     stored = builder.fetch_config_from_db(name, version) or None
     if resumed:
         metadata = (stored or {}).get("metadata") or {}
     path = (metadata.get("parser") or {}).get("file_config_path")
-    if not is_ours(metadata.get("user_args")) or not path or (resumed and not Path(path).exists()):
+    if not runs_our_command(metadata) or not path or (resumed and not Path(path).exists()):
         return None
     options = _options_of(metadata["user_args"])
     space = _space(options, path)

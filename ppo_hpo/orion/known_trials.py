@@ -120,9 +120,9 @@ def experiment_to_adopt(builder: Any, old: str, new: str, working_dir: str | Non
 
 
 def adopt(experiment: Any, space: Space, old: Any) -> str:
-    """Add the completed trials of the experiment ``old`` that lie in the space; what was done, in words.
+    """Add the completed trials of the experiment ``old`` that belong to the space; what was done, in words.
 
-    A trial lies in the space if the space has a point that trains exactly the same. Files are copied, so that
+    A trial belongs to the space if a point of the space trains exactly the same. Files are copied, so that
     promotions resume. The algorithm is told the results.
     """
     from orion.core.io.database import DuplicateKeyError

@@ -104,7 +104,7 @@ class _DryRun:
             )
 
     def draws_in_train_mode(self) -> bool:
-        """Whether train mode draws from torch's rng. Running statistics, as of batch norms, are put back."""
+        """Whether train mode draws from torch's rng. Running statistics are restored."""
         kept = [buffer.clone() for buffer in self._network.buffers()]
         self._network.train()
         before = self._rng_state()
