@@ -16,10 +16,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +119,21 @@ def arrays_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
     return total.hexdigest()
 
 
+# A checkpoint, and the bytes of its file.
+Found = tuple[Checkpoint, bytes]
+
+
+class Acceptance(NamedTuple):
+    """Which checkpoints may be used: the arguments of `Storage.load`."""
+
+    check: Callable[[Checkpoint], None]
+    on_refused: Callable[[CheckpointError], None]
+    max_bytes: int
+
+
+_Name = TypeVar("_Name")
+
+
 class Storage:
     """The checkpoints of one trial in one directory: the latest one and the one before it."""
 
@@ -192,20 +207,28 @@ class Storage:
             on_refused: called with the reason for each refused checkpoint, if an older one is used instead.
             max_bytes: size in bytes above which a file is refused unread.
         """
-        refused: list[CheckpointError] = []
-        for path in self.paths():
-            try:
-                checkpoint = read(path, max_bytes)
-                check(checkpoint)
-            except CheckpointError as error:
-                refused.append(error)
-                continue
-            for reason in refused:
-                on_refused(reason)
-            return checkpoint
-        if refused:
-            raise refused[0]
-        return None
+        accept = Acceptance(check, on_refused, max_bytes)
+        # Nobody needs the bytes of a file that is here already.
+        found = newest_whole(self.paths(), lambda path: (read(path, max_bytes), b""), accept)
+        return None if found is None else found[0]
+
+
+def newest_whole(names: Sequence[_Name], fetch: Callable[[_Name], Found], accept: Acceptance) -> Found | None:
+    """The first checkpoint that can be used. It is an error if there are some, but none can be used."""
+    refused: list[CheckpointError] = []
+    for name in names:
+        try:
+            checkpoint, content = fetch(name)
+            accept.check(checkpoint)
+        except CheckpointError as error:
+            refused.append(error)
+            continue
+        for reason in refused:
+            accept.on_refused(reason)
+        return checkpoint, content
+    if refused:
+        raise refused[0]
+    return None
 
 
 def _header(content: bytes, name: str) -> dict[str, Any]:

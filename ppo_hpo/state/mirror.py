@@ -5,12 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from ppo_hpo.spec.errors import CheckpointError, UserError
-from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes
+from ppo_hpo.state.checkpoint import (
+    MAX_BYTES,
+    Acceptance,
+    Checkpoint,
+    Found,
+    Storage,
+    epoch_of,
+    from_bytes,
+    newest_whole,
+)
 from ppo_hpo.state.files import explain_write_errors, read_bytes
 from ppo_hpo.state.remote_store import MARK, Store, StoreError
 
@@ -23,18 +31,6 @@ _NOTE = "store"  # file in a trial's directory that names the store in which it 
 def part_key(key: str, part: str) -> str:
     """The name in the store of one seed of the trial ``key``. If ``part`` is empty, it is the trial's."""
     return f"{key}-{part}" if part else key
-
-
-# A checkpoint, and the bytes of its file.
-Found = tuple[Checkpoint, bytes]
-
-
-class Acceptance(NamedTuple):
-    """Which checkpoints may be used: the arguments of `Storage.load`."""
-
-    check: Callable[[Checkpoint], None]
-    on_refused: Callable[[CheckpointError], None]
-    max_bytes: int
 
 
 class MirroredStorage(Storage):
@@ -159,21 +155,3 @@ class MirroredStorage(Storage):
         """The newest whole checkpoint of a trial in the store, and its bytes; see `newest_whole`."""
         names = [name for name in self.names_in_store(key) if above < (epoch_of(name) or 0) <= up_to]
         return newest_whole(names, lambda name: self.fetch(key, name, accept.max_bytes), accept)
-
-
-def newest_whole(names: Sequence[str], fetch: Callable[[str], Found], accept: Acceptance) -> Found | None:
-    """The first checkpoint that can be used. It is an error if there are some, but none can be used."""
-    refused: list[CheckpointError] = []
-    for name in names:
-        try:
-            checkpoint, content = fetch(name)
-            accept.check(checkpoint)
-        except CheckpointError as error:
-            refused.append(error)
-            continue
-        for reason in refused:
-            accept.on_refused(reason)
-        return checkpoint, content
-    if refused:
-        raise refused[0]
-    return None

@@ -32,9 +32,19 @@ from typing import NamedTuple
 
 from ppo_hpo.spec.config import TrialConfig
 from ppo_hpo.spec.errors import CheckpointError, MachineError, TornCheckpoint, UserError
-from ppo_hpo.state.checkpoint import MAX_BYTES, Checkpoint, Storage, epoch_of, from_bytes, read
+from ppo_hpo.state.checkpoint import (
+    MAX_BYTES,
+    Acceptance,
+    Checkpoint,
+    Found,
+    Storage,
+    epoch_of,
+    from_bytes,
+    newest_whole,
+    read,
+)
 from ppo_hpo.state.files import explain_write_errors, read_bytes
-from ppo_hpo.state.mirror import KEY, Acceptance, Found, MirroredStorage, newest_whole, part_key
+from ppo_hpo.state.mirror import KEY, MirroredStorage, part_key
 from ppo_hpo.state.remote_store import Store
 from ppo_hpo.trial.options import OrionContext
 
